@@ -1,0 +1,149 @@
+"""The contract between lmcache-core and an inference engine's KV memory.
+
+An engine keeps KV in paged blocks whose inner order is its own business; core
+keeps chunks in one canonical order (see `layout`). A connector describes the
+first and moves tokens between the two. Which tokens move where is decided by
+`planner`; a connector knows nothing about keys, tiers or requests.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import BaseModel
+
+from lmcache_core.layout import LayerGroup
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class BlockSpan:
+    """Part of one chunk, and where its tokens lie in the engine's memory.
+
+    Token ``i`` of the span (``0 <= i < tokens``) is token ``chunk_offset + i`` of a chunk of
+    ``chunk_tokens`` tokens, and lies at ``(first + i) % block_tokens`` of the engine block
+    ``blocks[(first + i) // block_tokens]``.
+    """
+
+    blocks: Sequence[int]
+    first: int
+    tokens: int
+    chunk_tokens: int
+    chunk_offset: int = 0
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class PlaneStrides:
+    """Where element (block, token, head, dim) of one plane lies, in elements from the tensor's start.
+
+    ``offset + block·B + token·T + head·H + dim·D``. That says everything about NHD, HND, vLLM's
+    packed CPU blocks (K transposed inside a head) and MLA. A layout that can't be said so is refused
+    by the connector, never approximated.
+    """
+
+    offset: int
+    block: int
+    token: int
+    head: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class PagedLayout:
+    """The inner order of one layer group's paged tensors, the same for all its layers."""
+
+    group: LayerGroup
+    blocks: int
+    block_tokens: int
+    planes: tuple[PlaneStrides, ...]
+
+
+class EngineConnector(ABC):
+    """Moves tokens between an engine's paged memory and canonical chunks.
+
+    What core guarantees:
+
+    * Buffers are contiguous memoryviews of format ``B`` that hold
+      ``group.chunk_bytes(span.chunk_tokens)`` bytes; spans and buffers have the same length.
+    * No two concurrent calls touch the same buffer or the same engine block unless both only read.
+    * ``layers`` is a range of positions in ``LayerGroup.layers``, or ``None`` for all of them.
+
+    What a connector owes:
+
+    * When a call returns, the copy is complete and visible to the engine (`scatter`) or to the host
+      (`gather`). Both may be called from any thread.
+    * Bytes of a chunk outside its span stay as they are, and so do engine tokens outside of it.
+    * An exception means that nothing can be said about the target; core treats all of it as failed.
+    """
+
+    @property
+    @abstractmethod
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """The layer groups of this rank, in the order of ``BlockSpan.group``."""
+
+    @abstractmethod
+    def gather(
+        self,
+        spans: Sequence[BlockSpan],
+        into: Sequence[memoryview],
+        layers: range | None = None,
+    ) -> None:
+        """Copy tokens from the engine's blocks into chunks."""
+
+    @abstractmethod
+    def scatter(
+        self,
+        sources: Sequence[memoryview],
+        spans: Sequence[BlockSpan],
+        layers: range | None = None,
+    ) -> None:
+        """Copy tokens from chunks into the engine's blocks."""
+
+
+class Kernels(Protocol):
+    """What moves the bytes of one layer group: a torch reference, C++ on CPU, Triton on GPU.
+
+    All implementations must match `lmcache_core.reference` bit for bit.
+    """
+
+    name: str
+
+    def gather(
+        self,
+        tensors: Sequence[torch.Tensor],
+        layout: PagedLayout,
+        spans: Sequence[BlockSpan],
+        into: Sequence[memoryview],
+        layers: range,
+    ) -> None:
+        """``tensors[i]`` holds the layer at position ``i`` of ``layout.group.layers``."""
+
+    def scatter(
+        self,
+        sources: Sequence[memoryview],
+        tensors: Sequence[torch.Tensor],
+        layout: PagedLayout,
+        spans: Sequence[BlockSpan],
+        layers: range,
+    ) -> None:
+        """The inverse of `gather`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConnectorDescriptor:
+    """What a plugin says about its engine integration.
+
+    ``create`` makes a connector for own applications and the standalone service, which choose it
+    by ``engine_connector: NAME``; ``None`` where only the engine itself can make one.
+    """
+
+    name: str
+    summary: str
+    config: type[BaseModel]
+    create: Callable[[Any], EngineConnector] | None = None

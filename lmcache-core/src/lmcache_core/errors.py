@@ -1,0 +1,69 @@
+"""Every exception that lmcache-core raises on purpose.
+
+* LMCacheError
+  x ConfigError               the user can fix it; raised only at start-up
+  x PluginError               a plugin is broken, missing or incompatible
+    - PluginLoadError
+    - UnknownPluginError
+  x LayoutError               an engine's memory layout isn't one that we can store
+  x FrameError                bytes that aren't the chunk that was asked for
+  x BackendError              one storage call failed as a whole; core degrades it to a miss
+    - BackendUnavailable      retry later (network, restart)
+    - BackendTimeout
+    - BackendRejected         do not retry (too large, read-only, authentication)
+
+Knows nothing about who raises or catches them.
+"""
+
+from __future__ import annotations
+
+
+class LMCacheError(Exception):
+    """Base class of every error in this package."""
+
+
+class ConfigError(LMCacheError):
+    """The configuration is wrong. The message names the key, its origin and the remedy."""
+
+
+class PluginError(LMCacheError):
+    """A plugin is broken, missing or incompatible."""
+
+
+class PluginLoadError(PluginError):
+    """A plugin that the configuration needs could not be loaded."""
+
+
+class UnknownPluginError(PluginError):
+    """The configuration names something that no installed plugin provides."""
+
+
+class LayoutError(LMCacheError):
+    """An engine's KV memory has a layout that can't be stored without guessing."""
+
+
+class FrameError(LMCacheError):
+    """A stored value isn't the chunk that was asked for.
+
+    ``reason`` is a short, fixed word (``magic``, ``version``, ``key`` …): it labels the counter.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class BackendError(LMCacheError):
+    """One call to a storage backend failed as a whole."""
+
+
+class BackendUnavailable(BackendError):
+    """The backend can't be reached now; the same call may work later."""
+
+
+class BackendTimeout(BackendError):
+    """The backend didn't answer before the deadline."""
+
+
+class BackendRejected(BackendError):
+    """The backend refused the call and would refuse it again."""

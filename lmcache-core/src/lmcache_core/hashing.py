@@ -1,0 +1,126 @@
+"""Turns token ids into chunk digests.
+
+A digest names a whole prefix, not just the chunk's own tokens:
+
+    d[i] = BLAKE2b-128(d[i-1] || extra[i] || tokens of chunk i as little-endian u32)
+
+so that equal digests mean equal prefixes, in every process and on every
+machine, whatever PYTHONHASHSEED is. One hash call a chunk and no per-token
+Python. BLAKE2b (RFC 7693) because it is a cryptographic hash that is in the
+standard library and faster than SHA-256 without hardware help: a tenant can't
+construct a prefix that collides with another tenant's.
+
+Knows nothing about what is stored.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+
+from lmcache_core.keys import DIGEST_BYTES
+
+Tokens = Sequence[int] | bytes | bytearray | memoryview
+_U32 = "I" if array("I").itemsize == 4 else "L"
+
+
+def token_bytes(tokens: Tokens) -> bytes:
+    """``tokens`` as little-endian 32-bit integers; bytes are taken to be that already.
+
+    Raises:
+        OverflowError: a token id is negative or doesn't fit into 32 bits.
+        ValueError: a byte string isn't a whole number of tokens.
+    """
+    if isinstance(tokens, (bytes, bytearray, memoryview)):
+        packed = bytes(tokens)
+        if len(packed) % 4:
+            raise ValueError(f"{len(packed)} bytes aren't a whole number of 32-bit token ids")
+        return packed
+    words = array(_U32, tokens)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words.tobytes()
+
+
+def request_root(namespace_root: bytes, *facts: str) -> bytes:
+    """Where one request's chain starts: the namespace and what sets the request apart.
+
+    ``facts`` are labelled strings such as ``salt=…``, ``lora=…``. No facts: the namespace root
+    itself, so that plain requests of any engine share.
+    """
+    if not facts:
+        return namespace_root
+    state = blake2b(namespace_root, digest_size=DIGEST_BYTES, person=b"lmcache-root")
+    for fact in facts:
+        encoded = fact.encode()
+        state.update(len(encoded).to_bytes(4, "little"))
+        state.update(encoded)
+    return state.digest()
+
+
+class PrefixHasher:
+    """The digest chain of one token sequence; grows without hashing anything twice.
+
+    ``extras`` maps a chunk's index to bytes that are part of that chunk's identity without being
+    tokens: the content hashes of the images that it contains.
+    """
+
+    __slots__ = ("_extras", "_parent", "chunk_tokens", "digests")
+
+    def __init__(
+        self, root: bytes, chunk_tokens: int, extras: Mapping[int, bytes] | None = None
+    ) -> None:
+        self.chunk_tokens = chunk_tokens
+        self.digests: list[bytes] = []
+        self._parent = root
+        self._extras = extras or {}
+
+    @property
+    def tokens(self) -> int:
+        """How many leading tokens the digests so far cover."""
+        return len(self.digests) * self.chunk_tokens
+
+    def extend(self, tokens: Tokens) -> list[bytes]:
+        """Digest the full chunks of ``tokens`` that aren't digested yet; return all digests.
+
+        ``tokens`` is the whole sequence, and may have grown since the last call.
+        """
+        done, size = len(self.digests), self.chunk_tokens * 4
+        if isinstance(tokens, (bytes, bytearray, memoryview)):
+            fresh = memoryview(token_bytes(tokens))[done * size :]
+        else:
+            if len(tokens) < (done + 1) * self.chunk_tokens:
+                return self.digests
+            fresh = memoryview(token_bytes(tokens[done * self.chunk_tokens :]))
+        parent, extras = self._parent, self._extras
+        for index in range(len(fresh) // size):
+            state = blake2b(parent, digest_size=DIGEST_BYTES)
+            if (extra := extras.get(done + index)) is not None:
+                state.update(extra)
+            state.update(fresh[index * size : (index + 1) * size])
+            parent = state.digest()
+            self.digests.append(parent)
+        self._parent = parent
+        return self.digests
+
+    def tail(self, tokens: Tokens) -> bytes | None:
+        """Digest of the unfull last chunk of ``tokens``, or ``None`` where it is full or absent.
+
+        Personalised with the token count, so that it can never equal a full chunk's digest.
+        Call `extend` first.
+        """
+        packed = token_bytes(tokens)[self.tokens * 4 :]
+        if not packed or len(packed) >= self.chunk_tokens * 4:
+            return None
+        count = len(packed) // 4
+        state = blake2b(
+            self._parent,
+            digest_size=DIGEST_BYTES,
+            person=b"tail" + count.to_bytes(4, "little"),
+        )
+        if (extra := self._extras.get(len(self.digests))) is not None:
+            state.update(extra)
+        state.update(packed)
+        return state.digest()

@@ -1,0 +1,76 @@
+"""Every extension point of LMCache.
+
+Hooks run while a process starts and stops, never once per chunk: they return
+descriptors, and core calls the objects that the descriptors create directly.
+A hook may gain arguments in a minor release; implementations name only the
+arguments they use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, _SubParsersAction
+
+    from lmcache_core.connector import EngineConnectorDescriptor, Kernels
+    from lmcache_core.eviction import CachePolicyDescriptor
+    from lmcache_core.serde import SerdeDescriptor
+    from lmcache_core.storage import HostRegion, StorageBackendDescriptor
+
+PROJECT = "lmcache"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def lmcache_storage_backends() -> Sequence[StorageBackendDescriptor]:  # type: ignore[empty-body]
+    """Describe the storage backends in this plugin.
+
+    Called once. Import nothing heavier than pydantic here: the client library
+    is imported by the descriptor's ``create``.
+    """
+
+
+@hookspec
+def lmcache_serdes() -> Sequence[SerdeDescriptor]:  # type: ignore[empty-body]
+    """Describe the serdes in this plugin."""
+
+
+@hookspec
+def lmcache_engine_connectors() -> Sequence[EngineConnectorDescriptor]:  # type: ignore[empty-body]
+    """Describe the engine integrations in this plugin."""
+
+
+@hookspec
+def lmcache_cache_policies() -> Sequence[CachePolicyDescriptor]:  # type: ignore[empty-body]
+    """Describe eviction policies for ``cache_policy``."""
+
+
+@hookspec(firstresult=True)
+def lmcache_kernels(device: str) -> Kernels | None:
+    """What gathers and scatters blocks on ``device``; ``None`` passes to the next plugin.
+
+    Core's own implementation, the torch reference, runs last.
+    """
+
+
+@hookspec(firstresult=True)
+def lmcache_host_region(nbytes: int, device: str) -> HostRegion | None:
+    """Allocate the host memory that chunks live in; ``None`` passes to the next plugin.
+
+    Core's own implementation allocates pageable memory and runs last.
+    """
+
+
+@hookspec
+def lmcache_cli(subcommands: _SubParsersAction[ArgumentParser]) -> None:
+    """Add subcommands to the ``lmcache`` command."""
+
+
+@hookspec
+def lmcache_report() -> Sequence[str]:  # type: ignore[empty-body]
+    """Lines for ``lmcache doctor``: versions, devices, what is missing."""
