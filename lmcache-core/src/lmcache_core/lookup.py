@@ -1,0 +1,113 @@
+"""Finds how much of a prefix can be loaded, going down the tiers without blocking.
+
+One `PrefixLookup` follows one request: host memory first; then one batched
+question to the slow tiers; then, if they have more, the chunks are fetched
+into host memory, verified there, and only then counted as a hit. Whoever asks
+polls; nobody waits on I/O in the asking thread. After ``deadline_s`` it settles
+for what is in host memory by then: a late tier costs hits, never time.
+
+Knows the planner and the tiers' ``locate``. Knows nothing about engines.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from lmcache_core.keys import ChunkKey
+from lmcache_core.plan import FetchOp
+from lmcache_core.planner import ChunkState, Planner
+
+Locate = Callable[[Sequence[ChunkKey]], "Future[list[int]]"]
+
+
+class PrefixLookup:
+    """One request's way through the tiers.
+
+    ``keys`` in prefix order, ``tokens[i]`` the token count of chunk ``i``. ``locate`` asks the
+    slow tiers (``None``: there are none) and answers, for each key, a tier number or -1.
+    Fetches that become necessary are handed to ``submit``. The found chunks are leased until
+    `close`.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        keys: Sequence[ChunkKey],
+        tokens: Sequence[int],
+        *,
+        locate: Locate | None,
+        submit: Callable[[list[FetchOp]], None],
+        deadline_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.keys = keys
+        self.hold = planner.acquire(keys)
+        self.memory_chunks = len(self.hold)
+        """Chunks that were in host memory at the start; the others came from slow tiers."""
+        self._planner = planner
+        self._tokens = tokens
+        self._submit = submit
+        self._clock = clock
+        self._until = clock() + deadline_s
+        self._wanted: list[ChunkKey] = []
+        self._done = True
+        self._located: Future[list[int]] | None = None
+        rest = keys[len(self.hold) :]
+        if locate is not None and rest:
+            self._located = locate(rest)
+            self._done = False
+
+    def poll(self) -> int | None:
+        """Chunks that can be loaded now, or ``None``: ask again."""
+        if self._done:
+            return len(self.hold)
+        late = self._clock() >= self._until
+        if self._located is not None:
+            if not self._located.done():
+                return self._finish() if late else None
+            found, self._located = self._located, None
+            self._plan(found)
+        if late or all(self._planner.state(k) is not ChunkState.FETCHING for k in self._wanted):
+            return self._finish()
+        return None
+
+    def close(self) -> None:
+        """Give the leases back. Idempotent."""
+        if self._located is not None:
+            self._located.cancel()
+            self._located = None
+        self._done = True
+        self._planner.release(self.hold)
+
+    def _plan(self, found: Future[list[int]]) -> None:
+        if found.cancelled() or found.exception() is not None:
+            return
+        start = len(self.hold)
+        fetches: list[FetchOp] = []
+        for position, tier in enumerate(found.result(), start):
+            key = self.keys[position]
+            state = self._planner.state(key)
+            if state is ChunkState.ABSENT:
+                if tier < 0:
+                    break
+                fetch = self._planner.plan_fetch(key, self._tokens[position], tier, self.hold)
+                if fetch is None:
+                    break
+                fetches.append(fetch)
+            elif state is ChunkState.STORING:
+                break
+            else:
+                self._planner.join(key, self.hold)
+            self._wanted.append(key)
+        if fetches:
+            self._submit(fetches)
+
+    def _finish(self) -> int:
+        if self._located is not None:
+            self._located.cancel()
+            self._located = None
+        self._planner.extend(self.hold, self.keys[len(self.hold) :])
+        self._done = True
+        return len(self.hold)

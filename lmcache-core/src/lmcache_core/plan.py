@@ -1,0 +1,81 @@
+"""What a planner tells movers to do, and what they answer.
+
+Plain values that pickle: with a tensor-parallel engine the planner lives in
+the scheduler process and every rank has a mover. Knows nothing about how
+either side works.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lmcache_core.connector import BlockSpan
+from lmcache_core.keys import ChunkKey
+
+
+@dataclass(frozen=True)
+class LoadOp:
+    """Scatter the chunk in arena slot ``slot`` into the engine's blocks."""
+
+    key: ChunkKey
+    slot: int
+    span: BlockSpan
+
+
+@dataclass(frozen=True)
+class StoreOp:
+    """Gather engine blocks into arena slot ``slot``; then write it through to slow tiers.
+
+    ``op`` names the operation in reports. ``persist``: whether there are slow tiers to write to.
+    """
+
+    op: int
+    key: ChunkKey
+    slot: int
+    span: BlockSpan
+    persist: bool
+
+
+@dataclass(frozen=True)
+class FetchOp:
+    """Read a chunk of ``tokens`` tokens from slow tier number ``tier`` into arena slot ``slot``."""
+
+    op: int
+    key: ChunkKey
+    slot: int
+    tokens: int
+    tier: int
+
+
+@dataclass
+class Report:
+    """What happened to operations since the last report; addable over ranks.
+
+    Each operation gets, from every rank, exactly one result (``ok`` or ``bad``) and exactly one
+    release: from then on that rank neither reads nor writes the slot on its behalf.
+    """
+
+    ok: dict[int, int] = field(default_factory=dict)
+    bad: dict[int, int] = field(default_factory=dict)
+    released: dict[int, int] = field(default_factory=dict)
+    unreadable: set[ChunkKey] = field(default_factory=set)
+    """Chunks in host memory that a load found missing or damaged: never offer them again."""
+    failed_steps: dict[int, int] = field(default_factory=dict)
+    """For each rank, in how many steps a load failed so far: see `Mover.fence`."""
+
+    def __bool__(self) -> bool:
+        return bool(self.ok or self.bad or self.released or self.unreadable or self.failed_steps)
+
+    def add(self, other: Report) -> Report:
+        """Fold another rank's report, or a later one, into this one."""
+        for mine, theirs in (
+            (self.ok, other.ok),
+            (self.bad, other.bad),
+            (self.released, other.released),
+        ):
+            for op, count in theirs.items():
+                mine[op] = mine.get(op, 0) + count
+        self.unreadable |= other.unreadable
+        for rank, count in other.failed_steps.items():
+            self.failed_steps[rank] = max(count, self.failed_steps.get(rank, 0))
+        return self
