@@ -67,14 +67,14 @@ class PrefixHasher:
     tokens: the content hashes of the images that it contains.
     """
 
-    __slots__ = ("_extras", "_parent", "chunk_tokens", "digests")
+    __slots__ = ("_extras", "_parent", "_root", "chunk_tokens", "digests")
 
     def __init__(
         self, root: bytes, chunk_tokens: int, extras: Mapping[int, bytes] | None = None
     ) -> None:
         self.chunk_tokens = chunk_tokens
         self.digests: list[bytes] = []
-        self._parent = root
+        self._root = self._parent = root
         self._extras = extras or {}
 
     @property
@@ -105,13 +105,24 @@ class PrefixHasher:
         self._parent = parent
         return self.digests
 
+    def fork(self, chunks: int) -> PrefixHasher:
+        """A hasher that stands after the first ``chunks`` chunks, which must be digested here."""
+        hasher = PrefixHasher(self._root, self.chunk_tokens, self._extras)
+        hasher.digests = self.digests[:chunks]
+        if chunks:
+            hasher._parent = self.digests[chunks - 1]
+        return hasher
+
     def tail(self, tokens: Tokens) -> bytes | None:
         """Digest of the unfull last chunk of ``tokens``, or ``None`` where it is full or absent.
 
         Personalised with the token count, so that it can never equal a full chunk's digest.
         Call `extend` first.
         """
-        packed = token_bytes(tokens)[self.tokens * 4 :]
+        if isinstance(tokens, (bytes, bytearray, memoryview)):
+            packed = token_bytes(tokens)[self.tokens * 4 :]
+        else:
+            packed = token_bytes(tokens[self.tokens :])
         if not packed or len(packed) >= self.chunk_tokens * 4:
             return None
         count = len(packed) // 4

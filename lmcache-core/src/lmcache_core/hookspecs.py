@@ -59,10 +59,12 @@ def lmcache_kernels(device: str) -> Kernels | None:
 
 
 @hookspec(firstresult=True)
-def lmcache_host_region(nbytes: int, device: str) -> HostRegion | None:
+def lmcache_host_region(
+    nbytes: int, device: str, hugepages: bool, numa_mode: str | None
+) -> HostRegion | None:
     """Allocate the host memory that chunks live in; ``None`` passes to the next plugin.
 
-    Core's own implementation allocates pageable memory and runs last.
+    ``hugepages`` and ``numa_mode`` are the configuration's wishes. Core's own implementation allocates pageable memory and runs last.
     """
 
 

@@ -100,3 +100,17 @@ class KVLayout:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for fingerprints and for showing."""
         return asdict(self)
+
+
+def full_attention(*, layers: int, heads: int, head_size: int, dtype: DType) -> LayerGroup:
+    """The layer group of a model whose ``layers`` layers all keep K and V of every token.
+
+    ``heads`` are the KV heads of one tensor-parallel rank.
+    """
+    return LayerGroup(tuple(range(layers)), AttentionKind.FULL, 2, heads, head_size, dtype)
+
+
+def mla(*, layers: int, latent_size: int, dtype: DType) -> LayerGroup:
+    """The layer group of a model with multi-head latent attention (DeepSeek-V2, arXiv 2405.04434):
+    one latent vector of ``latent_size`` elements (with its RoPE part) a token and layer."""
+    return LayerGroup(tuple(range(layers)), AttentionKind.MLA, 1, 1, latent_size, dtype)

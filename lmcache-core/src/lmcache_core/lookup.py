@@ -62,6 +62,8 @@ class PrefixLookup:
     def poll(self) -> int | None:
         """Chunks that can be loaded now, or ``None``: ask again."""
         if self._done:
+            # Others may have stored more while the request waited for its turn.
+            self._planner.extend(self.hold, self.keys[len(self.hold) :])
             return len(self.hold)
         late = self._clock() >= self._until
         if self._located is not None:

