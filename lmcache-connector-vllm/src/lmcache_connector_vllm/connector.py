@@ -117,9 +117,7 @@ class LMCacheConnector(KVConnectorBase_V1):
     def wait_for_save(self) -> None:
         self.worker.finish_step()
 
-    def get_finished(
-        self, finished_req_ids: set[str]
-    ) -> tuple[set[str] | None, set[str] | None]:
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return None, self.worker.take_received() or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -204,6 +202,4 @@ class LMCacheConnector(KVConnectorBase_V1):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        return bool(
-            extra_config.get("use_layerwise") or extra_config.get("lmcache.use_layerwise")
-        )
+        return bool(extra_config.get("use_layerwise") or extra_config.get("lmcache.use_layerwise"))

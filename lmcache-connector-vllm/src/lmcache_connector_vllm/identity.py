@@ -203,7 +203,10 @@ def media(request: Request, chunk_tokens: int) -> dict[int, bytes]:
     extras: dict[int, bytes] = {}
     for feature in request.mm_features:
         where = feature.mm_position
-        first, last = where.offset // chunk_tokens, (where.offset + where.length - 1) // chunk_tokens
+        first, last = (
+            where.offset // chunk_tokens,
+            (where.offset + where.length - 1) // chunk_tokens,
+        )
         for chunk in range(first, last + 1):
             entry = f"{feature.identifier}@{where.offset - chunk * chunk_tokens};".encode()
             extras[chunk] = extras.get(chunk, b"") + len(entry).to_bytes(4, "little") + entry

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-
 from lmcache_core.connector import BlockSpan, PagedLayout, PlaneStrides
 from lmcache_core.errors import LayoutError
 from lmcache_core.layout import AttentionKind, LayerGroup
@@ -26,7 +25,9 @@ if TYPE_CHECKING:
 
 KV_SIDE_BY_SIDE = frozenset({"FLASH_ATTN", "TRITON_ATTN"})
 """Backends that keep a token's K and V next to each other: [..., :head_size] and the rest."""
-MLA_LATENT = frozenset({"TRITON_MLA", "FLASHMLA", "FLASH_ATTN_MLA", "CUTLASS_MLA", "FLASHINFER_MLA"})
+MLA_LATENT = frozenset(
+    {"TRITON_MLA", "FLASHMLA", "FLASH_ATTN_MLA", "CUTLASS_MLA", "FLASHINFER_MLA"}
+)
 CPU = "CPU_ATTN"
 
 

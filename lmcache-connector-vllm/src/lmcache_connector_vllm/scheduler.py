@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache_core.connector import BlockSpan
 from lmcache_core.hashing import PrefixHasher
-from lmcache_core.host_memory import slot_count
 from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.logging import init_logger
 from lmcache_core.lookup import PrefixLookup
 from lmcache_core.metrics import Counters
-from lmcache_core.mover import slot_bytes
+from lmcache_core.mover import slot_bytes, slots_in
 from lmcache_core.plan import FetchOp, LoadOp, StoreOp
 from lmcache_core.planner import Hold, Planner
 from lmcache_core.tiers import Tiers
@@ -84,7 +83,7 @@ class SchedulerSide:
         if settings.config.backends:
             self._open_tiers()
         self._planner = Planner(
-            slot_count(settings.arena_bytes, slot_bytes(namespace)),
+            slots_in(settings.arena_bytes, namespace),
             settings.plugins.cache_policy(core.cache_policy).create(),
             self.counters,
             ranks=ranks,

@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
-
 from lmcache_core.errors import ConfigError
 from lmcache_core.host_memory import HostArena
 from lmcache_core.io_loop import IOLoop

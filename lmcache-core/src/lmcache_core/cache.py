@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING
 from lmcache_core.connector import BlockSpan, EngineConnector
 from lmcache_core.errors import ConfigError, LayoutError
 from lmcache_core.hashing import PrefixHasher, Tokens, request_root
-from lmcache_core.host_memory import HostArena, slot_count
+from lmcache_core.host_memory import HostArena
 from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import KVLayout
 from lmcache_core.lookup import PrefixLookup
 from lmcache_core.metrics import Counters
-from lmcache_core.mover import Mover, slot_bytes
+from lmcache_core.mover import Mover, slot_bytes, slots_in
 from lmcache_core.paged import CanonicalBuffer
 from lmcache_core.plan import FetchOp, LoadOp, StoreOp
 from lmcache_core.planner import Planner
@@ -111,7 +111,7 @@ class Cache:
             )
         self._news = threading.Condition()
         self._planner = Planner(
-            slot_count(arena_bytes, slot_bytes(namespace)),
+            slots_in(arena_bytes, namespace),
             plugins.cache_policy(core.cache_policy).create(),
             self.counters,
             keep=core.local_cpu,
@@ -212,7 +212,9 @@ class Cache:
                 LoadOp(hold.keys[i], hold.slots[i], self._span(paged, i)) for i in range(len(hold))
             ]
             self._count_lookup(len(keys) * self._chunk_tokens, len(ops) * self._chunk_tokens)
-            return 0 if self._mover.load(ops, engine=paged.engine) else len(ops) * self._chunk_tokens
+            return (
+                0 if self._mover.load(ops, engine=paged.engine) else len(ops) * self._chunk_tokens
+            )
         finally:
             self._release(lookup)
 

@@ -17,6 +17,7 @@ is a failed load, never a guess.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,23 +26,28 @@ from lmcache_core.connector import EngineConnector
 from lmcache_core.errors import FrameError, LayoutError
 from lmcache_core.frame import HEADER_BYTES, read_header, write_header
 from lmcache_core.guard import attempt
-from lmcache_core.host_memory import HostArena
+from lmcache_core.host_memory import PAGE_BYTES, HostArena
 from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.logging import init_logger
 from lmcache_core.metrics import Counters
 from lmcache_core.plan import FetchOp, LoadOp, Report, StoreOp
 from lmcache_core.serde import Serde
 from lmcache_core.storage import MISS, StoreOutcome
 from lmcache_core.tiers import Tier, Tiers
 
-logger = init_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def slot_bytes(namespace: CacheNamespace) -> int:
     """Bytes that a slot needs for a full chunk of any layer group, with its frame header."""
     layout = namespace.layout
     return HEADER_BYTES + max(layout.chunk_bytes(group) for group in range(len(layout.groups)))
+
+
+def slots_in(arena_bytes: int, namespace: CacheNamespace) -> int:
+    """How many slots an arena of ``arena_bytes`` has, the same wherever it is asked."""
+    pages = -(-slot_bytes(namespace) // PAGE_BYTES)
+    return arena_bytes // (pages * PAGE_BYTES)
 
 
 class Mover:

@@ -1,0 +1,276 @@
+"""The planner's promises: nothing in use is evicted, nothing unconfirmed is offered."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from lmcache_core.connector import BlockSpan
+from lmcache_core.eviction import CachePolicy
+from lmcache_core.keys import ChunkKey
+from lmcache_core.metrics import Counters
+from lmcache_core.plan import FetchOp, Report, StoreOp
+from lmcache_core.planner import ChunkState, Hold, Planner
+from lmcache_core.plugins import Plugins
+
+SPAN = BlockSpan([0], 0, 16, 16)
+
+
+def key(number: int) -> ChunkKey:
+    return ChunkKey(number.to_bytes(16, "big"))
+
+
+def policy(name: str = "LRU") -> CachePolicy:
+    return Plugins().cache_policy(name).create()
+
+
+def planner(slots: int = 4, **options: object) -> Planner:
+    return Planner(slots, policy(), Counters(), **options)  # type: ignore[arg-type]
+
+
+def done(*ops: StoreOp | FetchOp, ranks: int = 1) -> Report:
+    return Report(ok={op.op: ranks for op in ops}, bad={}, released={op.op: ranks for op in ops})
+
+
+def failed(*ops: StoreOp | FetchOp) -> Report:
+    return Report(ok={}, bad={op.op: 1 for op in ops}, released={op.op: 1 for op in ops})
+
+
+def store(plan: Planner, *numbers: int) -> list[StoreOp]:
+    ops = [plan.plan_store(key(n), SPAN) for n in numbers]
+    assert None not in ops
+    plan.settle(done(*[op for op in ops if op]))
+    return [op for op in ops if op]
+
+
+def test_a_store_is_offered_only_after_it_is_confirmed() -> None:
+    plan = planner()
+    op = plan.plan_store(key(1), SPAN)
+    assert op is not None
+    assert plan.ready_prefix([key(1)]) == 0
+    assert plan.state(key(1)) is ChunkState.STORING
+    plan.settle(done(op))
+    assert plan.ready_prefix([key(1)]) == 1
+
+
+def test_every_rank_must_confirm() -> None:
+    plan = planner(ranks=2)
+    op = plan.plan_store(key(1), SPAN)
+    assert op is not None
+    plan.settle(done(op))
+    assert plan.ready_prefix([key(1)]) == 0
+    plan.settle(done(op))
+    assert plan.ready_prefix([key(1)]) == 1
+
+
+def test_one_failing_rank_makes_it_a_miss_and_frees_the_slot() -> None:
+    plan = planner(slots=1, ranks=2)
+    op = plan.plan_store(key(1), SPAN)
+    assert op is not None
+    plan.settle(failed(op))
+    assert plan.plan_store(key(2), SPAN) is None, "the other rank may still be writing"
+    plan.settle(done(op))
+    assert plan.state(key(1)) is ChunkState.ABSENT
+    assert plan.plan_store(key(2), SPAN) is not None
+
+
+def test_a_chunk_is_stored_once() -> None:
+    plan = planner()
+    assert plan.plan_store(key(1), SPAN) is not None
+    assert plan.plan_store(key(1), SPAN) is None
+
+
+def test_a_prefix_ends_at_the_first_gap() -> None:
+    plan = planner()
+    store(plan, 1, 3)
+    assert plan.ready_prefix([key(1), key(2), key(3)]) == 1
+
+
+def test_held_chunks_are_not_evicted() -> None:
+    plan = planner(slots=2)
+    store(plan, 1, 2)
+    hold = plan.acquire([key(1), key(2)])
+    assert len(hold) == 2
+    assert plan.plan_store(key(3), SPAN) is None
+    plan.release(hold)
+    assert plan.plan_store(key(3), SPAN) is not None
+
+
+def test_a_chunk_that_is_being_written_through_keeps_its_slot() -> None:
+    plan = planner(slots=1, persist=True)
+    op = plan.plan_store(key(1), SPAN)
+    assert op is not None
+    assert op.persist
+    plan.settle(Report(ok={op.op: 1}))
+    assert plan.ready_prefix([key(1)]) == 1
+    assert plan.plan_store(key(2), SPAN) is None
+    plan.settle(Report(released={op.op: 1}))
+    assert plan.plan_store(key(2), SPAN) is not None
+
+
+def test_recency_evicts_leaves_before_their_parents() -> None:
+    plan = planner(slots=3)
+    store(plan, 1, 2, 3)
+    plan.release(plan.acquire([key(1), key(2), key(3)]))
+    store(plan, 4)
+    assert plan.state(key(3)) is ChunkState.ABSENT
+    assert plan.ready_prefix([key(1), key(2)]) == 2
+
+
+def test_forgotten_while_held_is_freed_at_the_release() -> None:
+    plan = planner(slots=1)
+    store(plan, 1)
+    hold = plan.acquire([key(1)])
+    assert plan.forget(key(1))
+    assert plan.plan_store(key(2), SPAN) is None
+    plan.release(hold)
+    assert plan.plan_store(key(2), SPAN) is not None
+
+
+def test_clear_also_spoils_what_is_on_its_way() -> None:
+    plan = planner()
+    store(plan, 1)
+    op = plan.plan_store(key(2), SPAN)
+    assert op is not None
+    assert plan.clear() == 1
+    plan.settle(done(op))
+    assert plan.ready_prefix([key(2)]) == 0
+    assert plan.chunks == 0
+
+
+def test_pins_protect_until_they_expire() -> None:
+    now = [0.0]
+    plan = planner(slots=1, pin_timeout_s=10.0, clock=lambda: now[0])
+    store(plan, 1)
+    assert plan.pin([key(1)]) == 1
+    assert plan.pin([key(1)]) == 1, "pinning twice renews"
+    assert plan.plan_store(key(2), SPAN) is None
+    now[0] = 11.0
+    assert plan.plan_store(key(2), SPAN) is not None
+
+
+def test_unpin() -> None:
+    plan = planner(slots=1)
+    store(plan, 1)
+    plan.pin([key(1)])
+    assert plan.unpin([key(1), key(9)]) == 1
+    assert plan.plan_store(key(2), SPAN) is not None
+
+
+def test_without_keeping_a_stored_chunk_leaves_when_it_is_written_through() -> None:
+    plan = planner(slots=1, keep=False, persist=True)
+    op = plan.plan_store(key(1), SPAN)
+    assert op is not None
+    plan.settle(done(op))
+    assert plan.state(key(1)) is ChunkState.ABSENT
+    assert plan.plan_store(key(2), SPAN) is not None
+
+
+def test_without_keeping_a_fetched_chunk_stays_for_its_reader() -> None:
+    plan = planner(slots=1, keep=False, persist=True)
+    hold = Hold()
+    op = plan.plan_fetch(key(1), 16, 0, hold)
+    assert op is not None
+    plan.settle(done(op))
+    assert plan.ready_prefix([key(1)]) == 1
+    plan.release(hold)
+    assert plan.state(key(1)) is ChunkState.ABSENT
+
+
+def test_events() -> None:
+    plan = planner(slots=1)
+    seen: list[tuple[str, ChunkKey]] = []
+    plan.on_ready = lambda k: seen.append(("ready", k))
+    plan.on_failed = lambda k: seen.append(("failed", k))
+    plan.on_evicted = lambda k: seen.append(("evicted", k))
+    store(plan, 1)
+    op = plan.plan_store(key(2), SPAN)
+    assert op is not None
+    plan.settle(failed(op))
+    assert seen == [("ready", key(1)), ("evicted", key(1)), ("failed", key(2))]
+
+
+class PlannerMachine(RuleBasedStateMachine):
+    """Random traffic: a slot has at most one user of each kind, and none is ever lost."""
+
+    ops: Bundle[StoreOp | FetchOp] = Bundle("ops")
+    holds: Bundle[Hold] = Bundle("holds")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plan = planner(slots=3, persist=True)
+        self.slot_of: dict[int, int] = {}
+        self.live_holds: list[Hold] = []
+        self.pinned: set[ChunkKey] = set()
+
+    def _writable(self, slot: int) -> None:
+        for hold in self.live_holds:
+            assert slot not in hold.slots, "a slot that somebody reads was given away"
+        assert slot not in self.slot_of.values(), "a slot has two writers"
+
+    @rule(target=ops, number=st.integers(0, 6))
+    def plan_store(self, number: int) -> object:
+        op = self.plan.plan_store(key(number), SPAN)
+        if op is None:
+            return StoreOp(-1, key(number), -1, SPAN, False)
+        self._writable(op.slot)
+        self.slot_of[op.op] = op.slot
+        return op
+
+    @rule(op=consumes(ops), ok=st.booleans())
+    def finish(self, op: StoreOp, ok: bool) -> None:
+        if op.op >= 0:
+            self.plan.settle(done(op) if ok else failed(op))
+            del self.slot_of[op.op]
+
+    @rule(target=holds, first=st.integers(0, 6), count=st.integers(1, 3))
+    def acquire(self, first: int, count: int) -> Hold:
+        hold = self.plan.acquire([key(n) for n in range(first, first + count)])
+        self.live_holds.append(hold)
+        return hold
+
+    @rule(hold=consumes(holds))
+    def release(self, hold: Hold) -> None:
+        self.plan.release(hold)
+        self.live_holds = [h for h in self.live_holds if h is not hold]
+
+    @rule(number=st.integers(0, 6))
+    def forget(self, number: int) -> None:
+        self.plan.forget(key(number))
+
+    @rule(number=st.integers(0, 6))
+    def pin(self, number: int) -> None:
+        self.plan.pin([key(number)])
+
+    @rule(number=st.integers(0, 6))
+    def unpin(self, number: int) -> None:
+        self.plan.unpin([key(number)])
+
+    @rule()
+    def clear(self) -> None:
+        self.plan.clear()
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        plan = self.plan
+        used = set(plan._index.values())
+        assert len(used) == len(plan._index)
+        assert not used & set(plan._free)
+        assert len(plan._free) == len(set(plan._free))
+        assert min(plan._leases) >= 0
+        lost = set(range(3)) - used - set(plan._free)
+        assert all(plan._leases[slot] for slot in lost), "a slot is neither free nor in use"
+
+
+TestPlannerMachine = PlannerMachine.TestCase
+TestPlannerMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("name", ["LRU", "LFU", "FIFO", "MRU"])
+def test_every_policy_works_under_a_full_arena(name: str) -> None:
+    plan = Planner(2, policy(name), Counters())
+    for number in range(10):
+        store(plan, number)
+    assert plan.chunks == 2
