@@ -1,0 +1,126 @@
+"""Finds plugins without running them.
+
+Knows distributions, entry points and version requirements. Imports no plugin
+and decides nothing: that is `plugins`' business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module, metadata
+
+from packaging.requirements import InvalidRequirement, Requirement
+
+ENTRY_POINT_GROUP = "lmcache.plugins"
+CORE = "lmcache-core"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plugin that could be loaded: who ships it, and how."""
+
+    name: str
+    distribution: str
+    version: str
+    target: str
+    load: Callable[[], object]
+    requires: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """Unique in a process, even where two distributions call a plugin the same."""
+        return f"{self.distribution}:{self.name}"
+
+
+def builtin(module: str) -> Candidate:
+    """A plugin that ships inside core."""
+    return Candidate(
+        name=module.rpartition(".")[2],
+        distribution=CORE,
+        version=core_version() or "?",
+        target=module,
+        load=lambda: import_module(module),
+    )
+
+
+def installed() -> list[Candidate]:
+    """Every entry point in the group, sorted by name and distribution.
+
+    Walks the distributions itself: ``importlib.metadata.entry_points`` raises when any
+    distribution at all, related or not, has an entry-point file that can't be parsed.
+    """
+    found: dict[str, list[Candidate]] = {}
+    for distribution in metadata.distributions():
+        text = distribution.read_text("entry_points.txt")
+        if not text or ENTRY_POINT_GROUP not in text:
+            continue
+        name = distribution.metadata["Name"] or "?"
+        # The first of two distributions with one name is the one that imports find.
+        found.setdefault(normalised(name), list(_candidates(distribution, name)))
+    return sorted(
+        (candidate for group in found.values() for candidate in group),
+        key=lambda candidate: (candidate.name, candidate.distribution),
+    )
+
+
+def _candidates(distribution: metadata.Distribution, name: str) -> Iterator[Candidate]:
+    version = distribution.metadata["Version"] or "?"
+    try:
+        entry_points = list(distribution.entry_points)
+    except Exception as error:  # noqa: BLE001 - the parser raises whatever a bad line leads to
+        yield Candidate(
+            name, name, version, "entry_points.txt", _raiser(f"can't be parsed: {error}")
+        )
+        return
+    for entry_point in entry_points:
+        if entry_point.group == ENTRY_POINT_GROUP:
+            yield Candidate(
+                name=entry_point.name,
+                distribution=name,
+                version=version,
+                target=entry_point.value,
+                load=entry_point.load,
+                requires=tuple(distribution.requires or ()),
+            )
+
+
+def _raiser(message: str) -> Callable[[], object]:
+    def load() -> object:
+        raise ImportError(message)
+
+    return load
+
+
+def unmet_core_requirement(requires: tuple[str, ...]) -> str:
+    """Why a distribution doesn't go with the core that is running, or an empty string.
+
+    pip checks this when it installs, but ``--no-deps`` and later upgrades of core get around it.
+    """
+    running = core_version()
+    for text in requires:
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement as error:
+            return f"its requirement {text!r} can't be read: {error}"
+        if normalised(requirement.name) != CORE or running is None:
+            continue
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        if not requirement.specifier.contains(running, prereleases=True):
+            return f"needs {CORE}{requirement.specifier}, but {CORE} {running} is installed"
+    return ""
+
+
+def core_version() -> str | None:
+    """The installed version of core; ``None`` when it runs without being installed."""
+    try:
+        return metadata.version(CORE)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def normalised(name: str) -> str:
+    """A distribution's name as PEP 503 compares names."""
+    return re.sub(r"[-_.]+", "-", name).lower()
