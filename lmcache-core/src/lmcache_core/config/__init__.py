@@ -1,0 +1,68 @@
+"""What the user wants: merged from layers, checked once, frozen.
+
+`load_config` is all that the rest of core needs. `layers` knows where values
+come from, `lmcache_keys` what LMCache calls them, `schema` what they mean.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lmcache_core.config import layers, lmcache_keys, schema
+from lmcache_core.config.schema import BackendSection, Config, CoreConfig
+from lmcache_core.plugins import Plugins
+
+__all__ = ["BackendSection", "Config", "CoreConfig", "load_config"]
+
+FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
+
+
+def load_config(
+    plugins: Plugins,
+    *,
+    file: str | os.PathLike[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    engine: tuple[str, Mapping[str, Any]] | None = None,
+    engine_ignores: Collection[str] = (),
+    assignments: Sequence[str] = (),
+) -> Config:
+    """Read every layer and answer the one valid configuration that they make.
+
+    Args:
+        plugins: what is installed; each backend's own options are checked by its plugin.
+        file: a YAML or JSON file; ``None`` means ``LMCACHE_CONFIG_FILE`` of ``environ``, if set.
+        environ: ``None`` means ``os.environ``.
+        engine: the engine's name and what it passes on, such as ``("vLLM", extra_config)``. Our
+            keys start with ``lmcache.``.
+        engine_ignores: other keys in there that are the engine's own, besides those that
+            `lmcache_keys.ENGINE_KEYS` knows.
+        assignments: ``KEY=VALUE`` texts of ``--set``; dots nest.
+
+    Raises:
+        ConfigError: with everything that is wrong, each with its origin.
+    """
+    environ = os.environ if environ is None else environ
+    problems: list[str] = []
+    notices: list[str] = []
+    found: list[layers.Layer] = []
+    if file is not None:
+        found.append(layers.file_layer(Path(file), problems))
+    elif path := environ.get(FILE_VARIABLE):
+        found.append(layers.file_layer(Path(path), problems, f" ({FILE_VARIABLE})"))
+    own, foreign = lmcache_keys.split_environment(environ)
+    found.append(layers.env_layer(own))
+    if foreign:
+        notices.append(f"{', '.join(foreign)}: not an option of this version; not read")
+    if engine is not None:
+        name, extra = engine
+        ours = lmcache_keys.split_engine_keys(name, extra, engine_ignores, problems, notices)
+        found.append(layers.engine_layer(name, ours))
+    found.append(layers.cli_layer(assignments, problems))
+
+    renamed = [lmcache_keys.rename_aliases(layer, problems, notices) for layer in found]
+    merged = layers.merge(renamed)
+    lmcache_keys.upgrade(merged, plugins, problems, notices)
+    return schema.validate(merged, plugins, problems, notices)

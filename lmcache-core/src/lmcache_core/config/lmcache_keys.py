@@ -1,0 +1,334 @@
+"""Understands LMCache's flat dialect. Only this file and its table know the keys.
+
+`rename_aliases` runs on each layer, so that an old name in the environment
+still beats a new one in a file; `upgrade` runs once on the merged layers, so
+that ``LMCACHE_REMOTE_URL`` beats ``remote_url`` in a file. Origins move with the
+values. What is wrong is appended to ``problems``, and what the user should know
+to ``notices``; nothing is raised.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from lmcache_core.config.layers import ENV_NESTING, ENV_PREFIX, KeyPath, Layer, Merged
+from lmcache_core.config.lmcache_table import (
+    ALIASES,
+    ENGINE_KEYS,
+    ENGINE_PREFIXES,
+    ENVIRONMENT,
+    EXTRA_KEYS,
+    EXTRA_PREFIXES,
+    FOREIGN_ENVIRONMENT,
+    KEYS,
+    URL_PACKAGES,
+    Fate,
+    Key,
+)
+from lmcache_core.config.problem import describe, without_password
+from lmcache_core.errors import PluginError
+from lmcache_core.plugins import Plugins
+
+DISK = "local_disk"
+REMOTE = "remote"
+ENGINE_PREFIX = "lmcache."
+
+# Kubernetes and Docker describe a service named lmcache-… to every container in this form.
+_SERVICE_LINK = re.compile(
+    r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$"
+)
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
+
+
+def split_environment(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The ``LMCACHE_…`` variables that set options, and those of LMCache's that don't."""
+    own: dict[str, str] = {}
+    foreign: list[str] = []
+    for name, value in environ.items():
+        if not name.startswith(ENV_PREFIX) or name in ENVIRONMENT:
+            continue
+        if _SERVICE_LINK.search(name) or (name.endswith("_PORT") and _SERVICE_ADDRESS.match(value)):
+            continue
+        if name.startswith(FOREIGN_ENVIRONMENT):
+            foreign.append(name)
+        else:
+            own[name] = value
+    return own, sorted(foreign)
+
+
+def split_engine_keys(
+    engine: str,
+    extra: Mapping[str, Any],
+    ignores: Collection[str],
+    problems: list[str],
+    notices: list[str],
+) -> dict[str, Any]:
+    """Our options among an engine's extra configuration, without their ``lmcache.`` prefix."""
+    own: dict[str, Any] = {}
+    server: list[str] = []
+    for key, value in extra.items():
+        name = key.removeprefix(ENGINE_PREFIX)
+        if key in ignores or key in ENGINE_KEYS:
+            continue
+        if name == key:
+            problems.append(
+                f"{key} ({engine} extra config)\n      our keys start with '{ENGINE_PREFIX}' "
+                f"there: write '{ENGINE_PREFIX}{key}' if it is one, or take it out"
+            )
+        elif name.startswith(ENGINE_PREFIXES):
+            server.append(key)
+        else:
+            own[name] = value
+    if server:
+        why = KEYS["mp_host"].why
+        notices.append(f"{', '.join(server)} ({engine} extra config): no effect: {why}")
+    return own
+
+
+def rename_aliases(layer: Layer, problems: list[str], notices: list[str]) -> Layer:
+    """``layer`` with the old names of keys replaced by the present ones."""
+    old_names = [name for name in layer.values if name in ALIASES]
+    if not old_names:
+        return layer
+    values, origins = dict(layer.values), dict(layer.origins)
+    for old in old_names:
+        new, origin = ALIASES[old], layer.origin((old,))
+        if new in values:
+            problems.append(f"{old} ({origin})\n      is the old name of {new}, which is also set")
+            del values[old]
+            continue
+        values[new] = values.pop(old)
+        origins[(new,)] = origin
+        notices.append(f"{old} ({origin}) is now called {new}")
+    return Layer(layer.name, values, origins)
+
+
+def upgrade(merged: Merged, plugins: Plugins, problems: list[str], notices: list[str]) -> None:
+    """Rewrite LMCache's keys in place into options and sections of ours."""
+    _Upgrade(merged, plugins, problems, notices).run()
+
+
+class _Upgrade:
+    """One run of `upgrade`: what all its steps share."""
+
+    def __init__(
+        self, merged: Merged, plugins: Plugins, problems: list[str], notices: list[str]
+    ) -> None:
+        self.merged = merged
+        self.values = merged.values
+        self.plugins = plugins
+        self.problems = problems
+        self.notices = notices
+        self.silent: dict[str, list[str]] = {}
+        """Why something has no effect → the keys for which that is so."""
+
+    def run(self) -> None:
+        extra = self._take("extra_config")
+        self._disk()
+        self._remote()
+        for name in [name for name in self.values if name in KEYS]:
+            if KEYS[name].fate is not Fate.OPTION:
+                self._settle(KEYS[name], (name,), self._take(name))
+        self._order_tiers()
+        self._extra(extra)
+        for why, keys in self.silent.items():
+            self.notices.append(f"{', '.join(keys)}: no effect: {why}")
+
+    def _take(self, name: str) -> Any:
+        value = self.values.pop(name, None)
+        return None if isinstance(value, str) and not value.strip() else value
+
+    def _origin(self, *path: str) -> str:
+        return self.merged.origin(path)
+
+    def _problem(self, path: KeyPath, value: Any, text: str) -> None:
+        self.problems.append(describe(path, value, self._origin(*path), text))
+
+    def _no_effect(self, why: str, *path: str) -> None:
+        self.silent.setdefault(why, []).append(f"{'.'.join(path)} ({self._origin(*path)})")
+
+    def _settle(self, key: Key, path: KeyPath, value: Any) -> None:
+        """Do what the table says about a key that doesn't become an option."""
+        if key.fate is Fate.NO_EFFECT:
+            self._no_effect(key.why, *path)
+        elif key.fate is Fate.REFUSED and is_set(value):
+            text = f"isn't available in this version: {key.why}. Remove it to start without"
+            self._problem(path, value, text)
+
+    # -- local_disk, remote_url ------------------------------------------------------------
+
+    def _section(self, name: str, origin_key: str, options: Mapping[str, Any]) -> bool:
+        sections = self._sections()
+        if sections is None or sections.get(name) is not None:
+            self._problem((origin_key,), None, f"backends.{name} is set too; keep one of the two")
+            return False
+        origin = f"{origin_key}, {self._origin(origin_key)}"
+        for option, value in options.items():
+            self.merged.put(("backends", name, option), value, origin)
+        return True
+
+    def _sections(self) -> dict[str, Any] | None:
+        """``backends`` as a mapping; ``None`` when it is something else, which `schema` reports."""
+        sections = self.values.get("backends")
+        if sections is None:
+            return {}
+        return sections if isinstance(sections, dict) else None
+
+    def _disk(self) -> None:
+        folder, size = self._take(DISK), self._take("max_local_disk_size")
+        if folder is None:
+            if size is not None and is_set(size):
+                self._no_effect("there is no local_disk", "max_local_disk_size")
+            return
+        path = self._folder(folder)
+        gib = None if size is None else self._size(size)
+        if path is None or (size is not None and gib is None):
+            return
+        if gib == 0:
+            self._no_effect(
+                f"max_local_disk_size ({self._origin('max_local_disk_size')}) is 0, which turns "
+                "the disk off; leave it out for a disk without a bound",
+                DISK,
+            )
+            return
+        if self._section(DISK, DISK, {"type": "filesystem", "path": path}) and gib is not None:
+            origin = f"max_local_disk_size, {self._origin('max_local_disk_size')}"
+            self.merged.put(("backends", DISK, "max_size_gib"), gib, origin)
+
+    def _folder(self, value: Any) -> str | None:
+        folders = value if isinstance(value, list) else str(value).split(",")
+        folders = [f.strip() for f in map(str, folders) if f.strip()]
+        if isinstance(value, (bool, int, float, dict)) or not folders:
+            self._problem((DISK,), value, "is a folder, such as /var/cache/lmcache")
+            return None
+        if len(folders) > 1:
+            text = (
+                "takes one folder; for more, list sections with `type: filesystem` and a `path` "
+                "under `backends:`"
+            )
+            self._problem((DISK,), ", ".join(folders), text)
+            return None
+        return folders[0].removeprefix("file://")
+
+    def _size(self, value: Any) -> float | None:
+        try:
+            gib = float("nan") if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            gib = math.nan
+        if math.isfinite(gib) and gib >= 0:
+            return gib
+        self._problem(("max_local_disk_size",), value, "is a size in GiB, 0 or more")
+        return None
+
+    def _remote(self) -> None:
+        url, serde = self._take("remote_url"), self._take("remote_serde")
+        if url is None:
+            if serde is not None:
+                self._no_effect("there is no remote_url", "remote_serde")
+            return
+        if not isinstance(url, str) or "://" not in url:
+            self._problem(("remote_url",), url, "is an address, such as redis://host:6379")
+            return
+        try:
+            descriptor = self.plugins.backend_for_url(url)
+            if descriptor is None:
+                self._problem(("remote_url",), url, self._unopened(url))
+                return
+            options = self.plugins.options_from_url(descriptor, url)
+        except PluginError as error:
+            self._problem(("remote_url",), url, without_password(str(error)))
+            return
+        made = self._section(REMOTE, "remote_url", {"type": descriptor.name, **options})
+        if made and serde is not None:
+            origin = f"remote_serde, {self._origin('remote_serde')}"
+            self.merged.put(("backends", REMOTE, "serde"), serde, origin)
+
+    def _unopened(self, url: str) -> str:
+        scheme = url.partition("://")[0].lower()
+        schemes = sorted({s for b in self.plugins.storage_backends() for s in b.url_schemes})
+        text = f"no installed plugin opens {scheme}:// addresses"
+        text += f"; installed ones open: {', '.join(schemes) or 'none'}"
+        if unusable := self.plugins.unusable():
+            text += f"; not usable: {unusable}"
+        if package := URL_PACKAGES.get(scheme):
+            text += f". Try: pip install {package}"
+        return text
+
+    def _order_tiers(self) -> None:
+        """Nearest first: the disk, then the remote store, then ``backends`` as it is written."""
+        if sections := self._sections():
+            first = {name: sections[name] for name in (DISK, REMOTE) if name in sections}
+            self.values["backends"] = {**first, **sections}
+
+    # -- extra_config ----------------------------------------------------------------------
+
+    def _extra(self, extra: Any) -> None:
+        if extra is None:
+            return
+        if not isinstance(extra, dict):
+            self._problem(("extra_config",), extra, "must be a mapping of options")
+            return
+        unknown: list[str] = []
+        for name, value in extra.items():
+            if not self._route(name, value):
+                unknown.append(f"extra_config.{name} ({self._origin('extra_config', name)})")
+        if unknown:
+            self.notices.append(f"{', '.join(unknown)}: no installed plugin reads this; ignored")
+
+    def _route(self, name: str, value: Any) -> bool:
+        """Bring one ``extra_config`` key to where it belongs; False if nobody knows it."""
+        path = ("extra_config", name)
+        sections = {
+            section: options.get("type", section) if isinstance(options, dict) else section
+            for section, options in (self._sections() or {}).items()
+        }
+        if name == "gpu_to_numa_mapping":
+            self.merged.put(("numa_mapping",), value, f"extra_config.{name}, {self._origin(*path)}")
+            return True
+        if name == "use_odirect" and DISK in sections:
+            self._set_option(DISK, "direct_io", value, path)
+            return True
+        if owner := self.plugins.owner_of_extra_key(name, sections.values()):
+            backend, option = owner
+            section = next((s for s, kind in sections.items() if kind == backend), None)
+            if option == "type" and is_set(value) and section is None:
+                self._set_option(backend, "type", backend, path)
+            elif option != "type" and section is not None:
+                self._set_option(section, option, value, path)
+            elif option != "type":
+                self._no_effect(f"the backend {backend!r} isn't configured", *path)
+            return True
+        key = EXTRA_KEYS.get(name)
+        key = key or next(
+            (k for start, k in EXTRA_PREFIXES.items() if name.startswith(start)), None
+        )
+        if key is None:
+            return False
+        if key.fate is Fate.SECTION:
+            self._no_effect("there is no local_disk", *path)
+        self._settle(key, path, value)
+        return True
+
+    def _set_option(self, section: str, option: str, value: Any, path: KeyPath) -> None:
+        origin = f"{'.'.join(path)}, {self._origin(*path)}"
+        self.merged.put(("backends", section, option), value, origin)
+
+
+def is_set(value: Any) -> bool:
+    """Whether ``value`` asks for anything. Text counts as what it says: ``"false"`` doesn't."""
+    if isinstance(value, str):
+        return value.strip().lower() not in ("", "0", "false", "no", "off", "none", "null")
+    return bool(value)
+
+
+def known_names() -> list[str]:
+    """Every top-level key that LMCache has, for suggestions."""
+    return [*KEYS, *ALIASES]
+
+
+def variable(path: KeyPath) -> str:
+    """The environment variable that sets the option at ``path``."""
+    return ENV_PREFIX + ENV_NESTING.join(path).upper()
