@@ -1,0 +1,184 @@
+"""``lmcache doctor``: would this machine and this configuration work?"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lmcache_core.cli.config import add_options, load
+from lmcache_core.collision import refuse_upstream
+from lmcache_core.config import BackendSection, Config
+from lmcache_core.config.schema import hidden
+from lmcache_core.discovery import core_version
+from lmcache_core.errors import ConfigError
+from lmcache_core.plugins import Plugins
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, _SubParsersAction
+
+EXAMPLES = """\
+examples:
+  lmcache doctor
+  lmcache doctor --file lmcache.yaml
+  lmcache doctor --set local_disk=/var/cache/lmcache
+
+Each line starts with ok, warn or FAIL; exits with 1 if there is a FAIL.
+"""
+
+GIB = 1 << 30
+Verdict = Literal["ok", "warn", "FAIL"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    verdict: Verdict
+    text: str
+
+
+def add(subcommands: _SubParsersAction[ArgumentParser], plugins: Plugins) -> None:
+    """Add the subcommand."""
+    parser = subcommands.add_parser(
+        "doctor",
+        help="check the installation, the plugins, the configuration and the machine",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser)
+    parser.set_defaults(run=lambda args: run(args, plugins))
+
+
+def run(args: argparse.Namespace, plugins: Plugins) -> int:
+    """Print all findings; 1 if one of them is a failure."""
+    failed = False
+    for finding in findings(args, plugins):
+        failed |= finding.verdict == "FAIL"
+        print(f"{finding.verdict:<4}  {finding.text}")
+    return int(failed)
+
+
+def findings(args: argparse.Namespace, plugins: Plugins) -> Iterator[Finding]:
+    """Everything that is checked, from the installation up to the configured folders."""
+    yield from _installation()
+    yield from _plugins(plugins)
+    try:
+        config = load(args, plugins)
+    except ConfigError as error:
+        yield Finding("FAIL", f"configuration: {error}")
+    else:
+        yield Finding("ok", f"configuration: {len(config.backends)} backends behind host memory")
+        yield from (Finding("warn", f"configuration: {notice}") for notice in config.notices)
+        yield _memory(config, memory_bytes())
+        if config.core.local_cpu_use_hugepages:
+            yield _huge_pages(config)
+        for section in config.backends:
+            if section.type == "filesystem":
+                yield from _disk(section)
+    yield from (Finding("ok", line) for line in plugins.report())
+
+
+def _installation() -> Iterator[Finding]:
+    yield Finding("ok", f"python {platform.python_version()} at {sys.executable}")
+    yield Finding("ok", f"lmcache-core {core_version() or '(not installed)'}")
+    # Not imported: that takes seconds, and core doesn't need it.
+    if find_spec("torch") is None:
+        yield Finding("warn", "torch isn't installed; engine connectors need it, core doesn't")
+    else:
+        yield Finding("ok", f"torch {_version('torch')}")
+    try:
+        refuse_upstream()
+    except ConfigError as error:
+        yield Finding("FAIL", str(error))
+    else:
+        yield Finding("ok", "upstream's lmcache isn't in the way")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+def _plugins(plugins: Plugins) -> Iterator[Finding]:
+    for record in plugins.records:
+        text = f"plugin {record.name} of {record.distribution} {record.version}: {record.status}"
+        usable = record.status in ("ok", "disabled") and not record.detail.startswith("lmcache_")
+        yield Finding(
+            "ok" if usable else "warn", text + (f", {record.detail}" if record.detail else "")
+        )
+    yield from (Finding("warn", line) for line in plugins.conflicts())
+
+
+def _memory(config: Config, available: int | None) -> Finding:
+    wanted = config.core.max_local_cpu_size * GIB
+    text = f"memory: max_local_cpu_size is {config.core.max_local_cpu_size:g} GiB for each rank"
+    if available is None:
+        return Finding("warn", f"{text}; how much this process may have can't be found out")
+    text += f" of {available / GIB:.1f} GiB that this machine or container has"
+    if wanted > available:
+        return Finding("FAIL", f"{text}: lower max_local_cpu_size")
+    return Finding("warn" if wanted > 0.8 * available else "ok", text)
+
+
+def memory_bytes(cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None:
+    """Bytes of memory that this machine has, or the container if that is less."""
+    sizes: list[int] = []
+    with suppress(ValueError, OSError):  # not known to this system
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    try:
+        limit = cgroup.read_text().strip()
+    except OSError:  # no cgroup, or version 1
+        limit = ""
+    if limit.isdigit():
+        sizes.append(int(limit))
+    return min(sizes, default=None)
+
+
+def _huge_pages(config: Config) -> Finding:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return Finding("warn", "huge pages: this system doesn't say how many it has")
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    free = int(fields.get("HugePages_Free", "0"))
+    size = int(fields.get("Hugepagesize", "0 kB").split()[0]) * 1024
+    needed = config.core.max_local_cpu_size * GIB
+    text = f"huge pages: {free * size / GIB:.1f} GiB free"
+    if free * size >= needed:
+        return Finding("ok", text)
+    return Finding(
+        "FAIL", f"{text}, {needed / GIB:g} GiB needed; reserve them: sysctl vm.nr_hugepages"
+    )
+
+
+def _disk(section: BackendSection) -> Iterator[Finding]:
+    options = hidden(section.options)
+    folder = Path(str(options["path"]))
+    here = f"backends.{section.name}: {folder}"
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    try:
+        # os.access says yes to root even on a read-only filesystem; trying is the only answer.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        yield Finding("FAIL", f"{here} can't be written to ({existing}: {error.strerror})")
+        return
+    made = "" if existing == folder else ", will be created"
+    yield Finding("ok", f"{here} can be written to{made}; {free / GIB:.1f} GiB free")
+    bound = options.get("max_size_gib")
+    if isinstance(bound, (int, float)) and bound * GIB > free:
+        yield Finding("warn", f"{here}: max_size_gib is {bound:g}, more than is free now")
