@@ -1,0 +1,92 @@
+"""Counters, and how they reach Prometheus."""
+
+from __future__ import annotations
+
+import threading
+
+from lmcache_core.metrics import Counters, render_prometheus
+
+
+def test_series_are_told_apart_by_labels_in_any_order() -> None:
+    counters = Counters()
+    counters.add("load_failures", tier="disk", reason="miss")
+    counters.add("load_failures", 2, reason="miss", tier="disk")
+    counters.add("load_failures", tier="host", reason="miss")
+    assert counters.snapshot() == {
+        ("load_failures", (("reason", "miss"), ("tier", "disk"))): 3,
+        ("load_failures", (("reason", "miss"), ("tier", "host"))): 1,
+    }
+
+
+def test_a_label_may_be_called_name() -> None:
+    counters = Counters()
+    counters.add("x", 1, name="y", value="z")
+    assert counters.snapshot() == {("x", (("name", "y"), ("value", "z"))): 1}
+
+
+def test_a_snapshot_is_a_copy() -> None:
+    counters = Counters()
+    before = counters.snapshot()
+    counters.add("store_chunks")
+    assert before == {}
+
+
+def test_deltas_add_up_to_the_total_on_the_other_side() -> None:
+    worker, scheduler = Counters(), Counters()
+    scheduler.add("store_chunks", 5)
+    for value in (1, 2):
+        worker.add("store_chunks", value)
+        scheduler.merge(worker.delta())
+    assert scheduler.snapshot() == {("store_chunks", ()): 8}
+    assert worker.delta() == {}
+    assert worker.snapshot() == {("store_chunks", ()): 3}
+
+
+def test_a_gauge_that_came_back_is_not_shipped() -> None:
+    counters = Counters()
+    counters.add("breaker_open", 1, backend="a")
+    counters.add("breaker_open", -1, backend="a")
+    assert counters.delta() == {}
+
+
+def test_what_was_merged_is_shipped_on() -> None:
+    counters = Counters()
+    counters.merge({("store_chunks", ()): 4})
+    assert counters.delta() == {("store_chunks", ()): 4}
+
+
+def test_no_addition_is_lost_between_threads() -> None:
+    counters, shipped = Counters(), Counters()
+
+    def work() -> None:
+        for _ in range(2000):
+            counters.add("store_chunks")
+            shipped.merge(counters.delta())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counters.snapshot() == shipped.snapshot() == {("store_chunks", ()): 8000}
+
+
+def test_prometheus_text() -> None:
+    counters = Counters()
+    counters.add("store_chunks", 2)
+    counters.add("load_failures", 1, tier="disk", reason='say "no"\\\n')
+    counters.add("load_failures", 1.5, tier="host", reason="miss")
+    counters.add("breaker_open", backend="a")
+    assert render_prometheus(counters.snapshot()) == (
+        "# TYPE lmcache_breaker_open gauge\n"
+        'lmcache_breaker_open{backend="a"} 1\n'
+        "# TYPE lmcache_load_failures_total counter\n"
+        'lmcache_load_failures_total{reason="miss",tier="host"} 1.5\n'
+        'lmcache_load_failures_total{reason="say \\"no\\"\\\\\\n",tier="disk"} 1\n'
+        "# TYPE lmcache_store_chunks_total counter\n"
+        "lmcache_store_chunks_total 2\n"
+    )
+
+
+def test_prometheus_text_of_nothing_is_empty() -> None:
+    assert render_prometheus({}) == ""
