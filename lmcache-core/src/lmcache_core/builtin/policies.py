@@ -1,0 +1,19 @@
+"""Registers the eviction policies of `lmcache_core.eviction`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lmcache_core.eviction import FIFO, LFU, LRU, MRU, CachePolicyDescriptor
+from lmcache_core.hookspecs import hookimpl
+
+
+@hookimpl
+def lmcache_cache_policies() -> Sequence[CachePolicyDescriptor]:
+    """LRU, LFU, FIFO and MRU."""
+    return [
+        CachePolicyDescriptor(name="LRU", summary="least recently used goes first", create=LRU),
+        CachePolicyDescriptor(name="LFU", summary="least often used goes first", create=LFU),
+        CachePolicyDescriptor(name="FIFO", summary="first stored goes first", create=FIFO),
+        CachePolicyDescriptor(name="MRU", summary="most recently used goes first", create=MRU),
+    ]
