@@ -1,0 +1,311 @@
+"""The memory that chunks live in: one mapping a process, cut into equal slots.
+
+Knows pages, huge pages, NUMA nodes and CUDA registration. Knows nothing about
+what a slot holds, nor about who uses it: that is the planner's business.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from lmcache_core.errors import ConfigError
+from lmcache_core.storage import HostRegion
+
+logger = logging.getLogger(__name__)
+
+PAGE_BYTES = 4096
+"""Slots start and end at multiples of this, as O_DIRECT and RDMA registration want it."""
+HUGE_PAGE_BYTES = 2 << 20
+_MAP_HUGETLB = 0x40000  # asm-generic/mman.h; Python has no name for it
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
+_MPOL_PREFERRED = 1  # a full node is no reason to be killed, as it would be with MPOL_BIND
+_MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235}
+
+
+class OwnedRegion:
+    """A `HostRegion` and the right to give it back.
+
+    ``notices`` says, in sentences, what was asked for and couldn't be had; they were logged too.
+    Without `close` the memory goes when the last memoryview of it does.
+    """
+
+    def __init__(self, region: HostRegion, mapping: _Mapping, notices: tuple[str, ...]) -> None:
+        self.region = region
+        self.notices = notices
+        self._mapping: _Mapping | None = mapping
+
+    def close(self) -> None:
+        """Give the memory back, or leave that to the last memoryview of it. Idempotent."""
+        mapping, self._mapping = self._mapping, None
+        if mapping is None:
+            return
+        mapping.unregister()
+        self.region.view.release()
+        try:
+            mapping.close()
+        except BufferError:
+            logger.debug("host memory is still in use; it goes with the last view of it")
+
+
+class HostArena:
+    """A region cut into ``slots`` slots of ``slot_bytes`` each, rounded up to whole pages.
+
+    Raises:
+        ConfigError: the region doesn't hold a single slot.
+    """
+
+    def __init__(self, region: HostRegion, slot_bytes: int) -> None:
+        self.slot_bytes = _rounded(max(slot_bytes, 1), PAGE_BYTES)
+        self._region = region
+        self._start = -region.address % PAGE_BYTES
+        self.slots = max(0, region.nbytes - self._start) // self.slot_bytes
+        if not self.slots:
+            raise ConfigError(
+                f"{_size(region.nbytes)} of host memory (max_local_cpu_size) don't hold one chunk, "
+                f"which takes {_size(self.slot_bytes)}; raise max_local_cpu_size or lower "
+                "chunk_size"
+            )
+
+    def slot(self, index: int) -> memoryview:
+        """All bytes of a slot. A view, not a copy.
+
+        Raises:
+            IndexError: there is no such slot.
+        """
+        start = self._offset(index)
+        return self._region.view[start : start + self.slot_bytes]
+
+    def address(self, index: int) -> int:
+        """Where a slot starts, as an address in this process.
+
+        Raises:
+            IndexError: there is no such slot.
+        """
+        return self._region.address + self._offset(index)
+
+    def _offset(self, index: int) -> int:
+        if not 0 <= index < self.slots:
+            raise IndexError(f"slot {index}: there are {self.slots}")
+        return self._start + index * self.slot_bytes
+
+
+def allocate_region(
+    nbytes: int,
+    *,
+    hugepages: bool = False,
+    numa_mode: str | None = None,
+    populate: bool = False,
+) -> OwnedRegion:
+    """Map ``nbytes`` of private memory, rounded up to whole pages and zero until written.
+
+    A page costs memory when it is first written; with ``populate`` all of it is there at once.
+    ``hugepages`` asks for reserved 2 MiB pages, and where there aren't enough of them for
+    transparent ones. ``numa_mode="auto"`` prefers the node that this process's CPUs are on. What
+    can't be had is a notice, not an error.
+
+    Where torch has initialised CUDA in this process, the region is registered with it, so that
+    copies are asynchronous. That part wasn't run on hardware, only against a stand-in.
+
+    Raises:
+        ConfigError: there isn't that much memory, or the arguments make no sense.
+    """
+    if nbytes < 1:
+        raise ConfigError(f"max_local_cpu_size: {nbytes} bytes of host memory can't be allocated")
+    if numa_mode not in (None, "auto"):
+        raise ConfigError(f"numa_mode: {numa_mode!r} isn't known; use auto, or leave it out")
+    nbytes = _rounded(nbytes, HUGE_PAGE_BYTES if hugepages else PAGE_BYTES)
+    _refuse_more_than_there_is(nbytes)
+    notices: list[str] = []
+    mapping = _map(nbytes, hugepages, notices)
+    if numa_mode == "auto":
+        _prefer_own_node(mapping, notices)
+    if populate:
+        _populate(mapping)
+    mapping.register(notices)
+    for notice in notices:
+        logger.warning("host memory: %s", notice)
+    region = HostRegion(mapping.address, nbytes, memoryview(mapping))
+    return OwnedRegion(region, mapping, tuple(notices))
+
+
+def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that this process could still take without swapping or being killed for it.
+
+    The smaller of the machine's MemAvailable and what the process's control groups (version 2)
+    have left. File pages count as available: the kernel drops them first. ``sys.maxsize`` where the
+    system doesn't say.
+    """
+    available = _field(proc / "meminfo", "MemAvailable:") * 1024 or sys.maxsize
+    for line in _lines(proc / "self/cgroup"):
+        if not line.startswith("0::"):
+            continue
+        group = cgroups / line[3:].lstrip("/")
+        while group == cgroups or cgroups in group.parents:
+            limit = "".join(_lines(group / "memory.max")).strip()
+            if limit.isdigit():
+                used = int("".join(_lines(group / "memory.current")).strip() or 0)
+                files = _field(group / "memory.stat", "inactive_file")
+                available = min(available, max(0, int(limit) - used + files))
+            group = group.parent
+    return available
+
+
+def own_node(sysfs: Path = Path("/sys/devices/system/node")) -> tuple[int | None, str]:
+    """The NUMA node that all CPUs of this process are on; or ``None``, and why there is none."""
+    nodes = sorted(int(path.name[4:]) for path in sysfs.glob("node[0-9]*"))
+    if len(nodes) < 2:
+        return None, "this machine has one NUMA node"
+    mine = os.sched_getaffinity(0)
+    used = [node for node in nodes if mine & _cpus(sysfs / f"node{node}" / "cpulist")]
+    if len(used) != 1:
+        return None, (
+            f"this process may run on NUMA nodes {used}; bind it to one (numactl --cpunodebind)"
+        )
+    return used[0], ""
+
+
+class _Mapping(mmap.mmap):
+    """An anonymous mapping that ends its CUDA registration before it ends."""
+
+    cudart: Any = None
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(ctypes.c_char.from_buffer(self))
+
+    def register(self, notices: list[str]) -> None:
+        """Register with CUDA, if torch is in this process and has a CUDA context already.
+
+        Never the first to touch CUDA: that would make a context, of some 600 MiB, on a device that
+        the engine may not have chosen. Not run on hardware.
+        """
+        torch: Any = sys.modules.get("torch")
+        if torch is None or not torch.cuda.is_initialized():
+            return
+        cudart = torch.cuda.cudart()
+        status = int(cudart.cudaHostRegister(self.address, len(self), 0))
+        if status:
+            notices.append(f"CUDA error {status} on registering it; copies will be synchronous")
+        else:
+            self.cudart = cudart
+
+    def unregister(self) -> None:
+        cudart, self.cudart = self.cudart, None
+        if cudart is not None:
+            cudart.cudaHostUnregister(self.address)
+
+    def __del__(self) -> None:
+        # A region from the hook has no owner to close it. mmap unmaps only after this.
+        self.unregister()
+
+
+def _map(nbytes: int, hugepages: bool, notices: list[str]) -> _Mapping:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if hugepages:
+        try:
+            return _Mapping(-1, nbytes, flags=flags | _MAP_HUGETLB)
+        except OSError as error:
+            notices.append(
+                f"no {nbytes // HUGE_PAGE_BYTES} reserved huge pages ({error.strerror}); "
+                "transparent ones are used where the kernel has them. See vm.nr_hugepages"
+            )
+    try:
+        mapping = _Mapping(-1, nbytes, flags=flags)
+    except OSError as error:
+        raise ConfigError(
+            f"{_size(nbytes)} of host memory (max_local_cpu_size) can't be mapped: "
+            f"{error.strerror}; lower max_local_cpu_size"
+        ) from error
+    if hugepages:
+        try:
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:
+            notices.append(f"no transparent huge pages either: {error.strerror}")
+    return mapping
+
+
+def _refuse_more_than_there_is(nbytes: int) -> None:
+    available = available_bytes()
+    if nbytes > available:
+        raise ConfigError(
+            f"max_local_cpu_size asks for {_size(nbytes)} of host memory ({nbytes} bytes), but "
+            f"only {_size(available)} ({available} bytes) are available (MemAvailable, or what the "
+            "control group has left); lower max_local_cpu_size, which counts for each process"
+        )
+
+
+def _prefer_own_node(mapping: _Mapping, notices: list[str]) -> None:
+    node, why = own_node()
+    if node is None:
+        notices.append(f"numa_mode has no effect: {why}")
+        return
+    failed = _mbind(mapping.address, len(mapping), node)
+    if failed:
+        notices.append(f"numa_mode has no effect: mbind to node {node}: {os.strerror(failed)}")
+
+
+def _mbind(address: int, nbytes: int, node: int) -> int:
+    """Prefer ``node`` for pages that aren't touched yet; answers an errno. No libnuma needed."""
+    number = _MBIND.get(os.uname().machine)
+    if number is None:
+        return 38  # ENOSYS, whatever this architecture calls it
+    words = node // 64 + 1
+    mask = (ctypes.c_uint64 * words)()
+    mask[node // 64] = 1 << node % 64
+    libc = ctypes.CDLL(None, use_errno=True)
+    status = libc.syscall(
+        ctypes.c_long(number),
+        ctypes.c_void_p(address),
+        ctypes.c_ulong(nbytes),
+        ctypes.c_int(_MPOL_PREFERRED),
+        mask,
+        ctypes.c_ulong(words * 64 + 1),  # the kernel reads one bit less than it is told
+        ctypes.c_uint(0),
+    )
+    return ctypes.get_errno() if status else 0
+
+
+def _populate(mapping: _Mapping) -> None:
+    try:
+        mapping.madvise(_MADV_POPULATE_WRITE)
+    except OSError:  # an older kernel, or one that has no such pages left
+        with memoryview(mapping) as view, view[::PAGE_BYTES] as pages:
+            pages[:] = bytes(len(pages))
+
+
+def _cpus(path: Path) -> set[int]:
+    """The CPUs of a list such as ``0-3,8``."""
+    cpus: set[int] = set()
+    for part in filter(None, "".join(_lines(path)).strip().split(",")):
+        first, _, last = part.partition("-")
+        cpus.update(range(int(first), int(last or first) + 1))
+    return cpus
+
+
+def _field(path: Path, name: str) -> int:
+    for line in _lines(path):
+        words = line.split()
+        if len(words) > 1 and words[0] == name:
+            return int(words[1])
+    return 0
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _rounded(nbytes: int, unit: int) -> int:
+    return -(-nbytes // unit) * unit
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.2f} MiB"
