@@ -1,0 +1,393 @@
+"""Deadlines, retries, the circuit breaker and quiet logs around calls to code that may fail.
+
+The only module that does these things, and the only one (but for the plugin
+loader) that catches whatever comes out of a plugin. What leaves it is an
+`Answer`, never an exception: whoever asked degrades to a miss.
+
+Knows calls and clocks. Knows nothing about chunks or tiers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Generic, TypeVar
+
+from lmcache_core.errors import BackendError, BackendRejected, BackendTimeout, BackendUnavailable
+from lmcache_core.metrics import Counters
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+LOG_EVERY_S = 30.0
+"""How often, at the most, failures of one operation are logged."""
+_BACKOFF_S = 0.05
+
+
+@dataclass(frozen=True)
+class Answer(Generic[T]):
+    """What came of a guarded call: ``value``, or ``error`` and no value."""
+
+    value: T | None = None
+    error: BaseException | None = None
+    unsettled: asyncio.Task[Any] | None = None
+    """The call itself, where it missed its deadline and may still touch the caller's buffers.
+    Nobody else may have them until it is done; what it returns or raises is of no use."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is a value."""
+        return self.error is None
+
+
+class BreakerState(str, Enum):
+    """CLOSED lets calls through, OPEN none, HALF_OPEN is OPEN while one call tries the backend."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+
+def attempt(call: Callable[..., object], *args: object) -> Exception | None:
+    """Call code that isn't ours, and answer what it raised."""
+    try:
+        call(*args)
+    except Exception as error:  # noqa: BLE001 - this is where it ends
+        return error
+    return None
+
+
+def failure_kind(error: BaseException) -> str:
+    """A short, fixed word for ``error``: it labels counters."""
+    for kind, classes in _KINDS.items():
+        if isinstance(error, classes):
+            return kind
+    return "exception"
+
+
+class Guard:
+    """Calls one backend on behalf of everybody else. Lives on one event loop.
+
+    ``retries``: how often a call is tried again after `BackendUnavailable` or `BackendTimeout`,
+    within its deadline. After ``breaker_threshold`` failed calls in a row the circuit opens: calls
+    fail at once for ``breaker_cooldown_s``, then one is let through to see. A call that was
+    rejected was answered, so it is no failure in this sense. Set ``max_concurrency`` to bound the
+    calls that run at one time; waiting for a turn counts against a call's deadline but not against
+    the backend.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        deadline_s: float,
+        retries: int = 1,
+        breaker_threshold: int = 5,
+        breaker_cooldown_s: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+        counters: Counters,
+    ) -> None:
+        self.name = name
+        self.deadline_s = deadline_s
+        self.max_concurrency: int | None = None
+        self._retries = retries
+        self._threshold = breaker_threshold
+        self._cooldown_s = breaker_cooldown_s
+        self._clock = clock
+        self._jitter = jitter
+        self._counters = counters
+        self._state = BreakerState.CLOSED
+        self._failures = 0
+        self._opened_at = 0.0
+        self._running = 0
+        self._turns: deque[asyncio.Future[None]] = deque()
+        self._unsettled: set[asyncio.Task[Any]] = set()
+        self._abandoned: set[asyncio.Task[Any]] = set()
+        self._logged: dict[str, tuple[float, int]] = {}
+
+    @property
+    def state(self) -> BreakerState:
+        """Where the circuit breaker stands."""
+        return self._state
+
+    @property
+    def saturated(self) -> bool:
+        """Whether so many calls hang and hold buffers that no more buffers are risked."""
+        return len(self._unsettled) >= self._threshold
+
+    async def call(
+        self,
+        operation: str,
+        make: Callable[[], Awaitable[T]],
+        *,
+        deadline_s: float | None = None,
+        owns_buffers: bool = False,
+    ) -> Answer[T]:
+        """Await what ``make`` makes, which is called once for each try, for ``deadline_s`` at most.
+
+        ``owns_buffers``: the call reads or writes its caller's buffers, perhaps on a thread that
+        can't be stopped. At its deadline it is then left running and handed back as ``unsettled``;
+        otherwise it is cancelled. Raises nothing but ``CancelledError``; a caller that is cancelled
+        learns nothing about its buffers and must not use them again.
+        """
+        loop = asyncio.get_running_loop()
+        deadline_s = self.deadline_s if deadline_s is None else deadline_s
+        until = loop.time() + deadline_s
+        refusal: BackendError | None = self._refusal(owns_buffers)
+        if refusal is None:
+            if await self._take_turn(until):
+                refusal = self._refusal(owns_buffers)  # again: things may have changed meanwhile
+                if refusal is not None:
+                    self._end_turn()
+            else:
+                refusal = self._late(operation, deadline_s, ", all of it waiting for its turn")
+                self._log(operation, refusal)
+        if refusal is not None:
+            self._count(operation, refusal)
+            return Answer(error=refusal)
+        probe = self._begin()
+        answer: Answer[T] | None = None
+        tried = 0
+        try:
+            while True:
+                answer = await self._once(operation, make, until, deadline_s, owns_buffers)
+                tried += 1
+                if probe or not await self._may_retry(answer, tried, until):
+                    return answer
+        finally:
+            self._end_turn()
+            self._learn(operation, answer, probe)
+
+    async def once(
+        self,
+        operation: str,
+        make: Callable[[], Awaitable[T]],
+        *,
+        deadline_s: float,
+        owns_buffers: bool = False,
+    ) -> Answer[T]:
+        """Like `call`, but one try, beside the breaker, and unlogged: for opening and closing."""
+        until = asyncio.get_running_loop().time() + deadline_s
+        return await self._once(operation, make, until, deadline_s, owns_buffers)
+
+    def now(self, operation: str, call: Callable[[], T]) -> Answer[T]:
+        """Call something that doesn't block; for the few synchronous methods of plugins."""
+        try:
+            return Answer(call())
+        except Exception as error:  # noqa: BLE001 - this is where it ends
+            self._count(operation, error)
+            self._log(operation, error)
+            return Answer(error=error)
+
+    # -- one try ---------------------------------------------------------------------------
+
+    async def _once(
+        self,
+        operation: str,
+        make: Callable[[], Awaitable[T]],
+        until: float,
+        deadline_s: float,
+        owns_buffers: bool,
+    ) -> Answer[T]:
+        async def awaited() -> T:
+            return await make()
+
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(awaited())
+        left = until - loop.time()
+        try:
+            await asyncio.wait([task], timeout=max(0.0, left))
+        except asyncio.CancelledError:
+            self._leave(task, owns_buffers)
+            raise
+        if not task.done():
+            late = self._late(operation, deadline_s)
+            self._count(operation, late)
+            self._leave(task, owns_buffers)
+            return Answer(error=late, unsettled=task if owns_buffers else None)
+        if task.cancelled():
+            error: BaseException = BackendUnavailable(f"{self.name}: {operation} was cancelled")
+        elif (raised := task.exception()) is None:
+            return Answer(task.result())
+        else:
+            error = self._translated(operation, raised)
+        self._count(operation, error)
+        return Answer(error=error)
+
+    def _leave(self, task: asyncio.Task[Any], owns_buffers: bool) -> None:
+        """Let go of a task that isn't done. The loop itself holds tasks only weakly."""
+        group = self._unsettled if owns_buffers else self._abandoned
+        group.add(task)
+
+        def ended(task: asyncio.Task[Any]) -> None:
+            group.discard(task)
+            if not task.cancelled():
+                task.exception()  # retrieved, or asyncio logs that nobody did
+
+        task.add_done_callback(ended)
+        if not owns_buffers:
+            task.cancel()
+
+    def _late(self, operation: str, deadline_s: float, doing: str = "") -> BackendTimeout:
+        return BackendTimeout(f"{self.name}: {operation} took longer than {deadline_s:g} s{doing}")
+
+    def _translated(self, operation: str, raised: BaseException) -> BaseException:
+        """Give what sloppy clients let through the class that it should have had."""
+        if isinstance(raised, BackendError):
+            return raised
+        error: BackendError
+        if isinstance(raised, (TimeoutError, asyncio.TimeoutError)):
+            error = BackendTimeout(f"{self.name}: {operation}: {raised or 'timed out'}")
+        elif isinstance(raised, (ConnectionError, EOFError)):
+            error = BackendUnavailable(f"{self.name}: {operation}: {raised!r}")
+        else:
+            return raised
+        error.__cause__ = raised
+        return error
+
+    async def _may_retry(self, answer: Answer[T], tried: int, until: float) -> bool:
+        if tried > self._retries:
+            return False
+        retriable = isinstance(answer.error, (BackendUnavailable, BackendTimeout))
+        if not retriable or answer.unsettled is not None or self._state is not BreakerState.CLOSED:
+            return False
+        pause = _BACKOFF_S * 2 ** (tried - 1) * (0.5 + self._jitter())
+        if asyncio.get_running_loop().time() + pause >= until:
+            return False
+        await asyncio.sleep(pause)
+        return True
+
+    # -- turns -----------------------------------------------------------------------------
+
+    async def _take_turn(self, until: float) -> bool:
+        left = until - asyncio.get_running_loop().time()
+        if left <= 0:
+            return False
+        if self.max_concurrency is None or self._running < self.max_concurrency:
+            self._running += 1
+            return True
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._turns.append(turn)
+        try:
+            await asyncio.wait([turn], timeout=left)
+        except asyncio.CancelledError:
+            if turn.done():
+                self._end_turn()
+            else:
+                self._turns.remove(turn)
+            raise
+        if turn.done():
+            return True
+        self._turns.remove(turn)
+        return False
+
+    def _end_turn(self) -> None:
+        if self._turns:
+            self._turns.popleft().set_result(None)  # the turn passes on; as many are running
+        else:
+            self._running -= 1
+
+    # -- breaker ---------------------------------------------------------------------------
+
+    def _refusal(self, owns_buffers: bool) -> BackendUnavailable | None:
+        if self._state is not BreakerState.CLOSED:
+            left = self._opened_at + self._cooldown_s - self._clock()
+            if left > 0 or self._state is BreakerState.HALF_OPEN:
+                return _CircuitOpen(f"{self.name}: circuit open for {max(0.0, left):.0f} s more")
+        if owns_buffers and self.saturated:
+            return _Saturated(
+                f"{self.name}: {len(self._unsettled)} calls never came back and hold their buffers"
+            )
+        return None
+
+    def _begin(self) -> bool:
+        if self._state is BreakerState.OPEN:
+            self._state = BreakerState.HALF_OPEN
+            return True
+        return False
+
+    def _learn(self, operation: str, answer: Answer[Any] | None, probe: bool) -> None:
+        if answer is None:  # cancelled: nothing was learned
+            if probe:
+                self._state = BreakerState.OPEN
+            return
+        failed = answer.error is not None and not isinstance(answer.error, BackendRejected)
+        if answer.error is not None and not (probe and failed):
+            self._log_unless_opening(operation, answer.error, failed)
+        if probe:
+            self._state = BreakerState.OPEN if failed else BreakerState.CLOSED
+            self._opened_at = self._clock()
+            if not failed:
+                self._failures = 0
+                self._counters.add("breaker_open", -1, backend=self.name)
+                logger.info("%s: works again", self.name)
+        elif self._state is BreakerState.CLOSED:
+            self._failures = self._failures + 1 if failed else 0
+            if self._failures >= self._threshold:
+                self._state = BreakerState.OPEN
+                self._opened_at = self._clock()
+                self._counters.add("breaker_open", backend=self.name)
+                logger.warning(
+                    "%s: circuit open, failures in a row: %d, the last one in %s: %s. Its chunks "
+                    "are misses until it answers again; trying every %g s",
+                    self.name,
+                    self._failures,
+                    operation,
+                    _said(answer.error),
+                    self._cooldown_s,
+                )
+
+    # -- telling ---------------------------------------------------------------------------
+
+    def _count(self, operation: str, error: BaseException) -> None:
+        kind = failure_kind(error)
+        if kind == "timeout":
+            self._counters.add("backend_timeouts", backend=self.name, operation=operation)
+        else:
+            self._counters.add("backend_errors", backend=self.name, operation=operation, kind=kind)
+
+    def _log_unless_opening(self, operation: str, error: BaseException, failed: bool) -> None:
+        opening = failed and self._failures + 1 >= self._threshold
+        if self._state is BreakerState.CLOSED and not opening:
+            self._log(operation, error)
+
+    def _log(self, operation: str, error: BaseException) -> None:
+        now = self._clock()
+        last, suppressed = self._logged.get(operation, (now - LOG_EVERY_S, 0))
+        if now - last < LOG_EVERY_S:
+            self._logged[operation] = (last, suppressed + 1)
+            return
+        self._logged[operation] = (now, 0)
+        more = f" ({suppressed} more since the last such line)" if suppressed else ""
+        logger.warning("%s: %s failed: %s%s", self.name, operation, _said(error), more)
+        logger.debug("%s: %s failed", self.name, operation, exc_info=error)
+
+
+class _CircuitOpen(BackendUnavailable):
+    """Refused here: the breaker is open."""
+
+
+class _Saturated(BackendUnavailable):
+    """Refused here: too many calls hold buffers."""
+
+
+_KINDS: dict[str, tuple[type[BaseException], ...]] = {
+    "circuit_open": (_CircuitOpen,),
+    "saturated": (_Saturated,),
+    "timeout": (BackendTimeout,),
+    "unavailable": (BackendUnavailable,),
+    "rejected": (BackendRejected,),
+    "failed": (BackendError,),
+}
+
+
+def _said(error: BaseException | None) -> str:
+    """An error as one sentence; its class too where that is all there is to go by."""
+    return str(error) if isinstance(error, BackendError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,577 @@
+"""The guard: deadlines, retries, the breaker and what is logged."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from lmcache_core.errors import BackendError, BackendRejected, BackendTimeout, BackendUnavailable
+from lmcache_core.guard import Answer, BreakerState, Guard, attempt
+from lmcache_core.metrics import Counters
+
+LONG_S = 30.0
+SHORT_S = 0.01
+"""A deadline that is meant to be missed."""
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Rig:
+    """A guard, its clock and its counters, on one event loop."""
+
+    def __init__(self, **options: Any) -> None:
+        self.clock = Clock()
+        self.counters = Counters()
+        self.calls = 0
+        options = {
+            "deadline_s": LONG_S,
+            "breaker_threshold": 2,
+            "jitter": lambda: -0.5,  # no pause at all
+            **options,
+        }
+        self.guard = Guard("disk", clock=self.clock, counters=self.counters, **options)
+
+    def raising(self, *errors: BaseException | None) -> Callable[[], Awaitable[str]]:
+        """Raises one error after the other, then answers."""
+        left = list(errors)
+
+        async def call() -> str:
+            self.calls += 1
+            error = left.pop(0) if left else None
+            if error is not None:
+                raise error
+            return "good"
+
+        return call
+
+    async def fail(self, times: int = 1, operation: str = "load") -> None:
+        for _ in range(times):
+            answer = await self.guard.call(operation, self.raising(BackendError("broken")))
+            assert not answer.ok
+
+    def count(self, name: str, **labels: str) -> float:
+        key = (name, tuple(sorted({"backend": "disk", **labels}.items())))
+        return self.counters.snapshot().get(key, 0)
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(test())
+
+
+# -- answers -------------------------------------------------------------------------------
+
+
+def test_a_good_call_is_answered() -> None:
+    async def test() -> None:
+        rig = Rig()
+        answer = await rig.guard.call("load", rig.raising())
+        assert (answer.value, answer.error, answer.unsettled, answer.ok) == (
+            "good",
+            None,
+            None,
+            True,
+        )
+        assert rig.counters.snapshot() == {}
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (BackendRejected("no"), "rejected"),
+        (BackendError("odd"), "failed"),
+        (ValueError("bug"), "exception"),
+        (MemoryError(), "exception"),
+    ],
+)
+def test_other_errors_are_answered_counted_and_not_retried(error: Exception, kind: str) -> None:
+    async def test() -> None:
+        rig = Rig()
+        answer = await rig.guard.call("load", rig.raising(error))
+        assert answer == Answer(error=error)
+        assert rig.calls == 1
+        assert rig.count("backend_errors", operation="load", kind=kind) == 1
+
+    run(test)
+
+
+def test_a_call_that_cannot_even_be_made_is_answered() -> None:
+    async def test() -> None:
+        def make() -> Awaitable[None]:
+            raise TypeError("not a coroutine")
+
+        answer = await Rig().guard.call("load", make)
+        assert isinstance(answer.error, TypeError)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (ConnectionResetError("gone"), BackendUnavailable),
+        (EOFError(), BackendUnavailable),
+        (TimeoutError(), BackendTimeout),
+        (asyncio.TimeoutError(), BackendTimeout),
+    ],
+)
+def test_errors_of_sloppy_clients_get_their_class(
+    raised: Exception, expected: type[BackendError]
+) -> None:
+    async def test() -> None:
+        rig = Rig(retries=0)
+        answer = await rig.guard.call("load", rig.raising(raised))
+        assert isinstance(answer.error, expected)
+        assert answer.error.__cause__ is raised
+
+    run(test)
+
+
+def test_a_call_that_is_cancelled_inside_is_a_failure() -> None:
+    async def test() -> None:
+        answer = await Rig(retries=0).guard.call(
+            "load", Rig().raising(asyncio.CancelledError("from within"))
+        )
+        assert isinstance(answer.error, BackendUnavailable)
+
+    run(test)
+
+
+def test_attempt_and_now_answer_instead_of_raising() -> None:
+    error = ValueError("x")
+
+    def fail() -> int:
+        raise error
+
+    rig = Rig()
+    assert attempt(fail) is error
+    assert attempt(int, "3") is None
+    assert rig.guard.now("usage", fail).error is error
+    assert rig.guard.now("usage", lambda: 3).value == 3
+    assert rig.count("backend_errors", operation="usage", kind="exception") == 1
+
+
+# -- retries -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [BackendUnavailable("gone"), BackendTimeout("late")])
+def test_what_may_work_later_is_tried_again(error: BackendError) -> None:
+    async def test() -> None:
+        rig = Rig()
+        answer = await rig.guard.call("load", rig.raising(error), owns_buffers=True)
+        assert answer.value == "good"
+        assert rig.calls == 2
+
+    run(test)
+
+
+def test_retries_end() -> None:
+    async def test() -> None:
+        rig = Rig(retries=2)
+        errors = [BackendUnavailable(str(i)) for i in range(5)]
+        answer = await rig.guard.call("load", rig.raising(*errors))
+        assert answer.error is errors[2]
+        assert rig.calls == 3
+
+    run(test)
+
+
+def test_no_retry_that_the_deadline_has_no_room_for() -> None:
+    async def test() -> None:
+        rig = Rig(jitter=lambda: 1000.0)
+        answer = await rig.guard.call("load", rig.raising(BackendUnavailable("gone")))
+        assert isinstance(answer.error, BackendUnavailable)
+        assert rig.calls == 1
+
+    run(test)
+
+
+# -- deadlines -----------------------------------------------------------------------------
+
+
+def test_a_late_call_is_cancelled() -> None:
+    async def test() -> None:
+        rig, cancelled = Rig(), asyncio.Event()
+
+        async def hang() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.set()
+
+        answer = await rig.guard.call("contains", hang, deadline_s=SHORT_S)
+        assert isinstance(answer.error, BackendTimeout)
+        assert "contains took longer than 0.01 s" in str(answer.error)
+        assert answer.unsettled is None
+        await asyncio.wait_for(cancelled.wait(), LONG_S)
+        assert rig.count("backend_timeouts", operation="contains") == 1
+
+    run(test)
+
+
+def test_a_late_call_with_buffers_is_handed_back_running() -> None:
+    async def test() -> None:
+        rig, release = Rig(), asyncio.Event()
+
+        async def hang() -> str:
+            rig.calls += 1
+            await release.wait()
+            return "too late"
+
+        answer = await rig.guard.call("load", hang, deadline_s=SHORT_S, owns_buffers=True)
+        assert isinstance(answer.error, BackendTimeout)
+        assert answer.value is None
+        task = answer.unsettled
+        assert task is not None
+        assert not task.done()
+        assert rig.calls == 1  # nothing else may be started with the same buffers
+        release.set()
+        await asyncio.wait([task])
+        assert task.result() == "too late"
+
+    run(test)
+
+
+def test_what_a_late_call_raises_is_nobodys_surprise(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        rig, release = Rig(), asyncio.Event()
+
+        async def hang() -> None:
+            await release.wait()
+            raise ValueError("after all")
+
+        answer = await rig.guard.call("load", hang, deadline_s=SHORT_S, owns_buffers=True)
+        assert answer.unsettled is not None
+        release.set()
+        await asyncio.wait([answer.unsettled])
+
+    run(test)
+    assert "never retrieved" not in caplog.text
+
+
+def test_a_deadline_in_the_past_calls_nothing_and_blames_nobody() -> None:
+    async def test() -> None:
+        rig = Rig(breaker_threshold=1)
+        answer = await rig.guard.call("load", rig.raising(), deadline_s=-1.0)
+        assert isinstance(answer.error, BackendTimeout)
+        assert rig.calls == 0
+        assert rig.guard.state is BreakerState.CLOSED
+
+    run(test)
+
+
+@pytest.mark.parametrize("owns_buffers", [False, True])
+def test_a_cancelled_caller_gets_cancelled_error(owns_buffers: bool) -> None:
+    async def test() -> None:
+        rig, started, ended, release = Rig(), asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def hang() -> None:
+            started.set()
+            try:
+                await release.wait()
+            finally:
+                ended.set()
+
+        caller = asyncio.ensure_future(rig.guard.call("load", hang, owns_buffers=owns_buffers))
+        await started.wait()
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        if owns_buffers:
+            assert not ended.is_set()
+            release.set()
+        await asyncio.wait_for(ended.wait(), LONG_S)
+        assert rig.guard.state is BreakerState.CLOSED
+
+    run(test)
+
+
+def test_hanging_calls_hold_a_bounded_number_of_buffers() -> None:
+    async def test() -> None:
+        rig, release = Rig(breaker_threshold=3, breaker_cooldown_s=1.0), asyncio.Event()
+        held = []
+        for _ in range(6):
+            rig.clock.now += 2.0  # past any cooldown
+            answer = await rig.guard.call(
+                "load", release.wait, deadline_s=SHORT_S, owns_buffers=True
+            )
+            held.append(answer.unsettled)
+        assert [task is not None for task in held] == [True] * 3 + [False] * 3
+        assert rig.guard.saturated
+        assert rig.count("backend_errors", operation="load", kind="saturated") == 3
+        # Calls without buffers are still tried, and whatever ends makes room again.
+        assert (await rig.guard.call("contains", rig.raising())).ok
+        release.set()
+        await asyncio.wait([task for task in held if task])
+        assert not rig.guard.saturated
+        assert (await rig.guard.call("load", rig.raising(), owns_buffers=True)).ok
+
+    run(test)
+
+
+# -- concurrency ---------------------------------------------------------------------------
+
+
+def test_no_more_calls_run_than_allowed() -> None:
+    async def test() -> None:
+        rig, running, most = Rig(), 0, 0
+        rig.guard.max_concurrency = 2
+
+        async def call() -> int:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            for _ in range(3):
+                await asyncio.sleep(0)
+            running -= 1
+            return 1
+
+        answers = await asyncio.gather(*(rig.guard.call("load", call) for _ in range(7)))
+        assert sum(answer.value or 0 for answer in answers) == 7
+        assert most == 2
+
+    run(test)
+
+
+def test_waiting_for_a_turn_ends_at_the_deadline_and_blames_nobody() -> None:
+    async def test() -> None:
+        rig, release = Rig(breaker_threshold=1), asyncio.Event()
+        rig.guard.max_concurrency = 1
+        first = asyncio.ensure_future(rig.guard.call("load", release.wait))
+        await asyncio.sleep(0)
+        answer = await rig.guard.call("load", rig.raising(), deadline_s=SHORT_S, owns_buffers=True)
+        assert isinstance(answer.error, BackendTimeout)
+        assert answer.unsettled is None
+        assert rig.calls == 0
+        assert rig.guard.state is BreakerState.CLOSED
+        release.set()
+        assert (await first).ok
+        assert (await rig.guard.call("load", rig.raising())).ok
+
+    run(test)
+
+
+def test_a_cancelled_wait_for_a_turn_loses_no_turn() -> None:
+    async def test() -> None:
+        rig, release = Rig(), asyncio.Event()
+        rig.guard.max_concurrency = 1
+        first = asyncio.ensure_future(rig.guard.call("load", release.wait))
+        await asyncio.sleep(0)
+        waiting = [asyncio.ensure_future(rig.guard.call("load", rig.raising())) for _ in range(3)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        release.set()
+        await first
+        waiting[1].cancel()  # it may have its turn already
+        await asyncio.wait(waiting)
+        assert waiting[2].result().ok
+        assert (await rig.guard.call("load", rig.raising())).ok
+
+    run(test)
+
+
+# -- breaker -------------------------------------------------------------------------------
+
+
+def test_the_circuit_opens_after_failures_in_a_row_and_then_calls_nothing() -> None:
+    async def test() -> None:
+        rig = Rig()
+        await rig.fail()
+        assert (await rig.guard.call("load", rig.raising())).ok  # not in a row
+        await rig.fail()
+        assert rig.guard.state is BreakerState.CLOSED
+        await rig.fail()
+        assert rig.guard.state is BreakerState.OPEN
+        assert rig.count("breaker_open") == 1
+        calls = rig.calls
+        rig.clock.now += 4.0
+        answer = await rig.guard.call("load", rig.raising())
+        assert isinstance(answer.error, BackendUnavailable)
+        assert "circuit open for 6 s" in str(answer.error)
+        assert rig.calls == calls
+        assert rig.count("backend_errors", operation="load", kind="circuit_open") == 1
+
+    run(test)
+
+
+def test_deadline_misses_open_the_circuit() -> None:
+    async def test() -> None:
+        rig = Rig()
+        for _ in range(2):
+            await rig.guard.call("load", asyncio.Event().wait, deadline_s=SHORT_S)
+        assert rig.guard.state is BreakerState.OPEN
+
+    run(test)
+
+
+def test_rejected_calls_do_not_open_the_circuit() -> None:
+    async def test() -> None:
+        rig = Rig()
+        for _ in range(5):
+            await rig.guard.call("store", rig.raising(BackendRejected("read-only")))
+        assert rig.guard.state is BreakerState.CLOSED
+
+    run(test)
+
+
+@pytest.mark.parametrize("error", [None, BackendRejected("read-only")])
+def test_one_call_tries_after_the_cooldown_and_closes_the_circuit(
+    error: BackendError | None,
+) -> None:
+    async def test() -> None:
+        rig, release, started = Rig(), asyncio.Event(), asyncio.Event()
+        await rig.fail(2)
+        rig.clock.now += 10.0
+
+        async def probe() -> None:
+            started.set()
+            await release.wait()
+            if error is not None:
+                raise error
+
+        probing = asyncio.ensure_future(rig.guard.call("load", probe))
+        await started.wait()
+        assert rig.guard.state is BreakerState.HALF_OPEN
+        calls = rig.calls
+        assert not (await rig.guard.call("load", rig.raising())).ok
+        assert rig.calls == calls
+        release.set()
+        await probing
+        assert rig.guard.state is BreakerState.CLOSED
+        assert rig.count("breaker_open") == 0
+        await rig.fail()
+        assert rig.guard.state is BreakerState.CLOSED  # counting from zero again
+
+    run(test)
+
+
+def test_a_failed_probe_waits_again_and_is_not_retried() -> None:
+    async def test() -> None:
+        rig = Rig(retries=3)
+        await rig.fail(2)
+        rig.clock.now += 10.0
+        calls = rig.calls
+        await rig.guard.call("load", rig.raising(*[BackendUnavailable("gone")] * 9))
+        assert rig.calls == calls + 1
+        assert rig.guard.state is BreakerState.OPEN
+        rig.clock.now += 9.0
+        await rig.guard.call("load", rig.raising())
+        assert rig.calls == calls + 1
+        rig.clock.now += 1.0
+        assert (await rig.guard.call("load", rig.raising())).ok
+        assert rig.count("breaker_open") == 0
+
+    run(test)
+
+
+def test_a_cancelled_probe_leaves_room_for_the_next() -> None:
+    async def test() -> None:
+        rig = Rig()
+        await rig.fail(2)
+        rig.clock.now += 10.0
+        probing = asyncio.ensure_future(rig.guard.call("load", asyncio.Event().wait))
+        await asyncio.sleep(0)
+        assert rig.guard.state is BreakerState.HALF_OPEN
+        probing.cancel()
+        await asyncio.wait([probing])
+        assert rig.guard.state is BreakerState.OPEN
+        assert (await rig.guard.call("load", rig.raising())).ok
+        assert rig.guard.state is BreakerState.CLOSED
+
+    run(test)
+
+
+def test_who_waited_for_a_turn_while_the_circuit_opened_is_refused() -> None:
+    async def test() -> None:
+        rig, release = Rig(breaker_threshold=1, retries=0), asyncio.Event()
+        rig.guard.max_concurrency = 1
+
+        async def fail() -> None:
+            await release.wait()
+            raise BackendUnavailable("gone")
+
+        calls = [
+            asyncio.ensure_future(rig.guard.call("load", make)) for make in (fail, rig.raising())
+        ]
+        await asyncio.sleep(0)
+        release.set()
+        await asyncio.wait(calls)
+        assert "circuit open" in str(calls[1].result().error)
+        assert rig.calls == 0
+
+    run(test)
+
+
+def test_once_is_beside_the_breaker_and_unlogged(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        rig = Rig(breaker_threshold=1)
+        answer = await rig.guard.once(
+            "open", rig.raising(BackendUnavailable("gone")), deadline_s=LONG_S
+        )
+        assert isinstance(answer.error, BackendUnavailable)
+        assert rig.calls == 1
+        assert rig.guard.state is BreakerState.CLOSED
+        await rig.fail()
+        assert (await rig.guard.once("close", rig.raising(), deadline_s=LONG_S)).ok
+
+    run(test)
+    assert "gone" not in caplog.text
+
+
+# -- logging -------------------------------------------------------------------------------
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    return [
+        (record.levelname, record.getMessage())
+        for record in caplog.records
+        if record.levelno >= logging.INFO
+    ]
+
+
+def test_one_line_when_the_circuit_opens_and_one_when_it_closes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test() -> None:
+        rig = Rig(breaker_threshold=1)
+        await rig.fail()
+        for _ in range(3):  # failed probes, and calls that are refused
+            rig.clock.now += 10.0
+            await rig.fail(2)
+        rig.clock.now += 10.0
+        await rig.guard.call("load", rig.raising())
+
+    with caplog.at_level(logging.INFO):
+        run(test)
+    assert [level for level, _ in lines(caplog)] == ["WARNING", "INFO"]
+    assert "circuit open, failures in a row: 1" in lines(caplog)[0][1]
+    assert "broken" in lines(caplog)[0][1]
+
+
+def test_failures_are_logged_rarely_for_each_operation(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        rig = Rig(breaker_threshold=100)
+        await rig.fail(5)
+        await rig.fail(1, "store")
+        rig.clock.now += 29.0
+        await rig.fail(2)
+        rig.clock.now += 1.0
+        await rig.fail(2)
+
+    run(test)
+    assert [text for _, text in lines(caplog)] == [
+        "disk: load failed: broken",
+        "disk: store failed: broken",
+        "disk: load failed: broken (6 more since the last such line)",
+    ]
