@@ -1,0 +1,326 @@
+"""One slow tier: a storage backend behind its guard.
+
+Knows how to ask a backend and how far to trust its answers: whatever fails,
+and whatever makes no sense, is a miss here. Knows nothing about the other
+tiers, nor about what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lmcache_core.errors import BackendError
+from lmcache_core.guard import Guard, failure_kind
+from lmcache_core.keys import ChunkKey
+from lmcache_core.metrics import Counters
+from lmcache_core.serde import Serde
+from lmcache_core.storage import (
+    MISS,
+    BackendCapabilities,
+    ReportsUsage,
+    StorageBackend,
+    StoreOutcome,
+    SupportsClear,
+    SupportsDelete,
+    SupportsPrefixLookup,
+)
+
+
+@dataclass(frozen=True)
+class LoadAnswer:
+    """For each key the bytes loaded, or `MISS`.
+
+    Until ``unsettled`` is done, the backend may still write into buffers that say `MISS`.
+    """
+
+    sizes: list[int]
+    unsettled: asyncio.Task[Any] | None = None
+
+
+@dataclass(frozen=True)
+class StoreAnswer:
+    """For each key what became of it.
+
+    Until ``unsettled`` is done, the backend may still read sources that say ``NOT_ADMITTED``, and
+    may even have stored them.
+    """
+
+    outcomes: list[StoreOutcome]
+    unsettled: asyncio.Task[Any] | None = None
+
+
+class Tier:
+    """One configured backend. Lives on the I/O loop; only `usage` may be called elsewhere.
+
+    Nothing raises but for ``CancelledError``. While the backend isn't open, everything is a miss.
+    ``deadline_s`` is what a call without a deadline of its own gets.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        backend: StorageBackend,
+        serde: Serde,
+        *,
+        guard: Guard,
+        counters: Counters,
+        deadline_s: float,
+    ) -> None:
+        self.name = name
+        self.backend = backend
+        self.serde = serde
+        self.guard = guard
+        self.deadline_s = deadline_s
+        self._counters = counters
+        self._capabilities: BackendCapabilities | None = None
+        self._prefix_lookup: SupportsPrefixLookup | None = None
+        self._storing: set[ChunkKey] = set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the backend is open."""
+        return self._capabilities is not None
+
+    @property
+    def capabilities(self) -> BackendCapabilities | None:
+        """What the backend says about itself; ``None`` while it isn't open."""
+        return self._capabilities
+
+    def opened(self, backend: StorageBackend, capabilities: BackendCapabilities) -> None:
+        """Use ``backend``, which is open, from now on."""
+        self.backend = backend
+        self._prefix_lookup = backend if isinstance(backend, SupportsPrefixLookup) else None
+        self.guard.max_concurrency = max(1, capabilities.max_concurrency)
+        self._capabilities = capabilities
+
+    def closing(self) -> None:
+        """Call the backend no more."""
+        self._capabilities = None
+
+    async def contains(
+        self, keys: Sequence[ChunkKey], deadline_s: float | None = None, *, leading: bool = True
+    ) -> list[bool]:
+        """Say which keys a `load` would hit, in one call to the backend.
+
+        ``leading``: the caller wants the hits up to the first miss only, which some backends count
+        faster; the rest is then ``False``.
+        """
+        count = len(keys)
+        nothing = [False] * count
+        if not count or not self.ready or self.guard.saturated:
+            return nothing
+        backend, prefix = self.backend, self._prefix_lookup
+        if leading and prefix is not None:
+            counting = prefix
+
+            async def hits() -> list[bool]:
+                found = await counting.count_leading_hits(keys)
+                if not _is_count(found) or not 0 <= found <= count:
+                    raise self._nonsense("count_leading_hits", count, found)
+                return [True] * found + nothing[found:]
+        else:
+
+            async def hits() -> list[bool]:
+                found = await backend.contains(keys)
+                return self._checked("contains", found, count, lambda hit: isinstance(hit, bool))
+
+        answer = await self.guard.call("contains", hits, deadline_s=self._deadline(deadline_s))
+        return nothing if answer.value is None else answer.value
+
+    async def load(
+        self,
+        keys: Sequence[ChunkKey],
+        into: Sequence[memoryview],
+        deadline_s: float | None = None,
+    ) -> LoadAnswer:
+        """Read stored values into buffers. What can't be had until the deadline is a `MISS`."""
+        sizes = [MISS] * len(keys)
+        capabilities = self._capabilities
+        if capabilities is None:
+            self._failed_loads(len(keys), "not_open")
+            return LoadAnswer(sizes)
+        backend, deadline_s = self.backend, self._deadline(deadline_s)
+
+        async def batch(start: int, stop: int) -> asyncio.Task[Any] | None:
+            names, buffers = keys[start:stop], into[start:stop]
+
+            async def read() -> list[int]:
+                found = await backend.load(names, buffers)
+                return self._checked("load", found, len(names), _is_size)
+
+            answer = await self.guard.call("load", read, deadline_s=deadline_s, owns_buffers=True)
+            if answer.value is None:
+                self._failed_loads(stop - start, _reason(answer.error))
+                return answer.unsettled
+            for position, (size, buffer) in enumerate(zip(answer.value, buffers, strict=True)):
+                if size > buffer.nbytes:
+                    self._failed_loads(1, "too_large")
+                elif size == MISS:
+                    self._failed_loads(1, "miss")
+                else:
+                    sizes[start + position] = size
+            return None
+
+        unsettled = await self._in_batches(batch, len(keys), capabilities.preferred_batch)
+        return LoadAnswer(sizes, unsettled)
+
+    async def store(
+        self,
+        keys: Sequence[ChunkKey],
+        sources: Sequence[memoryview],
+        deadline_s: float | None = None,
+    ) -> StoreAnswer:
+        """Write values. What isn't acknowledged until the deadline is ``NOT_ADMITTED``."""
+        outcomes = [StoreOutcome.NOT_ADMITTED] * len(keys)
+        capabilities = self._capabilities
+        if capabilities is None:
+            self._dropped(len(keys), "not_open")
+            return StoreAnswer(outcomes)
+        backend, deadline_s = self.backend, self._deadline(deadline_s)
+        offered = self._worth_offering(keys, sources, capabilities)
+
+        async def batch(start: int, stop: int) -> asyncio.Task[Any] | None:
+            positions = offered[start:stop]
+            names = [keys[i] for i in positions]
+            values = [sources[i] for i in positions]
+
+            async def write() -> list[StoreOutcome]:
+                try:
+                    done = await backend.store(names, values)
+                    return self._checked(
+                        "store", done, len(names), lambda one: isinstance(one, StoreOutcome)
+                    )
+                finally:
+                    self._storing.difference_update(names)
+
+            self._storing.update(names)
+            answer = await self.guard.call("store", write, deadline_s=deadline_s, owns_buffers=True)
+            if answer.value is None:
+                if answer.unsettled is None:
+                    self._storing.difference_update(names)
+                self._dropped(len(names), _reason(answer.error))
+                return answer.unsettled
+            for i, outcome in zip(positions, answer.value, strict=True):
+                outcomes[i] = outcome
+                if outcome is StoreOutcome.NOT_ADMITTED:
+                    self._dropped(1, "not_admitted")
+                elif outcome is StoreOutcome.STORED:
+                    self._counters.add("tier_store_chunks", tier=self.name)
+                    self._counters.add("tier_store_bytes", sources[i].nbytes, tier=self.name)
+            return None
+
+        unsettled = await self._in_batches(batch, len(offered), capabilities.preferred_batch)
+        return StoreAnswer(outcomes, unsettled)
+
+    async def delete(self, keys: Sequence[ChunkKey], deadline_s: float | None = None) -> int | None:
+        """Forget ``keys``; answer how many were there, or ``None`` where that can't be done."""
+        backend = self.backend
+        if not keys or not self.ready or not isinstance(backend, SupportsDelete):
+            return None if keys else 0
+        return await self._counted("delete", lambda: backend.delete(keys), deadline_s)
+
+    async def clear(self, deadline_s: float | None = None) -> int | None:
+        """Forget everything; answer how many chunks, or ``None`` where that can't be done."""
+        backend = self.backend
+        if not self.ready or not isinstance(backend, SupportsClear):
+            return None
+        return await self._counted("clear", backend.clear, deadline_s)
+
+    def usage(self) -> tuple[int, int] | None:
+        """Chunks and bytes that the backend holds; ``None`` where it doesn't say."""
+        backend = self.backend
+        if not self.ready or not isinstance(backend, ReportsUsage):
+            return None
+        return self.guard.now("usage", backend.usage).value
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _deadline(self, deadline_s: float | None) -> float:
+        return self.deadline_s if deadline_s is None else deadline_s
+
+    async def _in_batches(
+        self,
+        batch: Callable[[int, int], Awaitable[asyncio.Task[Any] | None]],
+        count: int,
+        size: int,
+    ) -> asyncio.Task[Any] | None:
+        size = max(1, size)
+        ranges = [(start, min(start + size, count)) for start in range(0, count, size)]
+        left = [task for task in await asyncio.gather(*(batch(*r) for r in ranges)) if task]
+        if len(left) < 2:
+            return left[0] if left else None
+
+        async def all_settled() -> None:
+            await asyncio.wait(left)
+
+        return asyncio.get_running_loop().create_task(all_settled())
+
+    def _worth_offering(
+        self,
+        keys: Sequence[ChunkKey],
+        sources: Sequence[memoryview],
+        capabilities: BackendCapabilities,
+    ) -> list[int]:
+        """Positions of what the backend is asked to store."""
+        limit, offered = capabilities.max_chunk_bytes, []
+        for i, (key, source) in enumerate(zip(keys, sources, strict=True)):
+            if limit is not None and source.nbytes > limit:
+                self._dropped(1, "too_large")
+            elif key in self._storing:
+                self._dropped(1, "under_way")  # promised to backends: never one key twice at a time
+            else:
+                offered.append(i)
+        return offered
+
+    async def _counted(
+        self, operation: str, make: Callable[[], Awaitable[int]], deadline_s: float | None
+    ) -> int | None:
+        async def counted() -> int:
+            found = await make()
+            if not _is_count(found):
+                raise self._nonsense(operation, 1, found)
+            return found
+
+        answer = await self.guard.call(operation, counted, deadline_s=self._deadline(deadline_s))
+        return answer.value
+
+    def _checked(
+        self, operation: str, found: list[Any], count: int, good: Callable[[Any], bool]
+    ) -> list[Any]:
+        """``found``, if it is what the contract says."""
+        if not isinstance(found, (list, tuple)) or len(found) != count:
+            raise self._nonsense(operation, count, found)
+        if not all(map(good, found)):
+            raise self._nonsense(operation, count, next(one for one in found if not good(one)))
+        return list(found)
+
+    def _nonsense(self, operation: str, count: int, found: object) -> BackendError:
+        plugin = f"{type(self.backend).__module__}.{type(self.backend).__qualname__}"
+        shown = f"{len(found)} answers" if isinstance(found, (list, tuple)) else repr(found)
+        return BackendError(
+            f"{self.name}: {plugin} answered {operation} for {count} keys with {shown[:80]}, which "
+            "isn't what the storage contract says; this is a mistake in the plugin"
+        )
+
+    def _failed_loads(self, count: int, reason: str) -> None:
+        if count:
+            self._counters.add("load_failures", count, tier=self.name, reason=reason)
+
+    def _dropped(self, count: int, reason: str) -> None:
+        if count:
+            self._counters.add("store_dropped", count, tier=self.name, reason=reason)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_size(value: object) -> bool:
+    return value == MISS or _is_count(value)
+
+
+def _reason(error: BaseException | None) -> str:
+    return "failed" if error is None else failure_kind(error)

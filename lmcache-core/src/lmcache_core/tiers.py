@@ -1,0 +1,323 @@
+"""The slow tiers of one process, in the order of the configuration.
+
+Knows how backends are opened, opened again when they weren't there at the
+start, and closed; and which tier has a chunk. What one tier does is `tier`'s
+business; which chunks go where is decided by the planner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any, Protocol, TypeVar
+
+from lmcache_core.errors import (
+    BackendRejected,
+    BackendTimeout,
+    BackendUnavailable,
+    ConfigError,
+    LMCacheError,
+    PluginError,
+    PluginLoadError,
+)
+from lmcache_core.guard import Answer, Guard, attempt
+from lmcache_core.io_loop import IOLoop
+from lmcache_core.keys import CacheNamespace, ChunkKey
+from lmcache_core.metrics import Counters
+from lmcache_core.serde import Serde, SerdeDescriptor
+from lmcache_core.storage import (
+    BackendCapabilities,
+    BackendContext,
+    HostRegion,
+    StorageBackend,
+    StorageBackendDescriptor,
+)
+from lmcache_core.tier import LoadAnswer, StoreAnswer, Tier
+
+__all__ = ["LoadAnswer", "StoreAnswer", "Tier", "Tiers"]
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class Section(Protocol):
+    """One entry of ``backends:``, validated; `config.schema.BackendSection` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def type(self) -> str: ...
+    @property
+    def options(self) -> Any: ...
+    @property
+    def serde(self) -> str | None: ...
+    @property
+    def deadline_s(self) -> float | None: ...
+
+
+class PluginIndex(Protocol):
+    """Where descriptors come from; `plugins.Plugins` is one."""
+
+    def storage_backend(self, name: str, /) -> StorageBackendDescriptor: ...
+    def serde(self, name: str, /) -> SerdeDescriptor: ...
+
+
+class Tiers:
+    """All slow tiers. Make them with `open`; `locate` runs on the I/O loop, the rest anywhere."""
+
+    def __init__(self, tiers: Sequence[Tier], loop: IOLoop) -> None:
+        self.tiers = tuple(tiers)
+        self._loop = loop
+        self._reopening: list[asyncio.Task[None]] = []
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        sections: Sequence[Section],
+        plugins: PluginIndex,
+        *,
+        namespace: CacheNamespace,
+        region: HostRegion | None,
+        max_value_bytes: int | None,
+        loop: IOLoop,
+        counters: Counters,
+        lookup_only: bool = False,
+        default_deadline_s: float = 5.0,
+        default_serde: str = "raw",
+        open_deadline_s: float = 10.0,
+        reopen_after_s: float = 10.0,
+    ) -> Tiers:
+        """Open every backend, all at the same time, and wait for ``open_deadline_s`` at most.
+
+        A backend that can't be reached yet is kept as a tier that misses everything. It is tried
+        again every ``reopen_after_s`` in the background, each time with a fresh instance. One that
+        is only slow to open (it may be reading its index) joins when it has finished.
+
+        Raises:
+            ConfigError: a backend refused its options or credentials.
+            PluginError: a plugin is missing, lacks what it needs, or is broken.
+        """
+        openings = []
+        for section in sections:
+            serde = _serde(plugins.serde(section.serde or default_serde), section)
+            make = _maker(plugins.storage_backend(section.type), section)
+            deadline_s = section.deadline_s or default_deadline_s
+            guard = Guard(section.name, deadline_s=deadline_s, counters=counters)
+            tier = Tier(
+                section.name, make(), serde, guard=guard, counters=counters, deadline_s=deadline_s
+            )
+            context = BackendContext(
+                section.name, namespace, region, max_value_bytes, lookup_only=lookup_only
+            )
+            openings.append(_Opening(tier, make, context, open_deadline_s, reopen_after_s))
+        tiers = cls([opening.tier for opening in openings], loop)
+        if not openings:
+            return tiers
+        try:
+            problems = loop.run(tiers._open_all(openings), open_deadline_s + 5.0)
+        except TimeoutError:
+            names = ", ".join(f"backends.{section.name}" for section in sections)
+            raise PluginError(
+                f"one of {names} blocks the event loop while it opens; its plugin must not"
+            ) from None
+        if problems:
+            tiers.close()
+            raise type(problems[0])("\n".join(map(str, problems)))
+        return tiers
+
+    async def locate(self, keys: Sequence[ChunkKey], deadline_s: float | None = None) -> list[int]:
+        """For each key the index of the first tier that has it, or -1. Asks all at the same time.
+
+        A single tier may be asked for its leading hits only: nothing behind its first miss can
+        make the prefix longer.
+        """
+        alone = len(self.tiers) == 1
+        found = [-1] * len(keys)
+        answers = await asyncio.gather(
+            *(tier.contains(keys, deadline_s, leading=alone) for tier in self.tiers)
+        )
+        for index in reversed(range(len(answers))):
+            for position, hit in enumerate(answers[index]):
+                if hit:
+                    found[position] = index
+        return found
+
+    async def clear(self, deadline_s: float | None = None) -> int:
+        """Forget everything in every tier that can; answer how many chunks that were."""
+        counts = await asyncio.gather(*(tier.clear(deadline_s) for tier in self.tiers))
+        return sum(count or 0 for count in counts)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Close every backend. Idempotent; never raises and never takes much longer than that."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._loop.run(self._close_all(timeout_s), timeout_s + 1.0)
+        except (TimeoutError, RuntimeError) as error:
+            logger.warning("The storage backends couldn't be closed: %s", error)
+
+    async def _open_all(self, openings: Sequence[_Opening]) -> list[LMCacheError]:
+        problems = await asyncio.gather(*(opening.first() for opening in openings))
+        found = [problem for problem in problems if problem is not None]
+        if not found:
+            create = asyncio.get_running_loop().create_task
+            self._reopening = [create(o.again()) for o in openings if not o.tier.ready]
+        return found
+
+    async def _close_all(self, deadline_s: float) -> None:
+        for task in self._reopening:
+            task.cancel()
+        if self._reopening:
+            await asyncio.wait(self._reopening, timeout=deadline_s)
+        closing = [tier for tier in self.tiers if tier.ready]
+        for tier in closing:
+            tier.closing()
+        answers: list[Answer[None]] = await asyncio.gather(
+            *(t.guard.once("close", t.backend.close, deadline_s=deadline_s) for t in closing)
+        )
+        for tier, answer in zip(closing, answers, strict=True):
+            if answer.error is not None:
+                logger.warning("%s: closing failed: %s", tier.name, answer.error)
+
+
+class _Opening:
+    """Gets one backend open, at the start or later."""
+
+    def __init__(
+        self,
+        tier: Tier,
+        make: Callable[[], StorageBackend],
+        context: BackendContext,
+        deadline_s: float,
+        again_after_s: float,
+    ) -> None:
+        self.tier = tier
+        self._make = make
+        self._context = context
+        self._deadline_s = deadline_s
+        self._again_after_s = again_after_s
+        self._slow: asyncio.Task[Any] | None = None
+
+    async def first(self) -> LMCacheError | None:
+        """Try once; answer what the user must know of before anything runs."""
+        error = await self._try(self.tier.backend)
+        if error is None:
+            return None
+        where = f"backends.{self._context.name}"
+        if isinstance(error, (BackendUnavailable, BackendTimeout)):
+            logger.warning(
+                "%s isn't available: %s. Going on without it; %s",
+                where,
+                error,
+                f"trying again every {self._again_after_s:g} s"
+                if self._slow is None
+                else "it joins when it is open",
+            )
+            return None
+        if isinstance(error, (BackendRejected, ConfigError)):
+            return ConfigError(f"{where}: {error}; correct its options, or remove the section")
+        return PluginError(
+            f"{where}: {type(self.tier.backend).__name__} failed to open with "
+            f"{type(error).__name__}: {error}; correct its options or report this to the plugin's "
+            "authors"
+        )
+
+    async def again(self) -> None:
+        """Go on trying until it is open."""
+        told = ""
+        while not self.tier.ready:
+            if self._slow is not None:
+                error = await self._wait_for_slow(self._slow)
+            else:
+                await asyncio.sleep(self._again_after_s)
+                made = self.tier.guard.now("create", self._make)
+                error = made.error if made.value is None else await self._try(made.value)
+            if error is not None and str(error) != told:
+                told = str(error)
+                logger.info("backends.%s still isn't available: %s", self._context.name, error)
+        logger.info("backends.%s is available now", self._context.name)
+
+    async def _try(self, backend: StorageBackend) -> BaseException | None:
+        async def opened() -> BackendCapabilities:
+            await backend.open(self._context)
+            capabilities = backend.capabilities
+            if not isinstance(capabilities, BackendCapabilities):
+                raise TypeError(f"capabilities are {capabilities!r}, not BackendCapabilities")
+            self.tier.opened(backend, capabilities)
+            return capabilities
+
+        answer = await self.tier.guard.once(
+            "open", opened, deadline_s=self._deadline_s, owns_buffers=True
+        )
+        self._slow = answer.unsettled
+        return answer.error
+
+    async def _wait_for_slow(self, task: asyncio.Task[Any]) -> BaseException | None:
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        self._slow = None
+        return BackendUnavailable("opening was cancelled") if task.cancelled() else task.exception()
+
+
+def _serde(descriptor: SerdeDescriptor, section: Section) -> Serde:
+    where = f"serde {descriptor.name!r} of backends.{section.name}"
+    return _created(
+        lambda: descriptor.create(descriptor.config()),
+        Serde,  # type: ignore[type-abstract]
+        where,
+        descriptor.create,
+    )
+
+
+def _maker(descriptor: StorageBackendDescriptor, section: Section) -> Callable[[], StorageBackend]:
+    where = f"backends.{section.name} (type {section.type})"
+
+    def make() -> StorageBackend:
+        return _created(
+            lambda: descriptor.create(section.options),
+            StorageBackend,  # type: ignore[type-abstract]
+            where,
+            descriptor.create,
+        )
+
+    return make
+
+
+def _created(
+    call: Callable[[], _T], kind: type[_T], where: str, source: Callable[..., object]
+) -> _T:
+    """What a descriptor's ``create`` makes, or an error that says what to do."""
+    made: list[_T] = []
+    error = attempt(lambda: made.append(call()))
+    if error is None and isinstance(made[0], kind):
+        return made[0]
+    if isinstance(error, (ConfigError, BackendRejected)):
+        raise ConfigError(f"{where}: {error}") from error
+    distribution = _distribution(source)
+    if error is None:
+        raise PluginLoadError(
+            f"{where}: create() answered {made[0]!r}, not a {kind.__name__}; this is a mistake in "
+            f"{distribution}"
+        )
+    if isinstance(error, ImportError):
+        raise PluginLoadError(
+            f"{where}: {error}. Install what it needs: pip install {distribution}"
+        ) from error
+    raise PluginLoadError(
+        f"{where} can't be created: {type(error).__name__}: {error}; correct its options or "
+        f"report this to the authors of {distribution}"
+    ) from error
+
+
+def _distribution(source: Callable[..., object]) -> str:
+    """The name to give to pip for the code of ``source``."""
+    package = getattr(source, "__module__", "").partition(".")[0]
+    names = metadata.packages_distributions().get(package)
+    return names[0] if names else package.replace("_", "-")
