@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BUILTIN_PLUGINS = tuple(
-    f"lmcache_core.builtin.{name}" for name in ("memory", "filesystem", "raw", "policies", "host")
+    f"lmcache_core.builtin.{name}"
+    for name in ("memory", "filesystem", "raw", "policies", "host", "reference_kernels")
 )
 DISABLE_VARIABLE = "LMCACHE_DISABLE_PLUGINS"
 TRACE_VARIABLE = "LMCACHE_TRACE_PLUGINS"
@@ -325,13 +326,26 @@ class Plugins:
             return kernels
         raise UnknownPluginError(f"no installed plugin moves blocks on {device!r}")
 
-    def host_region(self, nbytes: int, device: str) -> HostRegion:
+    def host_region(
+        self, nbytes: int, device: str, *, hugepages: bool = False, numa_mode: str | None = None
+    ) -> HostRegion:
         """Host memory for chunks: ``nbytes`` bytes that ``device`` can reach.
 
+        ``hugepages`` and ``numa_mode`` are the configuration's wishes. A plugin that fails is
+        passed over.
+
         Raises:
-            UnknownPluginError: no plugin allocates it. A plugin that fails is passed over.
+            UnknownPluginError: no plugin allocates it.
+            LMCacheError: what core's own implementation, the last to be asked, says.
         """
-        for plugin, answer in self._answers("lmcache_host_region", nbytes=nbytes, device=device):
+        answers = self._answers(
+            "lmcache_host_region",
+            nbytes=nbytes,
+            device=device,
+            hugepages=hugepages,
+            numa_mode=numa_mode,
+        )
+        for plugin, answer in answers:
             if isinstance(answer, HostRegion):
                 return answer
             logger.warning("plugin %s: lmcache_host_region returned %.80r", plugin, answer)

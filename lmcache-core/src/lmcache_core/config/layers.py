@@ -117,6 +117,9 @@ def file_layer(path: Path, problems: list[str], named_by: str = "") -> Layer:
     empty = Layer(str(path), {})
     try:
         text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            # YAML reads JSON but for tabs, which JSON has between things and never inside them.
+            text = text.replace("\t", " ")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is None:
             return empty

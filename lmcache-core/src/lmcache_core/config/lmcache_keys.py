@@ -285,9 +285,6 @@ class _Upgrade:
             section: options.get("type", section) if isinstance(options, dict) else section
             for section, options in (self._sections() or {}).items()
         }
-        if name == "gpu_to_numa_mapping":
-            self.merged.put(("numa_mapping",), value, f"extra_config.{name}, {self._origin(*path)}")
-            return True
         if name == "use_odirect" and DISK in sections:
             self._set_option(DISK, "direct_io", value, path)
             return True

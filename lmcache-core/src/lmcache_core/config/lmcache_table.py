@@ -197,7 +197,7 @@ ALIASES: dict[str, str] = {
 """Old names. All twelve are honoured, each in its own layer, so that precedence stays right."""
 
 EXTRA_KEYS: dict[str, Key] = {
-    "gpu_to_numa_mapping": Key(Fate.OPTION, "becomes `numa_mapping`"),
+    "gpu_to_numa_mapping": _detail_of("numa_mode: manual"),
     "use_odirect": Key(Fate.SECTION, "`backends.local_disk.direct_io`"),
     "save_chunk_meta": _no_effect("every stored value describes itself"),
     "use_exists_sync": _no_effect("presence is asked in one batch, with a deadline"),

@@ -31,6 +31,7 @@ from lmcache_core.errors import ConfigError, PluginError
 from lmcache_core.plugins import Plugins
 
 _Model = TypeVar("_Model", bound=BaseModel)
+_NAMES = ("serde", "engine_connector", "cache_policy")
 _SECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -50,15 +51,12 @@ class CoreConfig(BaseModel):
         "only a staging buffer.",
     )
     local_cpu_use_hugepages: bool = Field(
-        False, description="Take that memory from 2 MiB huge pages, which must be reserved."
+        False,
+        description="Take that memory from reserved 2 MiB huge pages; where there aren't enough, "
+        "from transparent ones.",
     )
-    numa_mode: Literal["auto", "manual"] | None = Field(
-        None,
-        description="Bind that memory to a NUMA node: the device's (`auto`), or as "
-        "`numa_mapping` says (`manual`).",
-    )
-    numa_mapping: dict[int, int] | None = Field(
-        None, description="Device index to NUMA node, for `numa_mode: manual`."
+    numa_mode: Literal["auto"] | None = Field(
+        None, description="`auto` binds that memory to the NUMA node of this process's CPUs."
     )
     cache_policy: str = Field(
         "LRU", description="Which chunks leave host memory first; the name of an eviction policy."
@@ -106,6 +104,15 @@ class CoreConfig(BaseModel):
     engine_connector: str | None = Field(
         None, description="Connector for own applications; an engine that loads us brings its own."
     )
+
+    @field_validator("numa_mode", mode="before")
+    @classmethod
+    def _no_manual_numa(cls, value: object) -> object:
+        if value == "manual":
+            raise ValueError(
+                "isn't available in this version; use auto, or start each rank under numactl"
+            )
+        return value
 
     @field_validator("*", mode="before")
     @classmethod
@@ -228,17 +235,14 @@ class _Validation:
         values = dict(self.merged.values)
         sections = values.pop("backends", None)
         core = self._check(CoreConfig, values, (), (*CoreConfig.model_fields, *known_names()))
+        policy = self._named(values)
         backends = self._backends(sections)
         if core is not None:
-            core = self._named(core)
+            core = core.model_copy(update={"cache_policy": policy or core.cache_policy})
             if not (core.local_cpu or backends or self.problems):
                 origin = self.merged.origin(("local_cpu",))
                 text = "and no backend is configured: nothing would be cached"
                 self.problems.append(describe(("local_cpu",), False, origin, text))
-            if core.numa_mode == "manual" and not core.numa_mapping:
-                origin = self.merged.origin(("numa_mode",))
-                text = "needs numa_mapping: a node for each device"
-                self.problems.append(describe(("numa_mode",), "manual", origin, text))
         if self.problems or core is None:
             found = list(dict.fromkeys(self.problems))
             count = f"{len(found)} problem" + "s" * (len(found) != 1)
@@ -249,13 +253,17 @@ class _Validation:
             self._inherited(section, origins)
         return Config(core, backends, tuple(notices), origins)
 
-    def _named(self, core: CoreConfig) -> CoreConfig:
-        """Check that what ``core`` names is installed, and give the policy its proper name."""
-        policy = self._find(("cache_policy",), core.cache_policy)
-        self._serde(("serde",), core.serde)
-        if core.engine_connector is not None:
-            self._find(("engine_connector",), core.engine_connector)
-        return core if policy is None else core.model_copy(update={"cache_policy": policy})
+    def _named(self, values: Mapping[str, Any]) -> str | None:
+        """Check that what ``values`` name is installed; the answer is the policy's proper name.
+
+        Looks at the raw values, so that one wrong number doesn't hide a wrong name.
+        """
+        names = {key: values.get(key, CoreConfig.model_fields[key].default) for key in _NAMES}
+        for key in ("serde", "engine_connector"):
+            if isinstance(names[key], str):
+                (self._serde if key == "serde" else self._find)((key,), names[key])
+        policy = names["cache_policy"]
+        return self._find(("cache_policy",), policy) if isinstance(policy, str) else None
 
     def _find(self, path: tuple[str, ...], name: str) -> str | None:
         """The proper name of what the option at ``path`` calls ``name``."""
