@@ -1,0 +1,411 @@
+"""Finding plugins, and what broken ones may and may not do to others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+from lmcache_core.discovery import core_version
+from lmcache_core.errors import ConfigError, PluginError, PluginLoadError, UnknownPluginError
+from lmcache_core.plugins import BUILTIN_PLUGINS, PluginRecord, Plugins
+
+MakeDistribution = Callable[..., str]
+
+GOOD = """
+@hookimpl
+def lmcache_storage_backends():
+    return [backend({name!r}, url_schemes=({name!r},), config_from_url=from_url,
+                    extra_config_keys={{"toy_port": "port"}})]
+"""
+
+
+def good(name: str) -> str:
+    return GOOD.format(name=name)
+
+
+def load(*disabled: str, **environ: str) -> Plugins:
+    return Plugins(disabled, environ=environ)
+
+
+def record_of(plugins: Plugins, distribution: str) -> PluginRecord:
+    (found,) = [r for r in plugins.records if r.distribution == distribution]
+    return found
+
+
+# -- what works ----------------------------------------------------------------------------
+
+
+def test_builtins_come_through_the_same_records() -> None:
+    plugins = load()
+    builtins = [r.target for r in plugins.records if r.distribution == "lmcache-core"]
+    assert builtins == list(BUILTIN_PLUGINS)
+    assert plugins.storage_backend("memory").name == "memory"
+    assert plugins.serde("naive") is plugins.serde("raw")
+    assert plugins.cache_policy("lru") is plugins.cache_policy("LRU")
+
+
+def test_an_installed_plugin_is_found_by_name_url_and_extra_key(
+    distribution: MakeDistribution,
+) -> None:
+    module = distribution("lmcache-backend-toy", good("toy"), version="2.3")
+    plugins = load()
+    expected = PluginRecord(
+        "toy", "lmcache-backend-toy", "2.3", module, "ok", "", ("storage backend toy",)
+    )
+    assert record_of(plugins, "lmcache-backend-toy") == expected
+    toy = plugins.storage_backend("toy")
+    assert toy in plugins.storage_backends()
+    assert plugins.backend_for_url("toy://h:1") is toy
+    assert plugins.backend_for_url("TOY://h:1") is toy
+    assert plugins.backend_for_url("toy") is None
+    assert plugins.backend_for_url("other://h") is None
+    assert plugins.options_from_url(toy, "toy://h:7") == {"host": "h", "port": "7"}
+    assert plugins.owner_of_extra_key("toy_port") == ("toy", "port")
+    assert plugins.owner_of_extra_key("nothing") is None
+
+
+def test_an_extra_key_of_two_backends_goes_to_the_one_in_use(
+    distribution: MakeDistribution,
+) -> None:
+    distribution("lmcache-backend-one", good("one"))
+    distribution("lmcache-backend-two", good("two"))
+    plugins = load()
+    assert plugins.owner_of_extra_key("toy_port", among=["memory", "two"]) == ("two", "port")
+
+
+def test_two_instances_share_nothing(distribution: MakeDistribution) -> None:
+    distribution("lmcache-backend-toy", good("toy"))
+    assert load().storage_backend("toy").name == "toy"
+    with pytest.raises(PluginLoadError):
+        load("toy").storage_backend("toy")
+
+
+# -- broken and unused: a warning, and everybody else works --------------------------------
+
+BROKEN = {
+    "import error": ("import a_module_that_nobody_has", "ModuleNotFoundError"),
+    "syntax error": ("def :", "SyntaxError"),
+    "exit at import": ("raise SystemExit('bye')", "SystemExit: bye"),
+    "unknown hook": ("@hookimpl\ndef lmcache_no_such_hook(): ...", "lmcache_no_such_hook"),
+    "unknown argument": (
+        "@hookimpl\ndef lmcache_storage_backends(colour): ...",
+        "colour",
+    ),
+    "no hook": ("", "implements no hook"),
+    "hook raises": (
+        "@hookimpl\ndef lmcache_storage_backends(): raise OSError('disk on fire')",
+        "OSError: disk on fire",
+    ),
+    "hook returns nothing": (
+        "@hookimpl\ndef lmcache_storage_backends(): return None",
+        "lmcache_storage_backends returned None",
+    ),
+    "hook returns rubbish": (
+        "@hookimpl\ndef lmcache_serdes(): return ['toy']",
+        "lmcache_serdes returned 'toy', not a SerdeDescriptor",
+    ),
+    "hook is a generator": (
+        "@hookimpl\ndef lmcache_storage_backends(): yield backend('toy')",
+        "not a list of descriptors",
+    ),
+    "hook is a wrapper": (
+        "@hookimpl(wrapper=True)\ndef lmcache_storage_backends(): return (yield)",
+        "hook wrapper",
+    ),
+    "config isn't a model": (
+        "@hookimpl\ndef lmcache_storage_backends(): return [backend('toy', config=dict)]",
+        "not a pydantic model",
+    ),
+    "config takes anything": (
+        "class Lax(BaseModel): ...\n"
+        "@hookimpl\ndef lmcache_storage_backends(): return [backend('toy', config=Lax)]",
+        "forbid unknown options",
+    ),
+    "reserved option": (
+        "class Odd(Options):\n    serde: str = ''\n"
+        "@hookimpl\ndef lmcache_storage_backends(): return [backend('toy', config=Odd)]",
+        "serde belongs to every backend section",
+    ),
+    "not a name": (
+        "@hookimpl\ndef lmcache_storage_backends(): return [backend('a b')]",
+        "'a b' isn't a name",
+    ),
+    "one name twice": (
+        "@hookimpl\ndef lmcache_storage_backends(): return [backend('toy'), backend('toy')]",
+        "two descriptors for 'toy'",
+    ),
+    "policy without a name": (
+        "@hookimpl\ndef lmcache_cache_policies(): return [object()]",
+        "lmcache_cache_policies returned",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_plugin_fails_alone(
+    kind: str, distribution: MakeDistribution, caplog: pytest.LogCaptureFixture
+) -> None:
+    code, cause = BROKEN[kind]
+    # Sorted before the good one: what it leaves behind must not hurt those that come later.
+    distribution("lmcache-backend-broken", code, plugin="a-broken")
+    distribution("lmcache-backend-fine", good("fine"))
+    plugins = load()
+    broken = record_of(plugins, "lmcache-backend-broken")
+    assert broken.status == "failed"
+    assert cause in broken.detail
+    assert broken.provides == ()
+    assert record_of(plugins, "lmcache-backend-fine").status == "ok"
+    assert plugins.storage_backend("fine").name == "fine"
+    assert plugins.storage_backend("memory").name == "memory"
+    (warning,) = [r for r in caplog.records if "lmcache-backend-broken" in r.getMessage()]
+    assert warning.levelno == logging.WARNING
+
+
+def test_nothing_of_a_plugin_that_failed_half_way_is_used(distribution: MakeDistribution) -> None:
+    code = good("half") + "\n@hookimpl\ndef lmcache_serdes(): raise OSError('no')"
+    distribution("lmcache-backend-half", code)
+    with pytest.raises(PluginLoadError, match="OSError: no"):
+        load().storage_backend("half")
+
+
+def test_a_malformed_entry_point_file_of_a_stranger_changes_nothing(
+    distribution: MakeDistribution,
+) -> None:
+    distribution("stranger", "", entry_points="[console_scripts]\nno equals sign\n")
+    distribution("lmcache-backend-fine", good("fine"))
+    assert load().storage_backend("fine").name == "fine"
+
+
+def test_a_malformed_entry_point_file_of_a_plugin_is_recorded(
+    distribution: MakeDistribution,
+) -> None:
+    distribution("lmcache-backend-bad", "", entry_points="[lmcache.plugins]\nno equals sign\n")
+    bad = record_of(load(), "lmcache-backend-bad")
+    assert bad.status == "failed"
+    assert "can't be parsed" in bad.detail
+
+
+# -- broken and named ----------------------------------------------------------------------
+
+
+def test_a_failed_plugin_that_is_named_says_who_what_and_how_to_mend_it(
+    distribution: MakeDistribution,
+) -> None:
+    distribution("lmcache-backend-toy", "import a_module_that_nobody_has", version="2.3")
+    with pytest.raises(PluginLoadError) as caught:
+        load().storage_backend("toy")
+    message = str(caught.value)
+    for part in ("lmcache-backend-toy 2.3", "a_module_that_nobody_has", "pip install"):
+        assert part in message
+
+
+def test_a_failed_plugin_is_recognised_by_its_distribution_too(
+    distribution: MakeDistribution,
+) -> None:
+    distribution("lmcache_backend_toy", "import a_module_that_nobody_has", plugin="playthings")
+    with pytest.raises(PluginLoadError):
+        load().storage_backend("toy")
+
+
+def test_a_disabled_plugin_that_is_named_says_so(distribution: MakeDistribution) -> None:
+    distribution("lmcache-backend-toy", good("toy"))
+    plugins = load(LMCACHE_DISABLE_PLUGINS="other, toy")
+    assert record_of(plugins, "lmcache-backend-toy").status == "disabled"
+    with pytest.raises(PluginLoadError, match="take it out of LMCACHE_DISABLE_PLUGINS"):
+        plugins.storage_backend("toy")
+
+
+def test_disabling_does_not_import(distribution: MakeDistribution) -> None:
+    distribution("lmcache-backend-toy", "raise SystemExit('imported')", plain=True)
+    by_distribution = load(LMCACHE_DISABLE_PLUGINS="LMCache_Backend_Toy")
+    assert record_of(by_distribution, "lmcache-backend-toy").status == "disabled"
+
+
+def test_disabling_what_is_not_there_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    load(LMCACHE_DISABLE_PLUGINS="no-such-thing")
+    assert "no-such-thing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("requirement", "status"),
+    [
+        ("lmcache-core>=99", "incompatible"),
+        ("LMCache_Core<0.0.1", "incompatible"),
+        ("lmcache-core>=99; extra == 'future'", "ok"),
+        ("lmcache-core>=99; python_version >= '3'", "incompatible"),
+        ("lmcache-core>=0.0.1", "ok"),
+        ("something-else>=99", "ok"),
+        ("lmcache-core ~~ nonsense", "incompatible"),
+    ],
+)
+def test_a_distribution_own_requirement_on_core_is_checked(
+    requirement: str, status: str, distribution: MakeDistribution
+) -> None:
+    distribution("lmcache-backend-toy", good("toy"), requires=(requirement,))
+    assert record_of(load(), "lmcache-backend-toy").status == status
+
+
+def test_an_incompatible_plugin_is_not_imported_and_says_what_it_needs(
+    distribution: MakeDistribution,
+) -> None:
+    distribution(
+        "lmcache-backend-toy", "raise SystemExit", requires=("lmcache-core>=99",), plain=True
+    )
+    with pytest.raises(PluginLoadError) as caught:
+        load().storage_backend("toy")
+    assert "needs lmcache-core>=99" in str(caught.value)
+    assert f"lmcache-core {core_version()} is installed" in str(caught.value)
+    assert "pip install --upgrade lmcache-backend-toy lmcache-core" in str(caught.value)
+
+
+def test_an_unknown_name_lists_what_there_is_and_how_to_get_it() -> None:
+    plugins = load()
+    with pytest.raises(UnknownPluginError) as caught:
+        plugins.storage_backend("redis")
+    assert "installed: " in str(caught.value)
+    assert "memory" in str(caught.value)
+    assert "pip install lmcache-backend-redis" in str(caught.value)
+    with pytest.raises(UnknownPluginError, match="'zip'; installed: raw"):
+        plugins.serde("zip")
+    with pytest.raises(UnknownPluginError, match="installed: FIFO, LFU, LRU, MRU"):
+        plugins.cache_policy("random")
+    with pytest.raises(UnknownPluginError, match="pip install lmcache-connector-none-such"):
+        load("vllm").engine_connector("none-such")
+
+
+# -- two with one name ---------------------------------------------------------------------
+
+
+def test_two_backends_with_one_name_are_only_an_error_for_who_uses_it(
+    distribution: MakeDistribution,
+) -> None:
+    distribution("lmcache-backend-toy", good("toy"))
+    distribution("acme-lmcache-toy", good("toy"))
+    plugins = load()
+    assert plugins.storage_backend("memory").name == "memory"
+    with pytest.raises(PluginError) as caught:
+        plugins.storage_backend("toy")
+    for part in ("lmcache-backend-toy", "acme-lmcache-toy", "LMCACHE_DISABLE_PLUGINS="):
+        assert part in str(caught.value)
+    with pytest.raises(PluginError, match="toy:// addresses"):
+        plugins.backend_for_url("toy://h")
+    assert len(plugins.conflicts()) == 2  # the name and the scheme
+    # The remedy in the message works.
+    remedied = load(LMCACHE_DISABLE_PLUGINS="acme-lmcache-toy")
+    assert remedied.storage_backend("toy").name == "toy"
+    assert remedied.conflicts() == []
+
+
+def test_an_alias_of_a_serde_conflicts_like_a_name(distribution: MakeDistribution) -> None:
+    code = """
+@hookimpl
+def lmcache_serdes():
+    return [SerdeDescriptor(name="mine", summary="", lossless=True, config=Options,
+                            create=lambda options: None, aliases=("naive",))]
+"""
+    distribution("lmcache-serde-mine", code)
+    plugins = load()
+    assert plugins.serde("mine").name == "mine"
+    assert plugins.serde("raw").name == "raw"
+    with pytest.raises(PluginError, match=r"lmcache-core and mine of lmcache-serde-mine"):
+        plugins.serde("naive")
+
+
+def test_policies_conflict_whatever_their_case(distribution: MakeDistribution) -> None:
+    code = """
+from lmcache_core.eviction import LRU, CachePolicyDescriptor
+@hookimpl
+def lmcache_cache_policies():
+    return [CachePolicyDescriptor(name="lru", summary="", create=LRU)]
+"""
+    distribution("lmcache-policy-lru", code)
+    with pytest.raises(PluginError, match="2 plugins provide the cache policy 'LRU'"):
+        load().cache_policy("LRU")
+
+
+# -- hooks with arguments ------------------------------------------------------------------
+
+
+def test_host_memory_of_a_failing_plugin_falls_back_to_core(
+    distribution: MakeDistribution, caplog: pytest.LogCaptureFixture
+) -> None:
+    code = "@hookimpl\ndef lmcache_host_region(nbytes): raise OSError('no device')"
+    distribution("lmcache-pinned", code)
+    plugins = load()
+    region = plugins.host_region(1 << 20, "cpu")
+    assert region.nbytes >= 1 << 20
+    assert "no device" in caplog.text
+    assert "no device" in record_of(plugins, "lmcache-pinned").detail
+
+
+def test_a_plugin_is_asked_for_host_memory_before_core(distribution: MakeDistribution) -> None:
+    code = """
+from lmcache_core.storage import HostRegion
+@hookimpl
+def lmcache_host_region(nbytes, device):
+    return HostRegion(12345, nbytes, memoryview(bytearray(nbytes))) if device == "toy" else None
+"""
+    distribution("lmcache-pinned", code)
+    plugins = load()
+    assert plugins.host_region(64, "toy").address == 12345
+    assert plugins.host_region(64, "cpu").address != 12345
+
+
+def test_an_error_of_core_own_host_memory_reaches_the_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lmcache_core.builtin import host
+
+    def refuse(nbytes: int, **wishes: object) -> None:
+        raise ConfigError("that is more than there is")
+
+    monkeypatch.setattr(host, "allocate_region", refuse)
+    with pytest.raises(ConfigError, match="more than there is"):
+        load().host_region(1 << 20, "cpu")
+
+
+def test_no_host_memory_and_no_kernels_is_an_error() -> None:
+    with pytest.raises(UnknownPluginError, match="64 bytes of host memory for 'cpu'"):
+        load("host").host_region(64, "cpu")
+    with pytest.raises(UnknownPluginError, match="moves blocks on 'abacus'"):
+        load("lmcache-core").kernels("abacus")
+
+
+def test_reports_name_their_plugin_and_survive_one_that_raises(
+    distribution: MakeDistribution,
+) -> None:
+    distribution("lmcache-a", "@hookimpl\ndef lmcache_report(): return ['two devices']")
+    distribution("lmcache-b", "@hookimpl\ndef lmcache_report(): raise OSError('x')")
+    distribution("lmcache-c", "@hookimpl\ndef lmcache_report(): return 'a line'")
+    report = load().report()
+    assert "a: two devices" in report
+    assert "c: a line" in report
+
+
+def test_a_url_that_the_backend_refuses_is_a_plugin_error(distribution: MakeDistribution) -> None:
+    distribution("lmcache-backend-toy", good("toy"))
+    plugins = load()
+    with pytest.raises(PluginError, match="'toy' says: there is no host in it"):
+        plugins.options_from_url(plugins.storage_backend("toy"), "toy://")
+    with pytest.raises(PluginError, match="takes no address"):
+        plugins.options_from_url(plugins.storage_backend("memory"), "memory://h")
+
+
+# -- tracing -------------------------------------------------------------------------------
+
+
+def test_tracing_shows_each_step_and_the_traceback(
+    distribution: MakeDistribution, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = distribution("lmcache-backend-toy", "import a_module_that_nobody_has")
+    load(LMCACHE_TRACE_PLUGINS="1")
+    assert f"found lmcache-backend-toy:toy 1.0: {module}" in caplog.text
+    assert "imported lmcache_core.builtin.memory" in caplog.text
+    assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize("off", ["", "0", "false"])
+def test_no_tracing_unless_asked(off: str, caplog: pytest.LogCaptureFixture) -> None:
+    load(LMCACHE_TRACE_PLUGINS=off)
+    assert "plugins: " not in caplog.text
