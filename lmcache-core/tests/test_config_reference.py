@@ -1,0 +1,25 @@
+"""The committed configuration reference is the one that the models make."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from lmcache_core.config.lmcache_table import ALIASES, KEYS
+from lmcache_core.config.schema import CoreConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "configuration.md"
+
+
+def test_the_page_is_current() -> None:
+    command = [sys.executable, str(ROOT / "tools" / "config_reference.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_page_names_every_option_and_every_key_of_lmcache() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    missing = [n for n in (*CoreConfig.model_fields, *KEYS, *ALIASES) if f"`{n}`" not in text]
+    assert missing == []
