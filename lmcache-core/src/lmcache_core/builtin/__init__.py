@@ -1,0 +1,1 @@
+"""The plugins that come with core, registered through the same hooks as everybody's."""

@@ -1,0 +1,294 @@
+"""Reads and writes whole files of opaque bytes, atomically and, if asked, past the page cache.
+
+Knows system calls: short reads and writes, O_DIRECT's alignment, fsync and
+rename. Knows nothing about keys, sizes that are allowed, or what to evict.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import logging
+import mmap
+import os
+import secrets
+import socket
+import stat
+import time
+from itertools import count
+from pathlib import Path
+
+from lmcache_core.errors import BackendError, BackendRejected, BackendTimeout, BackendUnavailable
+from lmcache_core.storage import MISS
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 4096
+"""What O_DIRECT asks of addresses, offsets and lengths. Devices with 512-byte sectors accept it
+too; a file system that wants more refuses, and is used without O_DIRECT."""
+BOUNCE_BYTES = 1 << 20
+ABANDONED_AFTER_S = 600.0
+"""A temporary file that nobody wrote to for so long has no writer, whatever its name says."""
+
+_DIRECT: int = getattr(os, "O_DIRECT", 0)  # not every system has it
+_REJECTED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+_TIMED_OUT = {errno.ETIMEDOUT, errno.ETIME}
+
+
+def backend_error(error: OSError, doing: str, path: Path, remedy: str = "") -> BackendError:
+    """``error`` as what core understands: retry later, timed out, or don't try again."""
+    kind: type[BackendError] = BackendUnavailable
+    if error.errno in _REJECTED:
+        kind = BackendRejected
+    elif error.errno in _TIMED_OUT:
+        kind = BackendTimeout
+    reason = error.strerror or str(error)
+    return kind(f"can't {doing} {path}: {reason}" + (f"; {remedy}" if remedy else ""))
+
+
+class ChunkFiles:
+    """Whole-file reads and atomic whole-file writes below one folder. Thread-safe."""
+
+    def __init__(self, name: str, *, direct: bool, fsync: bool) -> None:
+        self._name = name
+        self._direct = direct
+        self._fsync = fsync
+        self._numbers = count()
+        self._host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+        # Two backends in one process, or two containers that both are pid 1 of one host name.
+        self._token = secrets.token_hex(4)
+
+    def read(self, path: Path, into: memoryview) -> int:
+        """Copy the file to the start of ``into``; answer its length.
+
+        `MISS` if there is no such file, or it is empty or longer than ``into``. The bytes are
+        those of one file even if it is replaced meanwhile.
+
+        Raises:
+            OSError: the file system failed.
+        """
+        try:
+            fd = self._open(path, os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return MISS
+        try:
+            facts = os.fstat(fd)
+            if not stat.S_ISREG(facts.st_mode) or not 0 < facts.st_size <= into.nbytes:
+                return MISS
+            return self._read_exactly(fd, path, into, facts.st_size)
+        finally:
+            os.close(fd)
+
+    def write(self, path: Path, source: memoryview) -> None:
+        """Publish ``source`` as ``path``: nobody ever sees a part of it.
+
+        Raises:
+            OSError: nothing was published and nothing is left behind. FileNotFoundError: the
+                folder went away.
+        """
+        temporary = self._temporary(path)
+        try:
+            fd = self._open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            try:
+                self._write_all(fd, temporary, source)
+                if self._fsync:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(temporary, path)
+        except BaseException:
+            remove(temporary)
+            raise
+        if self._fsync:
+            sync_folder(path.parent)
+
+    def probe(self, folder: Path) -> None:
+        """Find out whether files can be created in ``folder``.
+
+        Raises:
+            OSError: they can't.
+        """
+        temporary = self._temporary(folder / "probe")
+        try:
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        finally:
+            remove(temporary)
+
+    def make_folder(self, path: Path, top: Path) -> None:
+        """Create ``path`` and what lacks above it, down from the existing folder ``top``."""
+        if path == top or path.is_dir():
+            return
+        self.make_folder(path.parent, top)
+        path.mkdir(exist_ok=True)
+        if self._fsync:
+            sync_folder(path.parent)
+
+    def is_abandoned(self, path: Path, modified_s: float) -> bool:
+        """Whether the writer of the temporary file ``path`` is gone.
+
+        A writer on this host is asked for; anywhere else only the time tells.
+        """
+        if time.time() - modified_s > ABANDONED_AFTER_S:
+            return True
+        fields = path.name.split(".")
+        if len(fields) != 6 or fields[2] != self._host or not fields[3].isdecimal():
+            return False
+        pid = int(fields[3])
+        try:
+            os.kill(pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return True
+        except PermissionError:
+            return False  # alive, and somebody else's
+        return False
+
+    def _temporary(self, path: Path) -> Path:
+        """``.KEY.HOST.PID.TOKEN-NUMBER.tmp`` in the same folder."""
+        unique = f"{self._token}-{next(self._numbers)}"
+        return path.with_name(f".{path.name}.{self._host}.{os.getpid()}.{unique}.tmp")
+
+    def _open(self, path: Path, flags: int) -> int:
+        if self._direct:
+            try:
+                return os.open(path, flags | _DIRECT | os.O_CLOEXEC, 0o666)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._give_up_direct(path)
+        return os.open(path, flags | os.O_CLOEXEC, 0o666)
+
+    def _give_up_direct(self, path: Path) -> None:
+        if self._direct:
+            self._direct = False
+            logger.warning(
+                "%s: the file system of %s has no O_DIRECT; direct_io is ignored, "
+                "reads and writes go through the page cache",
+                self._name,
+                path,
+            )
+
+    def _plain(self, fd: int) -> bool:
+        """Turn O_DIRECT off for an open file; answer whether it was on."""
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if not flags & _DIRECT:
+            return False
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~_DIRECT)
+        return True
+
+    def _without_direct(self, fd: int, path: Path, error: OSError) -> None:
+        """Get ready to try again after ``error``, if O_DIRECT may be its cause; else raise it."""
+        if error.errno != errno.EINVAL or not self._plain(fd):
+            raise error
+        self._give_up_direct(path)
+
+    def _read_exactly(self, fd: int, path: Path, into: memoryview, size: int) -> int:
+        done = 0
+        while done < size:
+            try:
+                got = self._read_some(fd, into, done, size)
+            except OSError as error:
+                self._without_direct(fd, path, error)
+                got = self._read_some(fd, into, done, size)
+            if got == 0:
+                return MISS  # somebody truncated it under us
+            done += got
+        return size
+
+    def _read_some(self, fd: int, buffer: memoryview, done: int, size: int) -> int:
+        """One read at ``done``, straight into ``buffer`` where alignment allows it."""
+        if not self._direct:
+            with buffer[done:size] as rest:
+                return os.preadv(fd, [rest], done)
+        if done % ALIGNMENT:
+            self._plain(fd)  # a short read that ended inside a page
+            with buffer[done:size] as rest:
+                return os.preadv(fd, [rest], done)
+        left = size - done
+        if _is_aligned(buffer):
+            # The buffer may be padded beyond the value: then the last page fits as well.
+            length = _round_up(left) if done + _round_up(left) <= buffer.nbytes else _down(left)
+            if length:
+                with buffer[done : done + length] as rest:
+                    return min(os.preadv(fd, [rest], done), left)
+        with mmap.mmap(-1, min(_round_up(left), BOUNCE_BYTES)) as bounce:
+            got = min(os.preadv(fd, [bounce], done), left)
+            with memoryview(bounce) as whole, whole[:got] as part:
+                buffer[done : done + got] = part
+            return got
+
+    def _write_all(self, fd: int, path: Path, source: memoryview) -> None:
+        done = 0
+        while done < source.nbytes:
+            try:
+                wrote = self._write_some(fd, source, done)
+            except OSError as error:
+                self._without_direct(fd, path, error)
+                wrote = self._write_some(fd, source, done)
+            done += wrote
+        if os.fstat(fd).st_size != source.nbytes:
+            os.ftruncate(fd, source.nbytes)  # the last page was padded
+
+    def _write_some(self, fd: int, source: memoryview, done: int) -> int:
+        """One write at ``done``; answers how many bytes of ``source`` it took."""
+        if self._direct and done % ALIGNMENT:
+            self._plain(fd)  # a short write that ended inside a page
+        elif self._direct:
+            left = source.nbytes - done
+            if _is_aligned(source) and left >= ALIGNMENT:
+                with source[done : done + _down(left)] as part:
+                    return _some(os.pwrite(fd, part, done))
+            with mmap.mmap(-1, min(_round_up(left), BOUNCE_BYTES)) as bounce:
+                length = min(left, len(bounce))
+                bounce[:length] = source[done : done + length]
+                return min(_some(os.pwrite(fd, bounce, done)), length)
+        with source[done:] as part:
+            return _some(os.pwrite(fd, part, done))
+
+
+def remove(path: Path) -> bool:
+    """Delete a file if it can be; answer whether it was there and is gone."""
+    try:
+        os.unlink(path)
+    except OSError:
+        # Gone already, or a folder that lets nobody delete: either way it is no use as a chunk's
+        # place, and the next write says why.
+        return False
+    return True
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in ``path`` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def free_bytes(path: Path) -> int:
+    """What an ordinary user may still write on the file system of ``path``."""
+    facts = os.statvfs(path)
+    return facts.f_bavail * facts.f_frsize
+
+
+def _is_aligned(buffer: memoryview) -> bool:
+    # The address of a read-only buffer can't be had without another package; it takes the bounce.
+    if buffer.readonly:
+        return False
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % ALIGNMENT == 0
+
+
+def _round_up(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _down(nbytes: int) -> int:
+    return nbytes // ALIGNMENT * ALIGNMENT
+
+
+def _some(written: int) -> int:
+    if written == 0:
+        raise OSError(errno.EIO, "a write took no bytes and gave no reason")
+    return written
