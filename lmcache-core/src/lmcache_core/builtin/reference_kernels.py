@@ -1,0 +1,16 @@
+"""The kernels of last resort: torch's own operations.
+
+Imports torch only when a process asks for kernels, which engines do.
+"""
+
+from __future__ import annotations
+
+from lmcache_core.connector import Kernels
+from lmcache_core.hookspecs import hookimpl
+
+
+@hookimpl(trylast=True)
+def lmcache_kernels(device: str) -> Kernels | None:  # noqa: ARG001 - torch runs on all of them
+    from lmcache_core.reference import ReferenceKernels
+
+    return ReferenceKernels()
