@@ -159,7 +159,7 @@ class Guard:
             while True:
                 answer = await self._once(operation, make, until, deadline_s, owns_buffers)
                 tried += 1
-                if probe or not await self._may_retry(answer, tried, until):
+                if not await self._may_retry(answer, tried, until):
                     return answer
         finally:
             self._end_turn()

@@ -186,21 +186,29 @@ class Tier:
             positions = offered[start:stop]
             names = [keys[i] for i in positions]
             values = [sources[i] for i in positions]
+            running = over = False
 
             async def write() -> list[StoreOutcome]:
+                nonlocal running
+                running = True
                 try:
                     done = await backend.store(names, values)
-                    return self._checked(
-                        "store", done, len(names), lambda one: isinstance(one, StoreOutcome)
-                    )
                 finally:
-                    self._storing.difference_update(names)
+                    running = False
+                    if over:  # nobody waited for the end
+                        self._storing.difference_update(names)
+                return self._checked("store", done, len(names), _is_outcome)
 
             self._storing.update(names)
-            answer = await self.guard.call("store", write, deadline_s=deadline_s, owns_buffers=True)
-            if answer.value is None:
-                if answer.unsettled is None:
+            try:
+                answer = await self.guard.call(
+                    "store", write, deadline_s=deadline_s, owns_buffers=True
+                )
+            finally:
+                over = True
+                if not running:
                     self._storing.difference_update(names)
+            if answer.value is None:
                 self._dropped(len(names), _reason(answer.error))
                 return answer.unsettled
             for i, outcome in zip(positions, answer.value, strict=True):
@@ -320,6 +328,10 @@ def _is_count(value: object) -> bool:
 
 def _is_size(value: object) -> bool:
     return value == MISS or _is_count(value)
+
+
+def _is_outcome(value: object) -> bool:
+    return isinstance(value, StoreOutcome)
 
 
 def _reason(error: BaseException | None) -> str:
