@@ -31,9 +31,6 @@ def lmcache_engine_connectors() -> Sequence[EngineConnectorDescriptor]:
 
 @hookimpl
 def lmcache_report() -> Sequence[str]:
-    for name in VLLM_DISTRIBUTIONS:
-        try:
-            return [f"vLLM: {name} {metadata.version(name)}"]
-        except metadata.PackageNotFoundError:
-            continue
-    return ["vLLM: not installed in this environment"]
+    installed = {d.name: d.version for d in metadata.distributions()}
+    found = [f"{name} {installed[name]}" for name in VLLM_DISTRIBUTIONS if name in installed]
+    return [f"vLLM: {', '.join(found) or 'not installed in this environment'}"]

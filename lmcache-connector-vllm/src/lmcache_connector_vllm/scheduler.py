@@ -403,7 +403,7 @@ class SchedulerSide:
                 self._planner.release(hold)
 
     def request_finished(self, request: Request) -> None:
-        """Forget a request. An asynchronous load that is under way keeps its slots until it ends."""
+        """Forget a request. An asynchronous load under way keeps its slots until it ends."""
         tracked = self._requests.pop(request.request_id, None)
         if tracked is not None:
             self._end_lookup(tracked)

@@ -32,7 +32,8 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "evicted_chunks": ("Chunks evicted", ("tier",)),
     "frame_rejected": ("Stored chunks that failed verification", ("reason",)),
 }
-"""Name (exported as ``lmcache:NAME_total``), help, labels. Meanings: `lmcache_core.metrics`."""
+"""Name (exported as ``vllm:lmcache_NAME_total``: vLLM unregisters what carries
+its name when an engine is made anew), help, labels. Meanings: `lmcache_core.metrics`."""
 
 
 @dataclass
@@ -84,7 +85,7 @@ class LMCachePromMetrics(KVConnectorPromMetrics):
         counter: Any = metric_types[Counter]
         self._counters = {
             name: counter(
-                name=f"lmcache:{name}", documentation=text, labelnames=[*labelnames, *labels]
+                name=f"vllm:lmcache_{name}", documentation=text, labelnames=[*labelnames, *labels]
             )
             for name, (text, labels) in METRICS.items()
         }

@@ -57,8 +57,8 @@ class Mover:
 
     ``tiers`` and ``loop`` go together. ``writes_tiers`` is false on ranks whose chunks another
     rank writes (MLA's latent is the same on all). ``queue_chunks`` bounds how many chunks may wait
-    to be written to slow tiers; under pressure the newest isn't written, and counted. ``on_news`` is
-    called, on any thread, when a report is waiting.
+    to be written to slow tiers; under pressure the newest isn't written, and counted. ``on_news``
+    is called, on any thread, when a report is waiting.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Mover:
         return failed
 
     def step_failed(self) -> None:
-        """Say that a load of this engine step failed, so that what it computes is not to be kept."""
+        """Say that a load of this engine step failed: what it computes isn't to be kept."""
         with self._lock:
             self._failed_steps += 1
             self._report.failed_steps[self._rank] = self._failed_steps

@@ -1,0 +1,33 @@
+"""Models for the tests that run real vLLM. Run them with the engine environment's Python."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def _model(name: str) -> Path:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "models.py"), name],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return Path(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """Random weights, four layers: fast, and every bit of its KV matters as much as a real one's."""
+    return _model("tiny")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, a real small model."""
+    return _model("smollm2")
