@@ -114,6 +114,18 @@ def test_a_removed_slot_starts_from_scratch() -> None:
     assert list(policy.victims()) == [1, 2]
 
 
+def test_lfu_keeps_no_bucket_that_nobody_is_in() -> None:
+    policy = LFU()
+    policy.added(1)
+    policy.touched([1] * 50)
+    buckets = 0
+    bucket = policy._head.next
+    while bucket is not policy._head:
+        buckets += 1
+        bucket = bucket.next
+    assert buckets == 1
+
+
 def test_the_builtin_policies() -> None:
     made = {d.name: type(d.create()) for d in policies.lmcache_cache_policies()}
     assert made == {"LRU": LRU, "LFU": LFU, "FIFO": FIFO, "MRU": MRU}

@@ -509,6 +509,8 @@ def test_who_waited_for_a_turn_while_the_circuit_opened_is_refused() -> None:
         await asyncio.wait(calls)
         assert "circuit open" in str(calls[1].result().error)
         assert rig.calls == 0
+        rig.clock.now += 10.0
+        assert (await rig.guard.call("load", rig.raising())).ok  # the turn wasn't lost
 
     run(test)
 

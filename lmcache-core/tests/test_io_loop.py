@@ -84,10 +84,18 @@ def test_call_soon_keeps_the_order(loop: IOLoop) -> None:
 
 
 def test_close_cancels_what_is_left() -> None:
-    loop = IOLoop("test")
-    future = loop.submit(forever())
+    loop, cleaned_up = IOLoop("test"), threading.Event()
+
+    async def clean() -> None:
+        try:
+            await forever()
+        finally:
+            cleaned_up.set()
+
+    future = loop.submit(clean())
     loop.run(answer(None), 10.0)
     loop.close(10.0)
+    assert cleaned_up.is_set()
     with pytest.raises(CancelledError):
         future.result(10.0)
 

@@ -437,6 +437,32 @@ def test_a_refused_store_may_be_tried_again() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_cancelled_store_blocks_its_keys_only_while_it_goes_on(turns: int) -> None:
+    async def test() -> None:
+        rig, release = Rig(Fake(max_concurrency=turns)), asyncio.Event()
+
+        async def hang(keys: Sequence[ChunkKey]) -> list[StoreOutcome]:
+            await release.wait()
+            return [STORED] * len(keys)
+
+        rig.backend.faults["store"] = hang
+        first = asyncio.ensure_future(rig.tier.store([key(1)], buffers(1)))
+        second = asyncio.ensure_future(rig.tier.store([key(2)], buffers(1)))  # may have no turn
+        await asyncio.sleep(0.0)
+        await asyncio.sleep(0.0)
+        await asyncio.sleep(0.0)
+        second.cancel()
+        await asyncio.wait([second])
+        assert (key(2) in rig.tier._storing) == (turns == 2)
+        release.set()
+        assert (await first).outcomes == [STORED]
+        await asyncio.sleep(0.0)
+        assert not rig.tier._storing
+
+    run(test)
+
+
 def test_a_tier_whose_calls_hang_promises_nothing() -> None:
     async def test() -> None:
         rig, release = Rig(Fake(), breaker_threshold=1, breaker_cooldown_s=0.0), asyncio.Event()

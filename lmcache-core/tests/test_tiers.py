@@ -107,7 +107,10 @@ class Index:
     def storage_backend(self, name: str) -> StorageBackendDescriptor:
         make = self.backends[name]
         return StorageBackendDescriptor(
-            name=name, summary="", config=Options, create=lambda options: make()
+            name=name,
+            summary="",
+            config=Options,
+            create=lambda options: make() if options is None else make(options),
         )
 
     def serde(self, name: str) -> SerdeDescriptor:
@@ -178,6 +181,18 @@ def test_tiers_come_in_order_and_know_their_context(open_tiers: OpenTiers) -> No
     assert isinstance(tiers.tiers[0].serde, RawSerde)
     context = tiers.tiers[1].backend.context
     assert context == BackendContext("slow", NAMESPACE, None, 99, lookup_only=True)
+
+
+def test_a_backend_is_made_from_its_sections_options(open_tiers: OpenTiers) -> None:
+    made: list[object] = []
+
+    def make(options: object) -> Fake:
+        made.append(options)
+        return Fake()
+
+    options = Options()
+    open_tiers(Section("x", "a", options), plugins=Index(a=make))
+    assert made == [options]
 
 
 def test_backends_are_opened_at_the_same_time(open_tiers: OpenTiers) -> None:
@@ -368,6 +383,24 @@ def test_locate_answers_the_first_tier_for_each_key(open_tiers: OpenTiers, loop:
     )
     keys = [key(number) for number in range(5)]
     assert loop.run(tiers.locate(keys, LONG_S), LONG_S) == [1, 0, -1, 0, 1]
+
+
+def test_leading_hits_of_one_tier_do_not_hide_what_another_completes(
+    open_tiers: OpenTiers, loop: IOLoop
+) -> None:
+    class Counting(Fake):
+        async def count_leading_hits(self, keys: Sequence[ChunkKey]) -> int:
+            return [*(k in self.held for k in keys), False].index(False)
+
+    both = open_tiers(
+        Section("x", "x"),
+        Section("y", "y"),
+        plugins=Index(x=lambda: Counting(0, 2), y=lambda: Counting(1)),
+    )
+    keys = [key(number) for number in range(3)]
+    assert loop.run(both.locate(keys, LONG_S), LONG_S) == [0, 1, 0]
+    alone = open_tiers(Section("x", "x"), plugins=Index(x=lambda: Counting(0, 2)))
+    assert loop.run(alone.locate(keys, LONG_S), LONG_S) == [0, -1, -1]
 
 
 def test_a_hanging_tier_hides_nothing_of_the_others(open_tiers: OpenTiers, loop: IOLoop) -> None:
