@@ -86,13 +86,13 @@ class CanonicalBuffer(EngineConnector):
     ``buffer`` is whatever has Python's buffer protocol: a numpy array, a bytearray, a memoryview.
 
     Raises:
-        LayoutError: the buffer isn't contiguous or has another size.
+        ValueError: the buffer isn't contiguous or has another size.
     """
 
     def __init__(self, buffer: Buffer, group: LayerGroup, tokens: int) -> None:
         view = memoryview(buffer)
         if not view.c_contiguous or view.nbytes != group.chunk_bytes(tokens):
-            raise LayoutError(
+            raise ValueError(
                 f"KV of {tokens} tokens must be a C-contiguous buffer of "
                 f"{group.chunk_bytes(tokens)} bytes; this one has {view.nbytes}"
                 + ("" if view.c_contiguous else " and isn't contiguous")

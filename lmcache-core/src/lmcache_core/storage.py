@@ -210,8 +210,12 @@ class BlockingBackend(StorageBackend):
         await loop.run_in_executor(None, executor.shutdown)
 
     async def _run(self, call: Callable[..., _T], *args: Any) -> _T:
+        # The pool forgets a call only some time after its result is known; the buffers must be let
+        # go of before.
+        box = [args]
+        del args
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, lambda: call(*args))
+        return await loop.run_in_executor(self._executor, lambda: call(*box.pop()))
 
     def open_blocking(self, context: BackendContext) -> None:
         """Connect; see `StorageBackend.open`."""
