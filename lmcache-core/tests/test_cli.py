@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+
 from lmcache_core import collision
 from lmcache_core.cli import doctor, main
 from lmcache_core.errors import ConfigError

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
+
 from lmcache_core.config import BackendSection, Config, CoreConfig, load_config
 from lmcache_core.errors import ConfigError, PluginLoadError
 from lmcache_core.plugins import Plugins
-from pydantic import ValidationError
 
 MakeDistribution = Callable[..., str]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lmcache_core.config import Config, load_config
 from lmcache_core.config.lmcache_table import ALIASES, KEYS, Fate
 from lmcache_core.config.schema import CoreConfig

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 import pytest
+
 from lmcache_core.discovery import core_version
 from lmcache_core.errors import ConfigError, PluginError, PluginLoadError, UnknownPluginError
 from lmcache_core.plugins import BUILTIN_PLUGINS, PluginRecord, Plugins

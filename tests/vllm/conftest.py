@@ -23,7 +23,7 @@ def _model(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny() -> Path:
-    """Random weights, four layers: fast, and every bit of its KV matters as much as a real one's."""
+    """Random weights, four layers: fast, and its KV matters as much as a real one's."""
     return _model("tiny")
 
 

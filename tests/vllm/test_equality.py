@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from prompts import expected_hits, overlapping
 
 pytestmark = pytest.mark.vllm

@@ -40,11 +40,11 @@ class BlockSpan:
 
 @dataclass(frozen=True)
 class PlaneStrides:
-    """Where element (block, token, head, dim) of one plane lies, in elements from the tensor's start.
+    """Where element (block, token, head, dim) of one plane lies, from the tensor's start.
 
-    ``offset + block·B + token·T + head·H + dim·D``. That says everything about NHD, HND, vLLM's
-    packed CPU blocks (K transposed inside a head) and MLA. A layout that can't be said so is refused
-    by the connector, never approximated.
+    In elements: ``offset + block·B + token·T + head·H + dim·D``. That says everything about NHD,
+    HND, vLLM's packed CPU blocks (K transposed inside a head) and MLA. A layout that can't be said
+    so is refused by the connector, never approximated.
     """
 
     offset: int

@@ -64,7 +64,8 @@ def lmcache_host_region(
 ) -> HostRegion | None:
     """Allocate the host memory that chunks live in; ``None`` passes to the next plugin.
 
-    ``hugepages`` and ``numa_mode`` are the configuration's wishes. Core's own implementation allocates pageable memory and runs last.
+    ``hugepages`` and ``numa_mode`` are the configuration's wishes. Core's own implementation
+    allocates pageable memory and runs last.
     """
 
 

@@ -61,9 +61,9 @@ class LayerGroup:
     def __post_init__(self) -> None:
         if not self.layers or min(self.planes, self.heads, self.head_size) < 1:
             raise LayoutError(f"a layer group needs layers and positive sizes, not {self}")
-        if self.planes != (1 if self.kind is AttentionKind.MLA else 2):
-            if self.kind is not AttentionKind.STATE:
-                raise LayoutError(f"{self.kind.value} attention can't have {self.planes} planes")
+        planes = {AttentionKind.MLA: 1, AttentionKind.STATE: self.planes}.get(self.kind, 2)
+        if self.planes != planes:
+            raise LayoutError(f"{self.kind.value} attention can't have {self.planes} planes")
         if (self.window_tokens is not None) != (self.kind is AttentionKind.SLIDING_WINDOW):
             raise LayoutError("window_tokens goes with kind sliding_window, and only with it")
 

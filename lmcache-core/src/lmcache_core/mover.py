@@ -32,7 +32,7 @@ from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.metrics import Counters
 from lmcache_core.plan import FetchOp, LoadOp, Report, StoreOp
 from lmcache_core.serde import Serde
-from lmcache_core.storage import MISS, StoreOutcome
+from lmcache_core.storage import MISS
 from lmcache_core.tiers import Tier, Tiers
 
 logger = logging.getLogger(__name__)
@@ -232,9 +232,6 @@ class Mover:
             self._threads, lambda: [self._seal(tier.serde, op) for op in ops]
         )
         answer = await tier.store([op.key for op in ops], frames)
-        stored = sum(outcome is not StoreOutcome.NOT_ADMITTED for outcome in answer.outcomes)
-        if stored < len(ops):
-            self._counters.add("store_dropped", len(ops) - stored, reason=f"tier_{tier.name}")
         if answer.unsettled is not None:
             await asyncio.wait([answer.unsettled])
 
@@ -308,7 +305,6 @@ class Mover:
         for op, frame, size in zip(ops, into, sizes, strict=True):
             if size == MISS:
                 bad.add(op.op)
-                self._counters.add("load_failures", tier=tier.name, reason="miss")
                 continue
             error = attempt(self._open, tier.serde, op, frame[:size])
             if error is None:

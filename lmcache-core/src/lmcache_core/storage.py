@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 from pydantic import BaseModel
 
+from lmcache_core.daemon_pool import DaemonPool
+from lmcache_core.errors import BackendUnavailable
 from lmcache_core.keys import CacheNamespace, ChunkKey
 
 _T = TypeVar("_T")
@@ -175,17 +176,15 @@ class BlockingBackend(StorageBackend):
     must be thread-safe. What a subclass owes is as in `StorageBackend`, without the ``async``.
     """
 
-    _executor: ThreadPoolExecutor | None = None
+    _pool: DaemonPool | None = None
 
     async def open(self, context: BackendContext) -> None:
-        self._executor = ThreadPoolExecutor(
-            self.capabilities.max_concurrency, thread_name_prefix=f"lmcache-{context.name}"
-        )
+        self._pool = DaemonPool(self.capabilities.max_concurrency, f"lmcache-{context.name}")
         try:
             await self._run(self.open_blocking, context)
         except BaseException:
-            self._executor.shutdown(wait=False)
-            self._executor = None
+            self._pool.shutdown()
+            self._pool = None
             raise
 
     async def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
@@ -200,22 +199,20 @@ class BlockingBackend(StorageBackend):
         return await self._run(self.store_blocking, keys, sources)
 
     async def close(self) -> None:
-        if self._executor is None:
+        if self._pool is None:
             return
-        executor, self._executor = self._executor, None
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(executor, self.close_blocking)
-        # The pool is idle but for calls that were abandoned at their deadline; waiting for those
-        # belongs on a thread, not on the loop.
-        await loop.run_in_executor(None, executor.shutdown)
+        pool, self._pool = self._pool, None
+        await asyncio.wrap_future(pool.submit(self.close_blocking))
+        # Calls that were abandoned at their deadline may take for ever; so may this, within
+        # core's patience.
+        for ended in pool.shutdown():
+            await asyncio.wrap_future(ended)
+        pool.join(1.0)
 
     async def _run(self, call: Callable[..., _T], *args: Any) -> _T:
-        # The pool forgets a call only some time after its result is known; the buffers must be let
-        # go of before.
-        box = [args]
-        del args
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, lambda: call(*box.pop()))
+        if self._pool is None:
+            raise BackendUnavailable("the backend isn't open")
+        return await asyncio.wrap_future(self._pool.submit(call, *args))
 
     def open_blocking(self, context: BackendContext) -> None:
         """Connect; see `StorageBackend.open`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
 from lmcache_core.builtin.memory import MemoryBackend, MemoryConfig
 from lmcache_core.testing.storage import MakeBackend, StorageBackendTests

@@ -1,0 +1,266 @@
+"""The public API, as an own application uses it, on the real tiers."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lmcache_core import Cache, ConfigError, DType, KVLayout, Plugins, full_attention, load_config
+from lmcache_core.config import Config
+
+CHUNK = 16
+GROUP = full_attention(layers=3, heads=2, head_size=8, dtype=DType.BF16)
+LAYOUT = KVLayout(CHUNK, (GROUP,))
+
+
+def config(*assignments: str) -> Config:
+    return load_config(
+        Plugins(),
+        environ={},
+        assignments=[f"chunk_size={CHUNK}", "max_local_cpu_size=0.01", *assignments],
+    )
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    dice = random.Random(seed)
+    return [dice.randrange(50_000) for _ in range(count)]
+
+
+def kv(count: int, seed: int = 1) -> bytearray:
+    return bytearray(random.Random(seed).randbytes(GROUP.chunk_bytes(count)))
+
+
+def rows(buffer: bytearray, count: int, upto: int) -> list[bytes]:
+    """For each layer and plane, the bytes of the first ``upto`` of ``count`` tokens."""
+    row = GROUP.layer_token_bytes // 2
+    planes = len(GROUP.layers) * 2
+    return [bytes(buffer[i * count * row : (i * count + upto) * row]) for i in range(planes)]
+
+
+@pytest.fixture(params=["memory only", "disk behind", "disk only"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cache]:
+    disk = [f"local_disk={tmp_path}"]
+    options = {
+        "memory only": [],
+        "disk behind": disk,
+        "disk only": [*disk, "local_cpu=false"],
+    }[request.param]
+    with Cache.open(model="m", layout=LAYOUT, config=config(*options)) as opened:
+        yield opened
+
+
+def test_load_gives_back_what_was_stored(cache: Cache) -> None:
+    prompt, stored = tokens(70), kv(70)
+    assert cache.store(prompt, stored) == 64
+    cache.flush()
+    assert cache.lookup(prompt) == 64
+    loaded = bytearray(len(stored))
+    assert cache.load(prompt, loaded) == 64
+    assert rows(loaded, 70, 64) == rows(stored, 70, 64)
+
+
+def test_what_lies_beyond_the_hit_is_unchanged(cache: Cache) -> None:
+    prompt = tokens(70)
+    cache.store(prompt, kv(70))
+    cache.flush()
+    before = kv(70, seed=9)
+    loaded = bytearray(before)
+    other = prompt[:40] + tokens(30, seed=5)
+    assert cache.load(other, loaded) == 32
+    row = GROUP.layer_token_bytes // 2
+    for plane in range(6):
+        start = (plane * 70 + 32) * row
+        assert loaded[start : (plane + 1) * 70 * row] == before[start : (plane + 1) * 70 * row]
+
+
+def test_storing_again_stores_only_what_is_new() -> None:
+    with Cache.open(model="m", layout=LAYOUT, config=config()) as cache:
+        prompt = tokens(96)
+        assert cache.store(prompt[:48], kv(48)) == 48
+        assert cache.store(prompt, kv(96)) == 48
+        assert cache.store(prompt, kv(96)) == 0
+
+
+def test_salts_do_not_mix(cache: Cache) -> None:
+    prompt = tokens(32)
+    cache.store(prompt, kv(32), salt="tenant-a")
+    cache.flush()
+    assert cache.lookup(prompt, salt="tenant-b") == 0
+    assert cache.lookup(prompt) == 0
+    assert cache.lookup(prompt, salt="tenant-a") == 32
+
+
+def test_disk_survives_the_process(tmp_path: Path) -> None:
+    prompt, stored = tokens(64), kv(64)
+    with Cache.open(model="m", layout=LAYOUT, config=config(f"local_disk={tmp_path}")) as cache:
+        cache.store(prompt, stored)
+    with Cache.open(model="m", layout=LAYOUT, config=config(f"local_disk={tmp_path}")) as cache:
+        loaded = bytearray(len(stored))
+        assert cache.load(prompt, loaded) == 64
+        assert loaded == stored
+
+
+@pytest.mark.parametrize("other", [{"model": "n"}, {"shard": 1, "shard_count": 2}])
+def test_another_model_or_shard_finds_nothing(tmp_path: Path, other: dict[str, object]) -> None:
+    prompt = tokens(64)
+    options = config(f"local_disk={tmp_path}")
+    with Cache.open(model="m", layout=LAYOUT, config=options) as cache:
+        cache.store(prompt, kv(64))
+    arguments = {"model": "m", **other}
+    with Cache.open(layout=LAYOUT, config=options, **arguments) as cache:  # type: ignore[arg-type]
+        assert cache.lookup(prompt) == 0
+
+
+def damage(kind: str, path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    if kind == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "longer":
+        path.write_bytes(content + b"x")
+    elif kind == "header":
+        content[20] ^= 1
+        path.write_bytes(content)
+    else:
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "longer", "header", "payload"])
+def test_a_damaged_chunk_file_is_a_miss_and_a_counter(tmp_path: Path, kind: str) -> None:
+    prompt, stored = tokens(64), kv(64)
+    options = config(f"local_disk={tmp_path}")
+    with Cache.open(model="m", layout=LAYOUT, config=options) as cache:
+        cache.store(prompt, stored)
+    files = sorted(p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size > 1000)
+    assert len(files) == 4
+    for file in files:
+        damage(kind, file)
+    with Cache.open(model="m", layout=LAYOUT, config=options) as cache:
+        loaded = bytearray(len(stored))
+        assert cache.load(prompt, loaded) == 0
+        assert loaded == bytearray(len(stored))
+        failures = {
+            dict(labels)["reason"]
+            for (name, labels), _ in cache.counters.snapshot().items()
+            if name == "load_failures"
+        }
+        assert failures or cache.lookup(prompt) == 0
+
+
+def test_swapped_chunk_files_are_misses(tmp_path: Path) -> None:
+    """A file that holds a valid chunk under another chunk's name."""
+    prompt, stored = tokens(32), kv(32)
+    options = config(f"local_disk={tmp_path}")
+    with Cache.open(model="m", layout=LAYOUT, config=options) as cache:
+        cache.store(prompt, stored)
+    one, two = sorted(p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size > 1000)
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+    with Cache.open(model="m", layout=LAYOUT, config=options) as cache:
+        assert cache.load(prompt, bytearray(len(stored))) == 0
+        counters = cache.counters.snapshot()
+        assert counters[("frame_rejected", (("reason", "key"),))] >= 1
+
+
+def test_prefetch_brings_a_prefix_into_memory(tmp_path: Path) -> None:
+    prompt, stored = tokens(64), kv(64)
+    options = config(f"local_disk={tmp_path}")
+    with Cache.open(model="m", layout=LAYOUT, config=options) as cache:
+        cache.store(prompt, stored)
+    with Cache.open(model="m", layout=LAYOUT, config=options) as cache:
+        assert cache.prefetch(prompt).result(timeout=30) == 64
+        for file in tmp_path.rglob("*"):
+            if file.is_file():
+                file.unlink()
+        loaded = bytearray(len(stored))
+        assert cache.load(prompt, loaded) == 64
+        assert loaded == stored
+
+
+def test_pinned_prefixes_are_not_evicted() -> None:
+    with Cache.open(model="m", layout=LAYOUT, config=config()) as cache:
+        prompt = tokens(64)
+        cache.store(prompt, kv(64))
+        assert cache.pin(prompt) == 64
+        for seed in range(2, 40):
+            cache.store(tokens(640, seed), kv(640))
+        assert cache.lookup(prompt) == 64
+        assert cache.unpin(prompt) == 64
+        for seed in range(50, 90):
+            cache.store(tokens(640, seed), kv(640))
+        assert cache.lookup(prompt) == 0
+
+
+def test_clear_forgets_everything(cache: Cache) -> None:
+    prompt = tokens(64)
+    cache.store(prompt, kv(64))
+    cache.clear()
+    assert cache.lookup(prompt) == 0
+    assert cache.load(prompt, kv(64)) == 0
+
+
+def test_wrong_sizes_are_refused(cache: Cache) -> None:
+    with pytest.raises(ValueError, match="C-contiguous buffer of"):
+        cache.store(tokens(64), kv(63))
+    with pytest.raises(ValueError, match="C-contiguous buffer of"):
+        cache.load(tokens(64), kv(65))
+
+
+def test_a_layout_of_another_chunk_size_is_refused() -> None:
+    with pytest.raises(ConfigError, match="chunk_size is 16"):
+        Cache.open(model="m", layout=KVLayout(32, (GROUP,)), config=config())
+
+
+def test_many_threads_and_a_full_arena() -> None:
+    """Overlapping prefixes, more of them than fit: whatever loads is right."""
+    prompts = [tokens(160, seed) for seed in range(12)]
+    for i in range(1, 12):
+        prompts[i][: 16 * i] = prompts[0][: 16 * i]
+    contents: dict[bytes, bytearray] = {}
+
+    def content(prompt: list[int]) -> bytearray:
+        # A token's KV depends on the prefix only, as in a model.
+        row, buffer = GROUP.layer_token_bytes // 2, bytearray(GROUP.chunk_bytes(160))
+        for plane in range(6):
+            for position in range(160):
+                dice = random.Random(f"{plane} {prompt[: position + 1]}")
+                start = (plane * 160 + position) * row
+                buffer[start : start + row] = dice.randbytes(row)
+        return buffer
+
+    for prompt in prompts:
+        contents[repr(prompt).encode()] = content(prompt)
+    wrong: list[str] = []
+    loads = [0]
+    options = config("max_local_cpu_size=0.0002")  # 13 slots for some 100 chunks
+    with Cache.open(model="m", layout=LAYOUT, config=options) as cache:
+
+        def work(seed: int) -> None:
+            dice = random.Random(seed)
+            for _ in range(60):
+                prompt = dice.choice(prompts)
+                stored = contents[repr(prompt).encode()]
+                if dice.random() < 0.5:
+                    cache.store(prompt, stored)
+                    continue
+                into = bytearray(len(stored))
+                hit = cache.load(prompt, into)
+                loads[0] += bool(hit)
+                if rows(into, 160, hit) != rows(stored, 160, hit):
+                    wrong.append(f"{hit} tokens")
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+        assert not any(thread.is_alive() for thread in threads)
+    assert wrong == []
+    assert loads[0] > 0
