@@ -83,8 +83,6 @@ def start(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
         from vllm.config import KVTransferConfig
 
         settings = {"LMCACHE_CHUNK_SIZE": str(CHUNK), "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.1"}
-        for name, value in {**settings, **(environ or {})}.items():
-            monkeypatch.setenv(name, value)
         transfer = arguments.pop("transfer", {})
         if transfer is not None:
             arguments["kv_transfer_config"] = KVTransferConfig(
@@ -100,7 +98,10 @@ def start(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
             "disable_log_stats": False,
             **arguments,
         }
-        llm = LLM(**options)
+        with monkeypatch.context() as patch:
+            for name, value in {**settings, **(environ or {})}.items():
+                patch.setenv(name, value)
+            llm = LLM(**options)
         try:
             yield Engine(llm)
         finally:
@@ -389,14 +390,20 @@ def test_kv_events(start: Start) -> None:
             endpoint=f"tcp://127.0.0.1:{port}",
         )
         with start(kv_events_config=events) as engine:
+            decoder = msgspec.msgpack.Decoder(KVEventBatch)
+
+            def received() -> list[BlockStored]:
+                batch = decoder.decode(subscriber.recv_multipart()[-1])
+                return [e for e in batch.events if isinstance(e, BlockStored) and e.medium == "cpu"]
+
+            seed = 1
+            while not subscriber.poll(100):  # a publisher drops what it sends before it connects
+                engine.ask(prompt(64, seed))
+                seed += 1
             engine.ask(prompt(64))
             stored: list[BlockStored] = []
-            decoder = msgspec.msgpack.Decoder(KVEventBatch)
             while len(stored) < 4:
-                batch = decoder.decode(subscriber.recv_multipart()[-1])
-                stored += [
-                    e for e in batch.events if isinstance(e, BlockStored) and e.medium == "cpu"
-                ]
+                stored += [e for e in received() if set(e.token_ids) <= set(prompt(64))]
     assert [token for event in stored for token in event.token_ids] == prompt(64)
     assert [event.parent_block_hash for event in stored[1:]] == [
         event.block_hashes[0] for event in stored[:-1]

@@ -222,3 +222,21 @@ def test_disk_survives_a_restart(
         assert differences(first, results["none", 0]) == []
         assert differences(second, results["none", 0]) == []
         assert second["cached"] == everything
+
+
+def test_tensor_parallel(run: Run, tiny: Path, few: list[list[int]]) -> None:
+    """Two ranks, one planner. Compared with two ranks, whose sums differ from those of one."""
+    two = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "LMCACHE_CHUNK_SIZE": "16"}
+    cases = [case("none", engine(tiny, tensor_parallel_size=2), few, two)]
+    cases += [
+        case(
+            mode,
+            engine(tiny, tensor_parallel_size=2, kv_transfer_config=VERBATIM),
+            few,
+            {**two, **environ},
+        )
+        for mode, environ in MODES.items()
+    ]
+    none, *others = run(cases)
+    for other in others:
+        check(other, none, expected_hits(few, WAVE, 16))
