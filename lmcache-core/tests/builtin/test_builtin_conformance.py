@@ -8,6 +8,8 @@ import pytest
 
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
 from lmcache_core.builtin.memory import MemoryBackend, MemoryConfig
+from lmcache_core.builtin.raw import RawSerde
+from lmcache_core.testing.serde import MakeSerde, SerdeTests
 from lmcache_core.testing.storage import MakeBackend, StorageBackendTests
 
 
@@ -37,3 +39,9 @@ class TestFilesystemDirect(StorageBackendTests):
         return lambda: FilesystemBackend(
             FilesystemConfig(path=tmp_path, min_free_gib=0, direct_io=True, fsync=True)
         )
+
+
+class TestRaw(SerdeTests):
+    @pytest.fixture
+    def make_serde(self) -> MakeSerde:
+        return lambda: RawSerde()

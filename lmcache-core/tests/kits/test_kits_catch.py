@@ -1,0 +1,141 @@
+"""The conformance kits catch what they promise to catch, by the test that names the mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+BACKENDS: dict[str, set[str]] = {
+    "Correct": set(),
+    "KeepsReference": {"test_store_keeps_a_copy", "test_buffers_are_released"},
+    "RemembersBuffers": {"test_buffers_are_released"},
+    "RaisesOnMiss": {"test_a_missing_chunk_is_a_miss_not_an_error"},
+    "StopsAtTheFirstMiss": {"test_answers_are_positional"},
+    "AnswersHitsOnly": {"test_answers_are_positional"},
+    "Truncates": {"test_a_longer_value_is_a_miss"},
+    "AnswersCapacity": {"test_a_shorter_value_is_reported_with_its_length"},
+    "WritesPastTheBuffer": {"test_nothing_is_written_outside_the_buffer"},
+    "ScramblesSource": {"test_a_source_is_not_changed"},
+    "DropsGroupIndex": {"test_keys_of_later_layer_groups"},
+    "Sleeps": {"test_the_event_loop_is_never_blocked"},
+    "ReadsFilesOnTheLoop": {"test_the_event_loop_is_never_blocked"},
+    "WaitsForAThread": {"test_the_event_loop_is_never_blocked"},
+    "IgnoresNamespace": {"test_namespaces_do_not_mix"},
+    "LeaksThread": {"test_close_twice_and_leave_no_thread"},
+    "ClosesOnlyOnce": {"test_close_twice_and_leave_no_thread"},
+    "ClaimsShared": {"test_what_is_shared_is_seen_by_others"},
+    "ClaimsPersistent": {"test_what_is_persistent_outlives_the_backend"},
+    "PublishesBeforeComplete": {"test_readers_never_see_a_part"},
+    "MixesBatches": {"test_concurrent_batches"},
+    "DeletesWithoutCounting": {"test_delete"},
+    "DeletesOnlyTheAnswer": {"test_delete"},
+    "CountsAllHits": {"test_count_leading_hits"},
+    "ClearsEverybody": {"test_clear"},
+    "WritesInPlace": {"test_readers_never_see_a_part"},
+    "CountsEveryStore": {"test_usage"},
+}
+"""For each mistake the tests whose sentence it breaks; others may fail as a consequence."""
+
+SERDES: dict[str, set[str]] = {
+    "Correct": set(),
+    "CorrectlyLossy": set(),
+    "CanonicalNaN": {"test_every_bit_pattern"},
+    "PromisesTooLittle": {"test_max_encoded_bytes_is_enough"},
+    "ForgivesTruncation": {"test_truncated_input_is_refused"},
+    "IgnoresTheRest": {"test_longer_input_is_refused"},
+    "SharesScratch": {"test_threads_share_one_instance"},
+    "RemembersInItself": {"test_any_instance_decodes"},
+    "RaisesStructError": {"test_truncated_input_is_refused"},
+    "EncodesInPlace": {"test_arguments_are_not_changed"},
+    "KeepsBuffer": {"test_buffers_are_released"},
+    "WritesBehind": {"test_decode_gives_back_what_was_encoded"},
+    "WrongWireId": {"test_wire_id"},
+    "ClaimsInPlace": {"test_in_place_means_the_same_bytes"},
+    "WorseThanPromised": {"test_decode_gives_back_what_was_encoded"},
+}
+
+CONNECTORS: dict[str, set[str]] = {
+    "Correct": set(),
+    "SwapsPlanes": {"test_gather_makes_the_canonical_chunk"},
+    "SortsBlocks": {"test_order_of_blocks"},
+    "IgnoresChunkOffset": {"test_spans_that_begin_and_end_anywhere"},
+    "WholeBlocksOnly": {"test_spans_that_begin_and_end_anywhere"},
+    "WipesTheChunk": {"test_spans_that_begin_and_end_anywhere"},
+    "ScattersWholeBlocks": {"test_scatter_touches_only_its_span"},
+    "FirstSpanOnly": {"test_several_spans_in_one_call"},
+    "IgnoresLayers": {"test_other_layers_are_left_alone"},
+    "GoesThroughFloats": {"test_every_bit_pattern_survives"},
+    "ClampsBlocks": {"test_a_block_that_is_not_there_raises"},
+    "NegativeFromTheEnd": {"test_a_block_that_is_not_there_raises"},
+    "SharesState": {"test_any_thread_may_call"},
+    "ScramblesSources": {"test_scatter_does_not_change_its_sources"},
+    "KeepsBuffer": {"test_buffers_are_released"},
+    "TrustsTheBuffer": {"test_a_chunk_of_another_size_raises"},
+}
+
+STORAGE_MODULE = """
+import broken_backends, pytest
+from lmcache_core.testing.storage import StorageBackendTests
+
+class TestIt(StorageBackendTests):
+    @pytest.fixture
+    def make_backend(self, tmp_path):
+        return lambda: broken_backends.make(broken_backends.{name}, tmp_path)
+"""
+
+SERDE_MODULE = """
+import broken_serdes, pytest
+from lmcache_core.testing.serde import SerdeTests
+
+class TestIt(SerdeTests):
+    max_error = broken_serdes.{name}.max_error
+
+    @pytest.fixture
+    def make_serde(self):
+        return broken_serdes.{name}
+"""
+
+CONNECTOR_MODULE = """
+import broken_connectors, pytest
+from lmcache_core.testing.connector import EngineConnectorTests
+
+class TestIt(EngineConnectorTests):
+    @pytest.fixture
+    def engine(self):
+        return broken_connectors.ToyEngine(broken_connectors.{name})
+"""
+
+
+def failures(pytester: pytest.Pytester, code: str) -> set[str]:
+    """Run ``code`` as a test module; answer the names of the tests that fail."""
+    pytester.syspathinsert(Path(__file__).parent)
+    pytester.makepyfile(code)
+    recorded = pytester.inline_run("-q", "-p", "no:cacheprovider")
+    reports = recorded.getreports("pytest_runtest_logreport")
+    assert len({report.nodeid for report in reports}) >= 10, "the kit didn't run"
+    return {
+        report.nodeid.rpartition("::")[2].partition("[")[0] for report in reports if report.failed
+    }
+
+
+def check(actual: set[str], named: set[str]) -> None:
+    assert named <= actual
+    assert named or not actual, "what has no mistake must pass"
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_storage_kit(name: str, pytester: pytest.Pytester) -> None:
+    check(failures(pytester, STORAGE_MODULE.format(name=name)), BACKENDS[name])
+
+
+@pytest.mark.parametrize("name", SERDES)
+def test_serde_kit(name: str, pytester: pytest.Pytester) -> None:
+    check(failures(pytester, SERDE_MODULE.format(name=name)), SERDES[name])
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_connector_kit(name: str, pytester: pytest.Pytester) -> None:
+    check(failures(pytester, CONNECTOR_MODULE.format(name=name)), CONNECTORS[name])
