@@ -279,4 +279,7 @@ _E4M3 = [_from_e4m3(byte) for byte in range(0x7F)]
 
 
 def _to_e4m3(value: float) -> int:
-    return min(bisect_left(_E4M3, abs(value)), 0x7E) | (0x80 if value < 0 else 0)
+    above = min(bisect_left(_E4M3, abs(value)), 0x7E)
+    below = max(above - 1, 0)
+    nearer = min((above, below), key=lambda byte: abs(_E4M3[byte] - abs(value)))
+    return nearer | (0x80 if value < 0 else 0)
