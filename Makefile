@@ -1,0 +1,73 @@
+# `make` lists the targets. Recipes only call things; what they do is in the tools themselves.
+
+PYTHON ?= python3
+# The test suites' results; `make test` adds them up.
+RESULTS := build/results
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# The engine environment's Python, made on first use.
+ENGINE = $(PYTHON) tools/engine_env.py
+
+.DEFAULT_GOAL := help
+.PHONY: help test lint types unit docs e2e demo bench format engine-env venv clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+test: ## everything: style, types, fast tests, documentation, tests on real vLLM
+	@rm -rf $(RESULTS) && mkdir -p $(RESULTS)
+	@# Each part runs whatever came of the others, so that one run shows all that is wrong.
+	@status=0; for part in lint types unit docs e2e; do \
+	  echo "== $$part"; \
+	  $(MAKE) --no-print-directory $$part || { status=1; failed="$$failed $$part"; }; \
+	done; \
+	[ -z "$$failed" ] || echo "failed:$$failed"; \
+	$(PYTHON) tools/summary.py $(RESULTS) || status=1; \
+	exit $$status
+
+lint: $(READY) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY) ## mypy --strict on what is published
+	$(BIN)/mypy --strict lmcache-core/src/lmcache_core lmcache-connector-vllm/src
+
+unit: $(READY) ## the tests that need no engine
+	@mkdir -p $(RESULTS)
+	$(BIN)/python -m pytest -q -m "not vllm" --junit-xml=$(RESULTS)/unit.xml
+
+docs: $(READY) ## the documentation, strictly, into site/
+	$(BIN)/mkdocs --quiet build --strict
+
+e2e: ## the tests on real vLLM
+	@mkdir -p $(RESULTS)
+	@python=$$($(ENGINE)) && \
+	  "$$python" -m pytest -q -m vllm --junit-xml=$(RESULTS)/vllm.xml tests/vllm
+
+demo: ## real vLLM, two overlapping prompts: what is computed once and what is loaded
+	@$(PYTHON) tools/demo.py
+
+bench: ## measure; prints ratios to a calibration of the same run
+	@python=$$($(ENGINE)) && for program in bench/*.py; do \
+	  echo "== $$program"; "$$python" $$program || exit 1; done
+
+engine-env: ## prepare the engine environment; prints its Python
+	@$(ENGINE)
+
+venv: $(READY) ## prepare .venv
+
+$(READY): requirements-dev.txt $(wildcard */pyproject.toml)
+	@echo "preparing $(VENV) (minutes on the first run)"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt \
+	  > $(VENV)/install.log 2>&1 || { tail -n 25 $(VENV)/install.log; exit 1; }
+	@touch $@
+
+clean: ## remove what was made in this clone
+	rm -rf $(VENV) build site .mypy_cache .pytest_cache .ruff_cache
