@@ -16,13 +16,14 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin
 
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
 from lmcache_core.config.lmcache_keys import variable
 from lmcache_core.config.lmcache_table import ALIASES, EXTRA_KEYS, KEYS, URL_PACKAGES, Key
 from lmcache_core.config.schema import CoreConfig, SectionHead, hidden
 from lmcache_core.discovery import CORE
 from lmcache_core.plugins import Plugins
-from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
