@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVCacheEvent
+
 from lmcache_core.hashing import PrefixHasher
 from lmcache_core.keys import ChunkKey
-from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVCacheEvent
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

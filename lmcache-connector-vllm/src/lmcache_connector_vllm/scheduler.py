@@ -13,6 +13,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lmcache_connector_vllm import identity
+from lmcache_connector_vllm.events import ChunkEvents
+from lmcache_connector_vllm.metadata import RequestLoad, RequestStore, StepPlan, WorkerReport
+from lmcache_connector_vllm.settings import Settings
 from lmcache_core.connector import BlockSpan
 from lmcache_core.hashing import PrefixHasher
 from lmcache_core.io_loop import IOLoop
@@ -24,11 +28,6 @@ from lmcache_core.mover import slot_bytes, slots_in
 from lmcache_core.plan import FetchOp, LoadOp, StoreOp
 from lmcache_core.planner import Hold, Planner
 from lmcache_core.tiers import Tiers
-
-from lmcache_connector_vllm import identity
-from lmcache_connector_vllm.events import ChunkEvents
-from lmcache_connector_vllm.metadata import RequestLoad, RequestStore, StepPlan, WorkerReport
-from lmcache_connector_vllm.settings import Settings
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVCacheEvent

@@ -14,6 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
+
+from lmcache_connector_vllm import kv_memory
+from lmcache_connector_vllm.metadata import RequestLoad, StepPlan
+from lmcache_connector_vllm.settings import Settings
 from lmcache_core.errors import ConfigError
 from lmcache_core.host_memory import HostArena
 from lmcache_core.io_loop import IOLoop
@@ -25,10 +29,6 @@ from lmcache_core.mover import Mover, slot_bytes
 from lmcache_core.paged import PagedConnector
 from lmcache_core.plan import LoadOp, Report, StoreOp
 from lmcache_core.tiers import Tiers
-
-from lmcache_connector_vllm import kv_memory
-from lmcache_connector_vllm.metadata import RequestLoad, StepPlan
-from lmcache_connector_vllm.settings import Settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -1,0 +1,180 @@
+"""What makes KV values what they are, in terms of vLLM's own classes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
+
+torch = pytest.importorskip("torch")
+interface = pytest.importorskip("vllm.v1.kv_cache_interface")
+
+from lmcache_connector_vllm import identity  # noqa: E402
+from lmcache_core.errors import ConfigError, LayoutError  # noqa: E402
+from lmcache_core.layout import AttentionKind, DType  # noqa: E402
+
+
+def vllm_config(**parallel: int) -> Any:
+    sizes = {
+        "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        **parallel,
+    }
+    hf = SimpleNamespace(to_dict=lambda: {"hidden_size": 64, "_name_or_path": "x"})
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**sizes),
+        cache_config=SimpleNamespace(cache_dtype="auto", calculate_kv_scales=False),
+        model_config=SimpleNamespace(
+            model="org/model",
+            revision="main",
+            hf_config=hf,
+            dtype=torch.bfloat16,
+            quantization=None,
+        ),
+        speculative_config=None,
+    )
+
+
+def full(**options: Any) -> Any:
+    arguments = {"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
+    return interface.FullAttentionSpec(**{**arguments, **options})
+
+
+def cache_config(*specs: Any, layers: int = 3) -> Any:
+    groups = [
+        SimpleNamespace(layer_names=[f"layers.{i}" for i in range(layers)], kv_cache_spec=spec)
+        for spec in specs
+    ]
+    return SimpleNamespace(kv_cache_groups=groups)
+
+
+def test_full_attention() -> None:
+    group = identity.layer_group(vllm_config(), cache_config(full()))
+    assert (group.kind, group.planes, group.heads, group.head_size) == (
+        AttentionKind.FULL,
+        2,
+        2,
+        64,
+    )
+    assert group.dtype is DType.BF16
+    assert group.layers == (0, 1, 2)
+
+
+def test_mla_has_one_plane_and_is_the_same_on_all_ranks() -> None:
+    spec = interface.MLAAttentionSpec(
+        block_size=64, num_kv_heads=1, head_size=576, dtype=torch.bfloat16
+    )
+    config = vllm_config(tensor_parallel_size=4)
+    names = [identity.namespace(config, cache_config(spec), 256, rank) for rank in range(4)]
+    assert names[0].layout.groups[0].planes == 1
+    assert len({name.fingerprint for name in names}) == 1
+
+
+def test_ranks_of_full_attention_are_shards_of_one_root() -> None:
+    config = vllm_config(tensor_parallel_size=2)
+    names = [identity.namespace(config, cache_config(full()), 256, rank) for rank in range(2)]
+    assert names[0].fingerprint != names[1].fingerprint
+    assert names[0].root == names[1].root
+
+
+REFUSED = {
+    "no layers": (),
+    "two groups": (full(), full(head_size=128)),
+    "sliding window": (
+        interface.SlidingWindowSpec(
+            block_size=32, num_kv_heads=2, head_size=64, dtype=torch.bfloat16, sliding_window=128
+        ),
+    ),
+    "window kept in full": (full(sliding_window=128),),
+    "chunked": (full(attention_chunk_size=128),),
+    "state": (interface.MambaSpec(block_size=32, shapes=((4, 4),), dtypes=(torch.float32,)),),
+    "unequal K and V": (full(head_size_v=32),),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_stored_is_refused(name: str) -> None:
+    with pytest.raises(LayoutError, match="can't store"):
+        identity.layer_group(vllm_config(), cache_config(*REFUSED[name]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"],
+)
+def test_other_parallelism_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}=2"):
+        identity.layer_group(vllm_config(**{name: 2}), cache_config(full()))
+
+
+def request(**facts: Any) -> Any:
+    values = {"cache_salt": None, "lora_request": None, "mm_features": [], **facts}
+    return SimpleNamespace(**values)
+
+
+def adapter(folder: Path, name: str = "a") -> Any:
+    return SimpleNamespace(lora_name=name, lora_path=str(folder))
+
+
+def test_adapters_set_apart_and_so_do_their_files(tmp_path: Path) -> None:
+    root = b"r" * 8
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(b"one")
+    plain = identity.root(root, request(), {})
+    one = identity.root(root, request(lora_request=adapter(tmp_path)), {})
+    assert plain == root
+    assert one != plain
+    assert identity.root(root, request(lora_request=adapter(tmp_path)), {}) == one
+    assert identity.root(root, request(lora_request=adapter(tmp_path, "b")), {}) != one
+    weights.write_bytes(b"two")
+    os.utime(weights, ns=(1, 1))
+    reloaded = identity.root(root, request(lora_request=adapter(tmp_path)), {})
+    assert reloaded != one, "an adapter that was replaced in place isn't the old one"
+
+
+def test_salt_and_tags_cannot_be_confused() -> None:
+    root = b"r" * 8
+    salted = identity.root(root, request(cache_salt="x"), {})
+    tagged = identity.root(root, request(), {"lmcache.tag.salt": "x"})
+    assert len({root, salted, tagged}) == 3
+
+
+def feature(name: str, offset: int, length: int) -> Any:
+    return SimpleNamespace(
+        identifier=name, mm_position=SimpleNamespace(offset=offset, length=length)
+    )
+
+
+def test_media_mark_the_chunks_they_touch() -> None:
+    extras = identity.media(request(mm_features=[feature("cat", 10, 20)]), 16)
+    assert sorted(extras) == [0, 1]
+    other = identity.media(request(mm_features=[feature("dog", 10, 20)]), 16)
+    moved = identity.media(request(mm_features=[feature("cat", 11, 20)]), 16)
+    assert extras[0] != other[0]
+    assert extras[1] != moved[1]
+    two = identity.media(request(mm_features=[feature("cat", 10, 4), feature("dog", 20, 4)]), 16)
+    assert sorted(two) == [0, 1]
+
+
+def test_a_folder_is_named_by_what_it_holds(tmp_path: Path) -> None:
+    def config(folder: Path) -> Any:
+        made = vllm_config()
+        made.model_config.model = str(folder)
+        return made
+
+    for name in ("one", "copy", "other"):
+        (tmp_path / name).mkdir()
+        content = b"w" * 500_000 if name != "other" else b"w" * 499_999 + b"v"
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    one, copy, other = (
+        identity.model_identity(config(tmp_path / n)) for n in ("one", "copy", "other")
+    )
+    assert one == copy
+    assert one != other
