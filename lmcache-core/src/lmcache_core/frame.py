@@ -17,8 +17,8 @@
     128            payload
 
 All integers are little-endian. A reader checks, in this order: header
-checksum, magic and version, key, fingerprint, lengths, payload checksum; only
-then is anything decoded. The idea is safetensors': the header is validated
+checksum, magic, version and flags, key, fingerprint, lengths, payload
+checksum; only then is anything decoded. The idea is safetensors': the header is validated
 before any data is touched, and every way to be invalid has its own name.
 
 Knows bytes. Knows nothing about where they come from or how they are decoded.
@@ -92,13 +92,15 @@ def read_header(frame: memoryview, *, key: ChunkKey, fingerprint: str) -> Header
     (checksum,) = _CHECKSUM.unpack_from(frame, 120)
     if checksum != xxhash.xxh3_64_intdigest(frame[:120]):
         raise FrameError("header", "the header's checksum doesn't match")
-    magic, version, serde, _flags, name, length, where, raw, payload, digest = _FIELDS.unpack_from(
+    magic, version, serde, flags, name, length, where, raw, payload, digest = _FIELDS.unpack_from(
         frame, 0
     )
     if magic != MAGIC:
         raise FrameError("magic", f"not a chunk: starts with {magic!r}")
     if version != VERSION:
         raise FrameError("version", f"format version {version}, this reader knows {VERSION}")
+    if flags:
+        raise FrameError("version", f"flags {flags:#x} of a later format, this reader knows none")
     if name[:length] != bytes(key):
         raise FrameError("key", f"holds the chunk {name[:length].hex()}, not {key.hex()}")
     if where != fingerprint.encode("ascii"):

@@ -1,0 +1,161 @@
+"""A frame that isn't exactly what was asked for is refused, with the reason."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmcache_core.errors import FrameError
+from lmcache_core.frame import HEADER_BYTES, Header, read_header, write_header
+from lmcache_core.keys import ChunkKey, chunk_key
+
+KEY = chunk_key(bytes(range(1, 17)))
+FINGERPRINT = "0123456789abcdef"
+PAYLOAD = bytes(range(24))
+
+
+def frame(
+    payload: bytes = PAYLOAD,
+    *,
+    key: ChunkKey = KEY,
+    fingerprint: str = FINGERPRINT,
+    serde: int = 7,
+    raw_bytes: int = 99,
+) -> bytearray:
+    written = bytearray(HEADER_BYTES) + payload
+    write_header(
+        memoryview(written),
+        key=key,
+        fingerprint=fingerprint,
+        serde=serde,
+        raw_bytes=raw_bytes,
+        payload_bytes=len(payload),
+    )
+    return written
+
+
+def read(data: bytes | bytearray, *, key: ChunkKey = KEY, fingerprint: str = FINGERPRINT) -> Header:
+    return read_header(memoryview(data), key=key, fingerprint=fingerprint)
+
+
+def refusal(data: bytes | bytearray, key: ChunkKey = KEY, fingerprint: str = FINGERPRINT) -> str:
+    with pytest.raises(FrameError) as caught:
+        read(data, key=key, fingerprint=fingerprint)
+    return caught.value.reason
+
+
+def forged(offset: int, value: bytes) -> bytearray:
+    """A frame with one field changed by somebody who can compute the header's checksum."""
+    data = frame()
+    data[offset : offset + len(value)] = value
+    data[120:128] = struct.pack("<Q", xxhash.xxh3_64_intdigest(bytes(data[:120])))
+    return data
+
+
+def test_what_was_written_is_read() -> None:
+    assert read(frame()) == Header(serde=7, raw_bytes=99, payload_bytes=24)
+
+
+def test_an_empty_payload() -> None:
+    assert read(frame(b"")) == Header(serde=7, raw_bytes=99, payload_bytes=0)
+
+
+@given(
+    st.binary(max_size=300), st.integers(0, 2), st.integers(0, 0xFFFF), st.integers(0, 2**64 - 1)
+)
+@settings(max_examples=50, deadline=None)
+def test_round_trip(payload: bytes, group: int, serde: int, raw_bytes: int) -> None:
+    key = chunk_key(KEY, group)
+    written = frame(payload, key=key, serde=serde, raw_bytes=raw_bytes)
+    assert read(written, key=key) == Header(serde, raw_bytes, len(payload))
+    assert written[HEADER_BYTES:] == payload
+
+
+def test_golden_frame() -> None:
+    """The bytes on disk don't change unless the version does."""
+    expected = (
+        b"LMCKV\0\1\n" + b"\1\0" + b"\7\0" + bytes(4) + KEY + bytes(16) + b"\x10" + bytes(15)
+        + FINGERPRINT.encode() + struct.pack("<QQ", 99, 24)
+        + struct.pack("<Q", xxhash.xxh3_64_intdigest(PAYLOAD)) + bytes(16)
+    )  # fmt: skip
+    assert frame() == expected + struct.pack("<Q", xxhash.xxh3_64_intdigest(expected)) + PAYLOAD
+
+
+# -- attacks -------------------------------------------------------------------------------
+
+
+def test_every_flipped_bit_is_refused() -> None:
+    whole = frame()
+    for bit in range(len(whole) * 8):
+        broken = bytearray(whole)
+        broken[bit // 8] ^= 1 << bit % 8
+        assert refusal(broken) == ("header" if bit < HEADER_BYTES * 8 else "payload"), bit
+
+
+def test_every_truncation_is_refused() -> None:
+    whole = frame()
+    for size in range(len(whole)):
+        assert refusal(whole[:size]) == ("truncated" if size < HEADER_BYTES else "length"), size
+
+
+def test_bytes_behind_the_payload_are_refused() -> None:
+    assert refusal(frame() + b"\0") == "length"
+
+
+def test_two_payloads_swapped() -> None:
+    one, two = frame(), frame(PAYLOAD[::-1])
+    assert refusal(one[:HEADER_BYTES] + two[HEADER_BYTES:]) == "payload"
+
+
+def test_another_chunk() -> None:
+    assert refusal(frame(), key=chunk_key(bytes(16))) == "key"
+
+
+@pytest.mark.parametrize(("written", "asked"), [(0, 1), (1, 0), (1, 2)])
+def test_another_layer_group_of_the_same_chunk(written: int, asked: int) -> None:
+    assert refusal(frame(key=chunk_key(KEY, written)), key=chunk_key(KEY, asked)) == "key"
+
+
+def test_another_model() -> None:
+    assert refusal(frame(), fingerprint="fedcba9876543210") == "namespace"
+
+
+def test_something_else_altogether() -> None:
+    assert refusal(bytes(200)) == "header"
+    assert refusal(b"") == "truncated"
+    assert refusal(b"GET / HTTP/1.1\r\n" * 20) == "header"
+
+
+FORGERIES = {
+    "not ours": (0, b"\x89PNG\r\n\x1a\n", "magic"),
+    "version from the future": (8, b"\2\0", "version"),
+    "version nought": (8, b"\0\0", "version"),
+    "flag from the future": (12, b"\1\0\0\0", "version"),
+    "no key": (48, b"\0", "key"),
+    "key shorter than it is": (48, b"\x0f", "key"),
+    "key longer than its field": (48, b"\xff", "key"),
+    "key with a tail": (48, b"\x12", "key"),
+    "no namespace": (64, bytes(16), "namespace"),
+    "payload of nothing": (88, bytes(8), "length"),
+    "payload one short": (88, struct.pack("<Q", 23), "length"),
+    "payload of 16 EiB": (88, b"\xff" * 8, "length"),
+    "payload that wraps to the right size": (88, struct.pack("<Q", 24 + 2**63), "length"),
+    "another payload": (96, bytes(8), "payload"),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forged_header(name: str) -> None:
+    offset, value, reason = FORGERIES[name]
+    assert refusal(forged(offset, value)) == reason
+
+
+def test_messages_say_what_was_found() -> None:
+    with pytest.raises(FrameError, match=f"holds the chunk {KEY.hex()}, not 00000000"):
+        read(frame(), key=chunk_key(bytes(16)))
+    with pytest.raises(FrameError, match="format version 2, this reader knows 1"):
+        read(forged(8, b"\2\0"))
