@@ -1,0 +1,1 @@
+"""Keeps LMCache's chunks in newthing. `plugin` is what lmcache-core finds."""
