@@ -169,13 +169,22 @@ def _samples(file: Path) -> Iterator[bytes]:
 
 
 def cacheable(request: Request) -> bool:
-    """Whether the request's token ids say what it computes."""
-    return request.prompt_token_ids is not None and request.prompt_embeds is None
+    """Whether the request's token ids say what it computes, for good.
+
+    A resumable request may take tokens back, so what was hashed of it may become untrue.
+    """
+    return (
+        request.prompt_token_ids is not None
+        and request.prompt_embeds is None
+        and not request.resumable
+    )
 
 
-def root(namespace_root: bytes, request: Request, tags: Mapping[str, Any]) -> bytes:
-    """Where the request's digest chain starts: salt, adapter and tags set it apart."""
-    facts: list[str] = []
+def root(
+    namespace_root: bytes, request: Request, tags: Mapping[str, Any], epoch: str = ""
+) -> bytes:
+    """Where the request's digest chain starts: salt, adapter, tags and epoch set it apart."""
+    facts = [f"epoch={epoch}"] if epoch else []
     if request.cache_salt:
         facts.append(f"salt={request.cache_salt}")
     if (lora := request.lora_request) is not None:

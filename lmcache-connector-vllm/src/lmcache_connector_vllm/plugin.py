@@ -34,4 +34,4 @@ def lmcache_engine_connectors() -> Sequence[EngineConnectorDescriptor]:
 def lmcache_report() -> Sequence[str]:
     installed = {d.name: d.version for d in metadata.distributions()}
     found = [f"{name} {installed[name]}" for name in VLLM_DISTRIBUTIONS if name in installed]
-    return [f"vLLM: {', '.join(found) or 'not installed in this environment'}"]
+    return [", ".join(found) or "vLLM isn't installed in this environment"]

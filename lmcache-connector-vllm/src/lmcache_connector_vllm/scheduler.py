@@ -8,6 +8,7 @@ is offered again at the next step, until its deadline.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -103,6 +104,7 @@ class SchedulerSide:
         self._sources: dict[str, tuple[int, int]] = {}
         self._acknowledged: dict[int, int] = {}
         self._clear_tiers = False
+        self._epoch = ""
 
     def _open_tiers(self) -> None:
         """Open each backend once for every rank's shard, to ask what the workers stored."""
@@ -195,7 +197,7 @@ class SchedulerSide:
         params = request.kv_transfer_params
         limit = self._settings.config.core.priority_limit
         usable = identity.cacheable(request) and (limit is None or request.priority <= limit)
-        root = identity.root(self._namespace.root, request, identity.tags(params))
+        root = identity.root(self._namespace.root, request, identity.tags(params), self._epoch)
         tracked = self._requests[request.request_id] = _Tracked(
             request,
             PrefixHasher(root, self._chunk_tokens, identity.media(request, self._chunk_tokens)),
@@ -353,7 +355,7 @@ class SchedulerSide:
         last = min(upto, limit) // size
         ops: list[StoreOp] = []
         if last > tracked.next_chunk:
-            digests = tracked.hasher.extend(tokens)
+            digests = tracked.hasher.extend(tokens[: last * size])
             for index in range(tracked.next_chunk, last):
                 self._add_store(ops, tracked, ChunkKey(digests[index]), index * size, size)
             tracked.next_chunk = last
@@ -409,7 +411,16 @@ class SchedulerSide:
         self._sources.pop(request.request_id, None)
 
     def reset(self) -> bool:
-        """Forget all chunks, in host memory and in tiers that can."""
+        """Forget all chunks, in host memory and in tiers that can, and never believe one again.
+
+        vLLM's users reset when they have changed the weights. So what is stored from now on is
+        stored under names of a new epoch: nothing from before is found again, in whatever tier,
+        and nothing from after passes for the original weights' when the server restarts.
+        """
+        self._epoch = uuid.uuid4().hex
+        for tracked in self._requests.values():
+            self._end_lookup(tracked)
+            tracked.loads = tracked.saves = False
         chunks = self._planner.clear()
         self._clear_tiers = bool(self._tiers)
         logger.info("Reset: forgot %d chunks in host memory", chunks)

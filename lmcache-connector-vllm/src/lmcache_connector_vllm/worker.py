@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,6 +85,7 @@ class WorkerSide:
         self._layer_of: dict[str, int] = {}
         self._layer_loads: list[Future[None]] = []
         self._layers_stored: set[int] = set()
+        self._clearing: Future[int] | None = None
         self._lock = threading.Lock()
         self._received: set[str] = set()
         self._invalid_blocks: set[int] = set()
@@ -144,7 +145,7 @@ class WorkerSide:
         self._mover.fence(plan.acknowledged.get(self._rank, 0))
         self._mover.fetch(plan.fetches)
         if plan.clear_tiers and self._tiers is not None and self._loop is not None:
-            self._loop.submit(self._tiers.clear())
+            self._clearing = self._loop.submit(self._tiers.clear())
 
     def start_load(self) -> None:
         """Scatter what this step's requests need: at once, layer by layer, or in the background."""
@@ -298,6 +299,8 @@ class WorkerSide:
     def close(self) -> None:
         """Write out what is queued, within a bound, and let go of everything."""
         self._background.shutdown(wait=True)
+        if self._clearing is not None:
+            wait([self._clearing], FLUSH_AT_SHUTDOWN_S)
         if self._mover is not None and not self._mover.flush(FLUSH_AT_SHUTDOWN_S):
             logger.warning("Stopped before all chunks were written to the slow tiers")
         if self._tiers is not None:
