@@ -49,7 +49,7 @@ class LMCacheStats(KVConnectorStats):
         return cls(data=data)
 
     def reset(self) -> None:
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def is_empty(self) -> bool:
         return not self.data
