@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from pydantic import ValidationError
+
 from lmcache_core.builtin.memory import MemoryBackend, MemoryConfig
 from lmcache_core.keys import CacheNamespace
 from lmcache_core.storage import BackendContext, StoreOutcome
 from lmcache_core.testing.loop import Loop
 from lmcache_core.testing.storage import LAYOUT, keys, value
-from pydantic import ValidationError
 
 KIB = 1024
 
