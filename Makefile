@@ -43,7 +43,7 @@ unit: $(READY) ## the tests that need no engine
 	$(BIN)/python -m pytest -q -m "not vllm" --junit-xml=$(RESULTS)/unit.xml
 
 docs: $(READY) ## the documentation, strictly, into site/
-	$(BIN)/mkdocs --quiet build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build --strict
 
 e2e: ## the tests on real vLLM
 	@mkdir -p $(RESULTS)
@@ -62,7 +62,7 @@ engine-env: ## prepare the engine environment; prints its Python
 
 venv: $(READY) ## prepare .venv
 
-$(READY): requirements-dev.txt $(wildcard */pyproject.toml)
+$(READY): requirements-dev.txt $(wildcard */pyproject.toml examples/*/pyproject.toml)
 	@echo "preparing $(VENV) (minutes on the first run)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt \
