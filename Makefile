@@ -7,6 +7,9 @@ RESULTS := build/results
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# These import vLLM or start it, so they run where it is.
+WITH_VLLM := lmcache-connector-vllm/tests tests/vllm
+
 # The engine environment's Python, made on first use.
 ENGINE = $(PYTHON) tools/engine_env.py
 
@@ -40,7 +43,8 @@ types: $(READY) ## mypy --strict on what is published
 
 unit: $(READY) ## the tests that need no engine
 	@mkdir -p $(RESULTS)
-	$(BIN)/python -m pytest -q -m "not vllm" --junit-xml=$(RESULTS)/unit.xml
+	$(BIN)/python -m pytest -q -m "not vllm" $(WITH_VLLM:%=--ignore=%) \
+	  --junit-xml=$(RESULTS)/unit.xml
 
 docs: $(READY) ## the documentation, strictly, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build --strict
@@ -48,7 +52,7 @@ docs: $(READY) ## the documentation, strictly, into site/
 e2e: ## the tests on real vLLM
 	@mkdir -p $(RESULTS)
 	@python=$$($(ENGINE)) && \
-	  "$$python" -m pytest -q -m vllm --junit-xml=$(RESULTS)/vllm.xml tests/vllm
+	  "$$python" -m pytest -q --junit-xml=$(RESULTS)/vllm.xml $(WITH_VLLM)
 
 demo: ## real vLLM, two overlapping prompts: what is computed once and what is loaded
 	@$(PYTHON) tools/demo.py
