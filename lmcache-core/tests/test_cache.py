@@ -153,6 +153,22 @@ def test_a_damaged_chunk_file_is_a_miss_and_a_counter(tmp_path: Path, kind: str)
         assert failures or cache.lookup(prompt) == 0
 
 
+@pytest.mark.parametrize("kind", ["truncated", "header", "payload"])
+def test_a_damaged_chunk_is_replaced_when_it_is_stored_again(tmp_path: Path, kind: str) -> None:
+    prompt, stored = tokens(64), kv(64)
+    options = config(f"local_disk={tmp_path}")
+    with Cache.open(model="m", layout=LAYOUT, config=options) as cache:
+        cache.store(prompt, stored)
+    for file in tmp_path.rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            damage(kind, file)
+    with Cache.open(model="m", layout=LAYOUT, config=options) as cache:
+        assert cache.load(prompt, bytearray(len(stored))) == 0
+        cache.store(prompt, stored)
+    with Cache.open(model="m", layout=LAYOUT, config=options) as cache:
+        assert cache.load(prompt, bytearray(len(stored))) == 64
+
+
 def test_swapped_chunk_files_are_misses(tmp_path: Path) -> None:
     """A file that holds a valid chunk under another chunk's name."""
     prompt, stored = tokens(32), kv(32)

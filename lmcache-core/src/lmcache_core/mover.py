@@ -277,9 +277,12 @@ class Mover:
             into = [self._landing(tier.serde, op) for op in ops]
             answer = await tier.load([op.key for op in ops], into)
             loop = asyncio.get_running_loop()
-            bad = await loop.run_in_executor(
+            bad, damaged = await loop.run_in_executor(
                 self._threads, self._accept, tier, ops, into, answer.sizes
             )
+            if damaged:
+                # Or it would be there, of the right size, and refused for ever.
+                await tier.delete(damaged)
             if answer.unsettled is not None:
                 self._conclude(ops, bad, released=False)
                 await asyncio.wait([answer.unsettled])
@@ -299,9 +302,10 @@ class Mover:
 
     def _accept(
         self, tier: Tier, ops: list[FetchOp], into: list[memoryview], sizes: list[int]
-    ) -> set[int]:
-        """Verify and decode what was read; answer the operations that failed."""
+    ) -> tuple[set[int], list[ChunkKey]]:
+        """Verify and decode what was read; answer what failed, and which values are no good."""
         bad: set[int] = set()
+        damaged: list[ChunkKey] = []
         for op, frame, size in zip(ops, into, sizes, strict=True):
             if size == MISS:
                 bad.add(op.op)
@@ -313,13 +317,14 @@ class Mover:
                 self._counters.add("load_bytes", size, tier=tier.name)
                 continue
             bad.add(op.op)
+            damaged.append(op.key)
             reason = error.reason if isinstance(error, FrameError) else "decode"
             self._counters.add("frame_rejected", reason=reason)
             self._counters.add("load_failures", tier=tier.name, reason=reason)
             logger.warning(
                 "Tier %s: chunk %s isn't used (%s): %s", tier.name, op.key.hex(), reason, error
             )
-        return bad
+        return bad, damaged
 
     def _open(self, serde: Serde, op: FetchOp, frame: memoryview) -> None:
         group = self._namespace.layout.groups[0]
