@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # These import vLLM or start it, so they run where it is.
 WITH_VLLM := lmcache-connector-vllm/tests tests/vllm
+UNIT := $(filter-out $(WITH_VLLM),$(wildcard */tests)) examples tests
 
 # The engine environment's Python, made on first use.
 ENGINE = $(PYTHON) tools/engine_env.py
@@ -43,7 +44,7 @@ types: $(READY) ## mypy --strict on what is published
 
 unit: $(READY) ## the tests that need no engine
 	@mkdir -p $(RESULTS)
-	$(BIN)/python -m pytest -q -m "not vllm" $(WITH_VLLM:%=--ignore=%) \
+	$(BIN)/python -m pytest -q -m "not vllm" $(UNIT) --ignore=tests/vllm \
 	  --junit-xml=$(RESULTS)/unit.xml
 
 docs: $(READY) ## the documentation, strictly, into site/
