@@ -353,40 +353,47 @@ class SchedulerSide:
         upto = tracked.computed = min(computed + scheduled, len(tokens))
         limit = len(tokens) if core.save_decode_cache else request.num_prompt_tokens
         last = min(upto, limit) // size
-        ops: list[StoreOp] = []
+        stores: list[tuple[int, StoreOp]] = []
         if last > tracked.next_chunk:
             digests = tracked.hasher.extend(tokens[: last * size])
             for index in range(tracked.next_chunk, last):
-                self._add_store(ops, tracked, ChunkKey(digests[index]), index * size, size)
+                self._add_store(stores, tracked, ChunkKey(digests[index]), index * size, size)
             tracked.next_chunk = last
         if core.save_unfull_chunk and upto >= request.num_prompt_tokens and not tracked.tail_done:
             tracked.tail_done = True
-            self._add_tail(ops, tracked)
-        if ops:
-            total = min(upto, limit)
-            plan.stores.append(RequestStore(request.request_id, ops, total))
+            self._add_tail(stores, tracked)
+        if stores:
+            ops = [op for _, op in stores]
+            plan.stores.append(RequestStore(request.request_id, ops, min(upto, limit)))
             logger.info(
                 "Storing KV cache for %d out of %d tokens (skip_leading_tokens=%d) for request %s",
                 sum(op.span.tokens for op in ops),
-                total,
-                total - sum(op.span.tokens for op in ops),
+                min(upto, limit),
+                stores[0][0],
                 request.request_id,
             )
 
-    def _add_tail(self, ops: list[StoreOp], tracked: _Tracked) -> None:
+    def _add_tail(self, stores: list[tuple[int, StoreOp]], tracked: _Tracked) -> None:
         prompt, size = tracked.request.num_prompt_tokens, self._chunk_tokens
         if prompt % size:
             hasher = tracked.hasher.fork(prompt // size)
             tail = hasher.tail(tracked.request.all_token_ids[:prompt])
             if tail is not None:
-                self._add_store(ops, tracked, ChunkKey(tail), prompt - prompt % size, prompt % size)
+                self._add_store(
+                    stores, tracked, ChunkKey(tail), prompt - prompt % size, prompt % size
+                )
 
     def _add_store(
-        self, ops: list[StoreOp], tracked: _Tracked, key: ChunkKey, begin: int, tokens: int
+        self,
+        stores: list[tuple[int, StoreOp]],
+        tracked: _Tracked,
+        key: ChunkKey,
+        begin: int,
+        tokens: int,
     ) -> None:
         op = self._planner.plan_store(key, self._span(tracked.blocks, begin, tokens, tokens, 0))
         if op is not None:
-            ops.append(op)
+            stores.append((begin, op))
             if self._events is not None:
                 self._events.planned(key, tracked.request, begin, tokens, tracked.hasher)
 
