@@ -21,7 +21,11 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = sorted(path.parent for path in ROOT.glob("*/pyproject.toml"))
+FOLDERS = {
+    re.findall(r'^name = "(.+)"$', path.read_text(), re.MULTILINE)[0]: path.parent
+    for path in sorted(ROOT.glob("*/pyproject.toml"))
+}
+"""By the name of the distribution."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +54,19 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-def build(folder: Path, into: Path) -> Built:
+def build(name: str, folder: Path, into: Path) -> Built:
     """The sdist, and the wheel made from it: what isn't in the first isn't in the second."""
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", into, folder)
-    stem = folder.name.replace("-", "_")
+    stem = name.replace("-", "_")
     (sdist,) = into.glob(f"{stem}-*.tar.gz")
     (wheel,) = into.glob(f"{stem}-*.whl")
-    return Built(folder.name, sdist, wheel)
+    return Built(name, sdist, wheel)
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
     into = tmp_path_factory.mktemp("dist")
-    return {folder.name: build(folder, into) for folder in FOLDERS}
+    return {name: build(name, folder, into) for name, folder in FOLDERS.items()}
 
 
 @pytest.fixture
@@ -99,7 +103,7 @@ def install(python: Path, *wheels: Path) -> None:
 
 
 def test_there_is_something_to_publish() -> None:
-    assert {"lmcache-core", "lmcache-connector-vllm"} <= {folder.name for folder in FOLDERS}
+    assert {"lmcache-core", "lmcache-connector-vllm"} <= FOLDERS.keys()
 
 
 def test_nobody_owns_the_lmcache_package(built: dict[str, Built]) -> None:
@@ -123,9 +127,9 @@ def test_import_packages_are_named_after_their_distribution(built: dict[str, Bui
         assert f"{one.name.replace('-', '_')}/py.typed" in one.files()
 
 
-def test_nothing_but_sources_is_published(built: dict[str, Built]) -> None:
+def test_no_tests_and_no_rubbish_are_published(built: dict[str, Built]) -> None:
     for one in built.values():
-        strange = [n for n in one.files() if not n.endswith((".py", ".pyi", "py.typed"))]
+        strange = [n for n in one.files() if not n.endswith((".py", ".pyi", "py.typed", ".so"))]
         assert strange == [], one.name
         assert not [name for name in one.files() if "/tests/" in name]
 
@@ -202,7 +206,9 @@ def test_a_package_made_from_the_template_passes_its_kit(tmp_path: Path, python:
     left += [p for p in package.rglob("*.*") if "newthing" in p.read_text().lower()]
     assert left == []
     wheels = tmp_path / "dist"
-    install(python, build(package, wheels).wheel, build(ROOT / "lmcache-core", wheels).wheel)
+    acme = build("lmcache-backend-acme", package, wheels)
+    core = build("lmcache-core", FOLDERS["lmcache-core"], wheels)
+    install(python, acme.wheel, core.wheel)
     plugins = run(python.parent / "lmcache", "plugins")
     assert re.search(r"acme +lmcache-backend-acme +\S+ +ok +storage backend acme", plugins)
     output = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", package / "tests")
