@@ -26,11 +26,10 @@ class RequestLoad:
 
 @dataclass
 class RequestStore:
-    """One request's stores of this step, with what the log line says."""
+    """One request's stores of this step."""
 
     request_id: str
     ops: list[StoreOp]
-    tokens: int
 
 
 @dataclass

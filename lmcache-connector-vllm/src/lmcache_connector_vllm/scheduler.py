@@ -364,7 +364,7 @@ class SchedulerSide:
             self._add_tail(stores, tracked)
         if stores:
             ops = [op for _, op in stores]
-            plan.stores.append(RequestStore(request.request_id, ops, min(upto, limit)))
+            plan.stores.append(RequestStore(request.request_id, ops))
             logger.info(
                 "Storing KV cache for %d out of %d tokens (skip_leading_tokens=%d) for request %s",
                 sum(op.span.tokens for op in ops),
