@@ -1,0 +1,264 @@
+"""Chunks between an engine's blocks and canonical memory: how far from memcpy?
+
+    python3 bench/kernels.py            about 1 minute
+    python3 bench/kernels.py --quick    a few seconds, wider spread
+
+Chunks are shaped as Llama-3.1-8B's: 32 layers, 8 KV heads of 128, bf16, 256 tokens, blocks of 16
+tokens in random places; 32 MiB each. Each figure is bytes of chunks per second. Its calibration is
+`ctypes.memmove` of the same bytes between the same places, on as many threads, in the same run:
+figure and calibration take turns, chunk after chunk, so that whatever else the machine does hits
+both. The ratio of a run is that of its medians; the reported ratio is the median of the runs.
+
+    whole      chunks that begin and end with a block
+    tokens     chunks that begin in the middle of one
+    nhd        [2, blocks, tokens, heads, dim]                FlashAttention
+    hnd        [blocks, 2, heads, tokens, dim]                FlashInfer
+    packed     [blocks, heads, K as [dim, tokens] + V]        vLLM on CPU
+    verify     checks before it scatters: reads each chunk twice
+    passing    checks in passing: a damaged chunk is reported after it was scattered
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lmcache_core.connector import BlockSpan, Kernels, PagedLayout, PlaneStrides
+from lmcache_core.layout import DType, LayerGroup, full_attention
+from lmcache_core.reference import ReferenceKernels
+from lmcache_kernels.cpu import CpuKernels
+
+LAYERS, HEADS, HEAD_SIZE, CHUNK_TOKENS, BLOCK_TOKENS = 32, 8, 128, 256, 16
+CHUNKS = 8
+"""256 MiB on each side, so that no chunk is still in a cache when its turn comes again."""
+
+RUNS = 9
+REPEATS = 3  # rounds over all chunks in a run
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table. Values in GiB/s."""
+
+    name: str
+    value: float
+    unit: str
+    calibration: float
+    ratio: float
+    runs: int
+    spread: float
+    """Half the distance between the quartiles of the runs' ratios, by their median."""
+
+
+class Memory:
+    """Paged tensors of one order, chunk buffers, and a plain copy of both for memcpy."""
+
+    def __init__(self, order: str) -> None:
+        self.group = full_attention(
+            layers=LAYERS, heads=HEADS, head_size=HEAD_SIZE, dtype=DType.BF16
+        )
+        per_chunk = CHUNK_TOKENS // BLOCK_TOKENS
+        # One block more a chunk, for spans that begin inside of one.
+        self.blocks = CHUNKS * (per_chunk + 1)
+        self.layout = layout(order, self.group, self.blocks)
+        elements = 2 * self.blocks * BLOCK_TOKENS * HEADS * HEAD_SIZE
+        self.tensors = [torch.zeros(elements, dtype=torch.bfloat16) for _ in range(LAYERS)]
+        for tensor in self.tensors:
+            tensor.view(torch.int16).random_()
+        self.size = self.group.chunk_bytes(CHUNK_TOKENS)
+        # As in an arena: chunks begin 128 bytes into a page.
+        stride = self.size + 4096
+        self._arena = torch.ones(CHUNKS * stride + 4096, dtype=torch.uint8)
+        start = -self._arena.data_ptr() % 4096 + 128
+        view = memoryview(self._arena.numpy()).cast("B")
+        begins = [start + i * stride for i in range(CHUNKS)]
+        self.chunks = [view[begin : begin + self.size] for begin in begins]
+        self.addresses = [self._arena.data_ptr() + begin for begin in begins]
+        self._plain = torch.ones(CHUNKS * self.size, dtype=torch.uint8)
+        self.plain = [self._plain.data_ptr() + i * self.size for i in range(CHUNKS)]
+        self.numbers = random.Random(0).sample(range(self.blocks), self.blocks)
+
+    def span(self, chunk: int, first: int) -> BlockSpan:
+        each = CHUNK_TOKENS // BLOCK_TOKENS + 1
+        blocks = self.numbers[chunk * each : (chunk + 1) * each]
+        return BlockSpan(blocks, first, CHUNK_TOKENS, CHUNK_TOKENS)
+
+
+def layout(order: str, group: LayerGroup, blocks: int) -> PagedLayout:
+    """What `order` looks like, as a connector would say it."""
+    row, block = HEADS * HEAD_SIZE, BLOCK_TOKENS * HEADS * HEAD_SIZE
+    head = BLOCK_TOKENS * HEAD_SIZE
+    planes = {
+        "nhd": (
+            PlaneStrides(0, block, row, HEAD_SIZE, 1),
+            PlaneStrides(blocks * block, block, row, HEAD_SIZE, 1),
+        ),
+        "hnd": (
+            PlaneStrides(0, 2 * block, HEAD_SIZE, head, 1),
+            PlaneStrides(block, 2 * block, HEAD_SIZE, head, 1),
+        ),
+        "packed": (
+            PlaneStrides(0, 2 * block, 1, 2 * head, BLOCK_TOKENS),
+            PlaneStrides(head, 2 * block, HEAD_SIZE, 2 * head, 1),
+        ),
+    }
+    return PagedLayout(group, blocks, BLOCK_TOKENS, planes[order])
+
+
+Move = Callable[[int], object]
+
+
+def operation(name: str, kernels: Kernels, memory: Memory, first: int) -> Move:
+    """What moves chunk ``i``."""
+    t, la, layers = memory.tensors, memory.layout, range(LAYERS)
+    spans = [memory.span(i, first) for i in range(CHUNKS)]
+    one = [[chunk] for chunk in memory.chunks]
+    if name == "gather":
+        return lambda i: kernels.gather(t, la, [spans[i]], one[i], layers)
+    if name == "scatter":
+        return lambda i: kernels.scatter(one[i], t, la, [spans[i]], layers)
+    assert isinstance(kernels, CpuKernels)
+    if name == "gather+checksum":
+        return lambda i: kernels.gather_checksummed(t, la, [spans[i]], one[i], layers)
+    sums = [kernels.gather_checksummed(t, la, [spans[i]], one[i], layers) for i in range(CHUNKS)]
+    first_of_all = name == "verify+scatter"
+
+    def verified(i: int) -> None:
+        bad = kernels.scatter_verified(
+            one[i], t, la, [spans[i]], layers, sums[i], verify_first=first_of_all
+        )
+        assert not bad
+
+    return verified
+
+
+def memcpy(memory: Memory, threads: int, pool: ThreadPoolExecutor, back: bool) -> Move:
+    """Moves as many bytes as chunk ``i`` has; ``ctypes`` lets go of the GIL."""
+    part = memory.size // threads
+
+    def move(i: int) -> None:
+        here, there = memory.plain[i], memory.addresses[i]
+        to, source = (here, there) if back else (there, here)
+        pieces = [
+            pool.submit(ctypes.memmove, to + p * part, source + p * part, part)
+            for p in range(1, threads)
+        ]
+        ctypes.memmove(to, source, part)
+        for piece in pieces:
+            piece.result()
+
+    return move
+
+
+def measure(name: str, move: Move, plain: Move, runs: int, repeats: int) -> Result:
+    """Take turns and compare."""
+    size = LAYERS * 2 * CHUNK_TOKENS * HEADS * HEAD_SIZE * 2 / 2**30
+    ratios, own, others = [], [], []
+    for i in range(2):
+        move(i)
+        plain(i)
+    for _ in range(runs):
+        mine: list[float] = []
+        theirs: list[float] = []
+        for turn in range(repeats * CHUNKS):
+            i = turn % CHUNKS
+            for job, times in (
+                ((move, mine), (plain, theirs))
+                if turn % 2
+                else (
+                    (plain, theirs),
+                    (move, mine),
+                )
+            ):
+                began = time.perf_counter()
+                job(i)
+                times.append(time.perf_counter() - began)
+        a, b = statistics.median(mine), statistics.median(theirs)
+        ratios.append(b / a)
+        own.append(size / a)
+        others.append(size / b)
+    quartiles = statistics.quantiles(ratios, n=4) if runs > 1 else [ratios[0]] * 3
+    ratio = statistics.median(ratios)
+    return Result(
+        name,
+        round(statistics.median(own), 2),
+        "GiB/s",
+        round(statistics.median(others), 2),
+        round(ratio, 3),
+        runs,
+        round((quartiles[2] - quartiles[0]) / 2 / ratio, 3),
+    )
+
+
+CASES = [
+    ("nhd", "whole", ("gather", "scatter", "gather+checksum", "verify+scatter", "passing+scatter")),
+    ("nhd", "tokens", ("gather+checksum", "verify+scatter", "passing+scatter")),
+    ("hnd", "whole", ("gather+checksum", "verify+scatter", "passing+scatter")),
+    ("packed", "whole", ("gather+checksum", "verify+scatter", "passing+scatter")),
+    ("packed", "tokens", ("gather+checksum", "passing+scatter")),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter runs")
+    parser.add_argument("--runs", type=int, default=None)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--only", default="", help="names that contain this")
+    parser.add_argument("--reference", action="store_true", help="the torch reference too")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    runs = arguments.runs or (3 if arguments.quick else RUNS)
+    repeats = 1 if arguments.quick else REPEATS
+    cpus = len(os.sched_getaffinity(0))
+    print(f"SIMD {CpuKernels(1).simd}, {cpus} CPUs, load {os.getloadavg()[0]:.1f}")
+    torch.set_num_threads(1)
+    results = []
+    with ThreadPoolExecutor(max(arguments.threads)) as pool:
+        for order, path, names in CASES:
+            memory = Memory(order)
+            first = 0 if path == "whole" else BLOCK_TOKENS // 2 - 1
+            for threads in arguments.threads:
+                for name in names:
+                    title = f"{order}/{path}/{name}/{threads}t"
+                    if arguments.only not in title:
+                        continue
+                    move = operation(name, CpuKernels(threads), memory, first)
+                    plain = memcpy(memory, threads, pool, "scatter" in name)
+                    results.append(measure(title, move, plain, runs, repeats))
+                    show(results[-1])
+            if arguments.reference:
+                for name in ("gather", "scatter"):
+                    move = operation(name, ReferenceKernels(), memory, first)
+                    plain = memcpy(memory, 1, pool, name == "scatter")
+                    title = f"{order}/{path}/{name}/reference"
+                    results.append(measure(title, move, plain, runs, repeats))
+                    show(results[-1])
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(one) for one in results], indent=1))
+    else:
+        print(json.dumps([asdict(one) for one in results]))
+
+
+def show(result: Result) -> None:
+    print(
+        f"{result.name:36} {result.value:7.2f} {result.unit}   memcpy {result.calibration:7.2f}   "
+        f"ratio {result.ratio:5.2f} ± {result.spread:4.0%}"
+    )
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

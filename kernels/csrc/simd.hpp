@@ -1,0 +1,51 @@
+// The inner loops, once per instruction set, chosen at run time.
+//
+// Knows bytes and strides. Knows nothing about layouts, threads or Python. The per-level files
+// are compiled with that level's compiler flags and include nothing that could emit shared inline
+// code, so that no instruction leaks to a CPU that doesn't have it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lmcache {
+
+constexpr size_t kLine = 64;  // bytes of a cache line, and of one stripe of XXH3
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "checksums and digests are little-endian");
+
+enum class Store { cached, streaming };
+
+struct Simd {
+  const char* name;
+
+  // XXH3's long-input loop: take `stripes` stripes of 64 bytes into the eight accumulators. The
+  // first of them is stripe number `at` of the input.
+  void (*hash)(uint64_t* acc, const uint8_t* src, size_t stripes, size_t at);
+
+  // The same, and copy what is hashed. For Store::streaming, `dst` is aligned to a line.
+  void (*copy_hash)(uint64_t* acc, uint8_t* dst, const uint8_t* src, size_t stripes, size_t at,
+                    Store store);
+
+  // Copy past the caches, whatever the alignment.
+  void (*stream)(uint8_t* dst, const uint8_t* src, size_t bytes);
+
+  // dst[c * dst_stride + r] = src[r * src_stride + c] for elements of 1, 2 and 4 bytes
+  // (`transpose[0]`, `[1]`, `[2]`). Strides in elements.
+  void (*transpose[3])(uint8_t* dst, size_t dst_stride, const uint8_t* src, size_t src_stride,
+                       size_t rows, size_t cols);
+
+  // Make streamed stores visible before any later store.
+  void (*fence)();
+};
+
+extern const Simd simd_base;
+#if defined(LMCACHE_X86)
+extern const Simd simd_avx2;
+extern const Simd simd_avx512;
+#endif
+
+// The best level that this CPU has, or the one called `name`; nullptr if it hasn't got that.
+const Simd* simd(const char* name = nullptr);
+
+}  // namespace lmcache

@@ -1,0 +1,48 @@
+"""What this distribution tells lmcache-core. Imports neither torch nor triton."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+
+from lmcache_core.connector import Kernels
+from lmcache_core.errors import ConfigError
+from lmcache_core.hookspecs import hookimpl
+from lmcache_kernels.cpu import CpuKernels
+
+THREADS_VARIABLE = "LMCACHE_KERNEL_THREADS"
+_MOST_THREADS = 256
+
+
+def threads_from(environ: Mapping[str, str]) -> int | None:
+    """How many threads ``LMCACHE_KERNEL_THREADS`` asks for; ``None`` where it isn't set.
+
+    Raises:
+        ConfigError: it isn't a number from 1 to 256.
+    """
+    text = environ.get(THREADS_VARIABLE)
+    if text is None:
+        return None
+    if text.isascii() and text.isdigit() and 1 <= int(text) <= _MOST_THREADS:
+        return int(text)
+    raise ConfigError(
+        f"{THREADS_VARIABLE}={text!r} (environment): set it to a number of threads from 1 to "
+        f"{_MOST_THREADS}, or unset it"
+    )
+
+
+@hookimpl
+def lmcache_kernels(device: str) -> Kernels | None:
+    if device == "cpu":
+        return CpuKernels(threads_from(os.environ))
+    return None
+
+
+@hookimpl
+def lmcache_report() -> Sequence[str]:
+    kernels = CpuKernels(threads_from(os.environ))
+    return [
+        f"lmcache-kernels {version('lmcache-kernels')}: SIMD {kernels.simd}, "
+        f"{kernels.threads} thread{'s' if kernels.threads > 1 else ''}"
+    ]

@@ -1,0 +1,46 @@
+"""What the plugin offers to core."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from lmcache_core.errors import ConfigError
+from lmcache_core.plugins import Plugins
+from lmcache_kernels import plugin
+from lmcache_kernels.cpu import CpuKernels, usable_cpus
+
+
+def test_core_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(plugin.THREADS_VARIABLE, "3")
+    kernels = Plugins().kernels("cpu")
+    assert isinstance(kernels, CpuKernels)
+    assert (kernels.name, kernels.threads) == ("native-cpu", 3)
+
+
+def test_other_devices_are_others_business() -> None:
+    assert plugin.lmcache_kernels("meta") is None
+
+
+def test_threads_by_default() -> None:
+    assert CpuKernels().threads == min(2, usable_cpus())
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "", "257", "1.5", "²"])
+def test_threads_that_cannot_be(text: str) -> None:
+    with pytest.raises(ConfigError, match="LMCACHE_KERNEL_THREADS="):
+        plugin.threads_from({plugin.THREADS_VARIABLE: text})
+
+
+def test_report() -> None:
+    (line,) = plugin.lmcache_report()
+    assert line.startswith("lmcache-kernels 0.")
+    assert "SIMD" in line
+    assert "thread" in line
+
+
+def test_the_plugin_imports_no_torch() -> None:
+    code = "import sys, lmcache_kernels.plugin; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
