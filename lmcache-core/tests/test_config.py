@@ -367,3 +367,9 @@ def test_rows_show_everything_with_what_sections_inherit(plugins: Plugins) -> No
 
 def test_every_option_is_described() -> None:
     assert all(info.description for info in CoreConfig.model_fields.values())
+
+
+@pytest.mark.parametrize("name", ["LMCACHE_KERNEL_THREADS", "LMCACHE_ENVS", "LMCACHE_VLLM_PYTHON"])
+def test_variables_of_tools_and_kernels_are_no_options(name: str) -> None:
+    config = load_config(Plugins(), environ={name: "anything"})
+    assert config.notices == ()

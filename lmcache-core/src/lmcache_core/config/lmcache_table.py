@@ -247,6 +247,10 @@ ENVIRONMENT = frozenset(
         "LMCACHE_USE_UPSTREAM_MP",
         "LMCACHE_DISABLE_BANNER",
         "LMCACHE_TRACK_USAGE",
+        # What the kernels and this project's own tools read; people export them.
+        "LMCACHE_KERNEL_THREADS",
+        "LMCACHE_ENVS",
+        "LMCACHE_VLLM_PYTHON",
     }
 )
 """Switches of processes, and switches that LMCache has and whose effect is ours anyway."""
