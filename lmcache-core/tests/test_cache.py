@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel, ConfigDict
 
-from lmcache_core import Cache, ConfigError, DType, KVLayout, Plugins, full_attention, load_config
+from lmcache_core import (
+    Cache,
+    ConfigError,
+    DType,
+    KVLayout,
+    Paged,
+    Plugins,
+    full_attention,
+    hookimpl,
+    load_config,
+)
 from lmcache_core.config import Config
+from lmcache_core.connector import EngineConnectorDescriptor
+from lmcache_core.paged import CanonicalBuffer
 
 CHUNK = 16
 GROUP = full_attention(layers=3, heads=2, head_size=8, dtype=DType.BF16)
@@ -280,3 +294,54 @@ def test_many_threads_and_a_full_arena() -> None:
         assert not any(thread.is_alive() for thread in threads)
     assert wrong == []
     assert loads[0] > 0
+
+
+class OwnEngine:
+    """A plugin whose engine is one buffer."""
+
+    buffer = bytearray(GROUP.chunk_bytes(64))
+
+    @staticmethod
+    @hookimpl
+    def lmcache_engine_connectors() -> list[EngineConnectorDescriptor]:
+        class Options(BaseModel):
+            model_config = ConfigDict(extra="forbid")
+
+        return [
+            EngineConnectorDescriptor(
+                name="own",
+                summary="for this test",
+                config=Options,
+                create=lambda _: CanonicalBuffer(OwnEngine.buffer, GROUP, 64),
+            ),
+            EngineConnectorDescriptor(name="theirs", summary="no create", config=Options),
+        ]
+
+
+@pytest.fixture
+def own_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed distribution that provides `OwnEngine`."""
+    info = tmp_path / "own_engine-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: own-engine\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lmcache.plugins]\nown_engine = own_engine\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "own_engine", OwnEngine)  # type: ignore[misc]
+
+
+@pytest.mark.usefixtures("own_engine")
+def test_the_configured_engine_connector_is_used() -> None:
+    OwnEngine.buffer[:] = kv(64)
+    with Cache.open(model="m", layout=LAYOUT, config=config("engine_connector=own")) as cache:
+        assert cache.engine is not None
+        prompt = tokens(64)
+        assert cache.store(prompt, Paged(cache.engine, [0], 64)) == 64
+        loaded = bytearray(len(OwnEngine.buffer))
+        assert cache.load(prompt, loaded) == 64
+        assert loaded == OwnEngine.buffer
+
+
+@pytest.mark.usefixtures("own_engine")
+def test_an_engine_connector_that_cannot_be_created_here_is_refused() -> None:
+    with pytest.raises(ConfigError, match="only the engine itself"):
+        Cache.open(model="m", layout=LAYOUT, config=config("engine_connector=theirs"))

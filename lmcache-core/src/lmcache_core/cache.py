@@ -81,6 +81,8 @@ class Cache:
                 f"{core.chunk_size}: make them equal"
             )
         self.counters = Counters()
+        self.engine = _engine(core.engine_connector, plugins)
+        """What ``engine_connector`` names, for use in `Paged`; ``None`` if it names nothing."""
         self._namespace = namespace
         self._group = layout.groups[0]
         self._chunk_tokens = core.chunk_size
@@ -348,6 +350,18 @@ class Cache:
         self.counters.add("lookup_tokens", asked)
         if hit:
             self.counters.add("lookup_hit_tokens", hit, tier="any")
+
+
+def _engine(name: str | None, plugins: Plugins) -> EngineConnector | None:
+    if name is None:
+        return None
+    descriptor = plugins.engine_connector(name)
+    if descriptor.create is None:
+        raise ConfigError(
+            f"engine_connector = {name!r}: only the engine itself can create this one; "
+            "leave the option out and start the engine"
+        )
+    return descriptor.create(descriptor.config())
 
 
 def _count(tokens: Tokens) -> int:
