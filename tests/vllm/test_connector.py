@@ -472,3 +472,10 @@ def test_all_configuration_mistakes_at_once(start: Start) -> None:
         start(environ, transfer={"kv_connector_extra_config": extra}),
     ):
         pass
+
+
+def test_an_unusable_disk_folder_stops_the_start(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    refusal = pytest.raises(Exception, match=str(tmp_path / "file"))
+    with refusal, start({"LMCACHE_LOCAL_DISK": str(tmp_path / "file")}):
+        pass

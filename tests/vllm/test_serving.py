@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -147,15 +146,6 @@ def test_a_wrong_configuration_stops_the_start_with_all_mistakes(
         assert expected in log
 
 
-def test_an_unreadable_disk_folder_stops_the_start(tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    environ = {"LMCACHE_LOCAL_DISK": str(tmp_path / "file"), **SMALL}
-    server = VllmServer(ENGINE, tiny, tmp_path / "vllm.log", [*COMMON, *FLAG], environ)
-    with pytest.raises(ServerError):
-        server.start()
-    assert str(tmp_path / "file") in server.log_text()
-
-
 def test_without_our_vllm_plugin_the_start_says_what_to_do(tiny: Path, tmp_path: Path) -> None:
     environ = {"VLLM_PLUGINS": "something_else", **SMALL}
     server = VllmServer(ENGINE, tiny, tmp_path / "vllm.log", [*COMMON, *FLAG], environ)
@@ -175,20 +165,3 @@ def test_use_layerwise_under_torch_compile(
         again = server.complete(SECOND)
         assert again.cached_tokens > 0
         assert first.token_ids == again.token_ids == uncached[SECOND]
-
-
-def test_extra_config_on_the_command_line(tiny: Path, tmp_path: Path) -> None:
-    """What the guide's disaggregation section passes, with one of our own options."""
-    transfer = {
-        "kv_connector": "LMCacheConnectorV1",
-        "kv_role": "kv_consumer",
-        "kv_connector_extra_config": {
-            "discard_partial_chunks": False,
-            "lmcache_rpc_port": "consumer1",
-            "lmcache.chunk_size": 8,
-        },
-    }
-    arguments = [*COMMON, "--kv-transfer-config", json.dumps(transfer)]
-    with VllmServer(ENGINE, tiny, tmp_path / "vllm.log", arguments, SMALL) as server:
-        server.complete(FIRST)
-        assert server.complete(FIRST).cached_tokens == 0, "a consumer doesn't store"
