@@ -15,7 +15,7 @@ UNIT := $(filter-out $(WITH_VLLM),$(wildcard */tests)) examples tests
 ENGINE = $(PYTHON) tools/engine_env.py
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint types unit docs e2e demo bench format engine-env venv clean
+.PHONY: help test lint types unit docs e2e matrix demo bench format engine-env venv clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -54,6 +54,9 @@ e2e: ## the tests on real vLLM
 	@mkdir -p $(RESULTS)
 	@python=$$($(ENGINE)) && \
 	  "$$python" -m pytest -q --junit-xml=$(RESULTS)/vllm.xml $(WITH_VLLM)
+
+matrix: ## greedy equality in all configurations, one and two ranks; half an hour
+	@python=$$($(ENGINE)) && "$$python" tests/vllm/full_matrix.py $$("$$python" tools/models.py tiny)
 
 demo: ## real vLLM, two overlapping prompts: what is computed once and what is loaded
 	@$(PYTHON) tools/demo.py
