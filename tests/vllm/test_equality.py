@@ -19,8 +19,8 @@ from prompts import expected_hits, overlapping
 pytestmark = pytest.mark.vllm
 
 HERE = Path(__file__).parent
-MANY, FEW = 200, 60
-WAVE, MAX_TOKENS = 8, 16
+MANY, FEW = 80, 60
+WAVE, MAX_TOKENS = 8, 8
 VERBATIM = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
 MODES = {
     "sync": {},
