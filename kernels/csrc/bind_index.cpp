@@ -27,10 +27,16 @@ Digest digest_of(nb::handle key) {
   return digest;
 }
 
-uint32_t token(nb::handle item) {
-  const nb::object index = nb::steal(PyNumber_Index(item.ptr()));
-  if (!index.is_valid()) throw nb::python_error();
-  const unsigned long value = PyLong_AsUnsignedLong(index.ptr());
+uint32_t token(PyObject* item) {
+  nb::object index;
+  if (!PyLong_Check(item)) {
+    // Its __index__ may be Python code that takes it out of the list.
+    const nb::object kept = nb::borrow(item);
+    index = nb::steal(PyNumber_Index(item));
+    if (!index.is_valid()) throw nb::python_error();
+    item = index.ptr();
+  }
+  const unsigned long value = PyLong_AsUnsignedLong(item);
   if (value == static_cast<unsigned long>(-1) && PyErr_Occurred()) throw nb::python_error();
   if (value > 0xFFFFFFFFu) {
     PyErr_SetString(PyExc_OverflowError, "a token id doesn't fit into 32 bits");
@@ -112,10 +118,9 @@ void digest(Chain& chain, nb::handle tokens, F go_on) {
   for (size_t at = 0; at + per_chunk <= count; at += per_chunk) {
     for (size_t i = 0; i < per_chunk; ++i) {
       const auto place = static_cast<Py_ssize_t>(at + i);
-      // An item's __index__ may be Python code that shortens the list.
-      nb::object item = nb::borrow(list ? PyList_GetItem(items.ptr(), place)
-                                        : PyTuple_GetItem(items.ptr(), place));
-      if (!item.is_valid()) throw nb::python_error();
+      PyObject* item =
+          list ? PyList_GetItem(items.ptr(), place) : PyTuple_GetItem(items.ptr(), place);
+      if (item == nullptr) throw nb::python_error();  // such code may also shorten the list
       words[i] = token(item);
     }
     chain.add(reinterpret_cast<const uint8_t*>(words.data()));

@@ -201,8 +201,8 @@ class Engine {
                               const std::vector<Address>& layers, nb::handle spans,
                               const std::optional<std::vector<uint64_t>>& expected,
                               bool verify_first) {
-    Arguments arguments(layout, layers, spans, sources, false);
-    const size_t count = arguments.spans.size(), width = arguments.layers.size();
+    const Arguments arguments(layout, layers, spans, sources, false);
+    const size_t count = arguments.spans.size();
     if (expected && expected->size() != count)
       refuse(std::to_string(expected->size()) + " checksums for " + std::to_string(count) +
              " spans");
@@ -212,25 +212,10 @@ class Engine {
       transfer.scatter(pool_, nullptr);
       return {};
     }
-    std::vector<uint64_t> sums(count * width);
-    if (verify_first)
-      transfer.hash(pool_, sums.data());
-    else
-      transfer.scatter(pool_, sums.data());
-    std::vector<size_t> bad;
-    std::vector<Span> good;
-    for (size_t i = 0; i < count; ++i) {
-      const auto* own = reinterpret_cast<const uint8_t*>(sums.data() + i * width);
-      if (xxh3_64(own, width * sizeof(uint64_t), simd_) != (*expected)[i])
-        bad.push_back(i);
-      else
-        good.push_back(arguments.spans[i]);
-    }
-    if (verify_first) {
-      const Transfer rest{layout.layout, arguments.layers, good, simd_};
-      rest.scatter(pool_, nullptr);
-    }
-    return bad;
+    if (verify_first) return transfer.scatter_good(pool_, *expected);
+    std::vector<uint64_t> sums(count * arguments.layers.size());
+    transfer.scatter(pool_, sums.data());
+    return transfer.bad(sums.data(), *expected);
   }
 
   const char* simd_name() const { return simd_.name; }

@@ -16,6 +16,18 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "checksums and digests 
 
 enum class Store { cached, streaming };
 
+// What to ask memory for while something else is copied, a group of lines for each group copied:
+// pieces of `groups` groups, `stride` bytes from the start of one to the start of the next. `near`:
+// into the first-level cache, else the second. Only ever prefetched, so it may point anywhere.
+struct Fetch {
+  const uint8_t* at;
+  size_t groups = 0;  // endless
+  ptrdiff_t stride = 0;
+  bool near = false;
+};
+
+constexpr size_t kGroup = 16 * kLine;
+
 struct Simd {
   const char* name;
 
@@ -25,10 +37,14 @@ struct Simd {
 
   // The same, and copy what is hashed. For Store::streaming, `dst` is aligned to a line.
   void (*copy_hash)(uint64_t* acc, uint8_t* dst, const uint8_t* src, size_t stripes, size_t at,
-                    Store store);
+                    Store store, Fetch fetch);
 
   // Copy past the caches, whatever the alignment.
-  void (*stream)(uint8_t* dst, const uint8_t* src, size_t bytes);
+  void (*stream)(uint8_t* dst, const uint8_t* src, size_t bytes, Fetch fetch);
+
+  // Copy `rows` rows of `bytes` bytes. Strides in bytes.
+  void (*copy_rows)(uint8_t* dst, size_t dst_stride, const uint8_t* src, size_t src_stride,
+                    size_t rows, size_t bytes, Store store);
 
   // dst[c * dst_stride + r] = src[r * src_stride + c] for elements of 1, 2 and 4 bytes
   // (`transpose[0]`, `[1]`, `[2]`). Strides in elements.

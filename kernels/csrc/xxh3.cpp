@@ -99,7 +99,8 @@ Xxh3Cursor::Xxh3Cursor(const uint8_t* memory, size_t bytes, const Simd& simd)
       acc_{kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3,
            kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1} {}
 
-void Xxh3Cursor::copy(uint8_t* dst, const uint8_t* src, size_t bytes, size_t at, Store store) {
+void Xxh3Cursor::copy(uint8_t* dst, const uint8_t* src, size_t bytes, size_t at, Store store,
+                      Fetch fetch) {
   if (at != done_ * kLine) {
     std::memcpy(dst, src, bytes);
     catch_up(at + bytes);
@@ -107,7 +108,8 @@ void Xxh3Cursor::copy(uint8_t* dst, const uint8_t* src, size_t bytes, size_t at,
   }
   const bool aligned = reinterpret_cast<uintptr_t>(dst) % kLine == 0;
   const size_t stripes = std::min(bytes / kLine, stripes_ - done_);
-  simd_.copy_hash(acc_, dst, src, stripes, done_, aligned ? store : Store::cached);
+  simd_.copy_hash(acc_, dst, src, stripes, done_, aligned ? store : Store::cached,
+                  fetch);
   done_ += stripes;
   std::memcpy(dst + stripes * kLine, src + stripes * kLine, bytes - stripes * kLine);
 }

@@ -16,8 +16,9 @@ class Xxh3Cursor {
   Xxh3Cursor(const uint8_t* memory, size_t bytes, const Simd& simd);
 
   // Copy `bytes` bytes from `src` to `dst` and hash them. They are bytes `at` ... of the input,
-  // which come in order; `dst` or `src` is their place in `memory`.
-  void copy(uint8_t* dst, const uint8_t* src, size_t bytes, size_t at, Store store);
+  // which come in order; `dst` or `src` is their place in `memory`. `fetch`: see there.
+  void copy(uint8_t* dst, const uint8_t* src, size_t bytes, size_t at, Store store,
+            Fetch fetch);
 
   // Hash what lies in `memory` up to byte `end` and isn't hashed yet.
   void catch_up(size_t end);
