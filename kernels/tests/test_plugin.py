@@ -20,8 +20,19 @@ def test_core_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (kernels.name, kernels.threads) == ("native-cpu", 3)
 
 
-def test_other_devices_are_others_business() -> None:
+def test_other_devices_are_others_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(plugin.TRITON_VARIABLE, raising=False)
     assert plugin.lmcache_kernels("meta") is None
+    assert plugin.lmcache_kernels("cuda") is None
+
+
+def test_triton_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="pip install lmcache-kernels[triton]")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv(plugin.TRITON_VARIABLE, "1")
+    kernels = plugin.lmcache_kernels("cuda")
+    assert kernels is not None
+    assert kernels.name == "triton"
 
 
 def test_threads_by_default() -> None:

@@ -1,4 +1,7 @@
-"""What this distribution tells lmcache-core. Imports neither torch nor triton."""
+"""What this distribution tells lmcache-core.
+
+Imports neither torch nor triton, until an engine asks for kernels for its GPU.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from lmcache_core.hookspecs import hookimpl
 from lmcache_kernels.cpu import CpuKernels
 
 THREADS_VARIABLE = "LMCACHE_KERNEL_THREADS"
+TRITON_VARIABLE = "LMCACHE_KERNEL_TRITON"
 _MOST_THREADS = 256
 
 
@@ -36,6 +40,11 @@ def threads_from(environ: Mapping[str, str]) -> int | None:
 def lmcache_kernels(device: str) -> Kernels | None:
     if device == "cpu":
         return CpuKernels(threads_from(os.environ))
+    # Asked for by name, because it was never run on hardware.
+    if device == "cuda" and os.environ.get(TRITON_VARIABLE) == "1":
+        from lmcache_kernels.triton_kernels import TritonKernels
+
+        return TritonKernels()
     return None
 
 
