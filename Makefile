@@ -61,9 +61,10 @@ matrix: ## greedy equality in all configurations, one and two ranks; half an hou
 demo: ## real vLLM, two overlapping prompts: what is computed once and what is loaded
 	@$(PYTHON) tools/demo.py
 
-bench: ## measure; prints ratios to a calibration of the same run
-	@python=$$($(ENGINE)) && for program in bench/*.py; do \
-	  echo "== $$program"; "$$python" $$program || exit 1; done
+bench: $(READY) ## measure; prints ratios to a calibration of the same run
+	$(BIN)/python bench/block_copies.py
+	$(BIN)/python bench/index.py
+	$(PYTHON) bench/ttft_vllm.py --quick
 
 engine-env: ## prepare the engine environment; prints its Python
 	@$(ENGINE)

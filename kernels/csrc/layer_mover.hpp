@@ -23,7 +23,7 @@ constexpr int64_t kTokens = 16;
 constexpr int64_t kTile = 512 << 10;
 
 // Memory is asked for so many bytes ahead. Hardware prefetchers stop at each 4 KiB page, and don't
-// know where the next block lies. Tuned with bench/kernels.py on Zen 4.
+// know where the next block lies. Tuned with bench/block_copies.py on Zen 4.
 constexpr int64_t kAhead = 4 * kGroup;
 
 // How one plane's tokens lie inside a block.

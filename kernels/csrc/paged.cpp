@@ -8,7 +8,7 @@ namespace lmcache {
 namespace {
 
 // Below this many bytes a call's result is likely to be read from the cache soon, and a second
-// thread takes longer to wake than it saves. Tuned with bench/kernels.py.
+// thread takes longer to wake than it saves. Tuned with bench/block_copies.py.
 constexpr int64_t kStreamFrom = 4 << 20;
 constexpr int64_t kParallelFrom = 256 << 10;
 

@@ -1,7 +1,7 @@
 """Chunks between an engine's blocks and canonical memory: how far from memcpy?
 
-    python3 bench/kernels.py            about 1 minute
-    python3 bench/kernels.py --quick    a few seconds, wider spread
+    python3 bench/block_copies.py            about 1 minute
+    python3 bench/block_copies.py --quick    a few seconds, wider spread
 
 Chunks are shaped as Llama-3.1-8B's: 32 layers, 8 KV heads of 128, bf16, 256 tokens, blocks of 16
 tokens in random places; 32 MiB each. Each figure is bytes of chunks per second. Its calibration is
