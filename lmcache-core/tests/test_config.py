@@ -369,7 +369,10 @@ def test_every_option_is_described() -> None:
     assert all(info.description for info in CoreConfig.model_fields.values())
 
 
-@pytest.mark.parametrize("name", ["LMCACHE_KERNEL_THREADS", "LMCACHE_ENVS", "LMCACHE_VLLM_PYTHON"])
+@pytest.mark.parametrize(
+    "name",
+    ["LMCACHE_KERNEL_THREADS", "LMCACHE_KERNEL_TRITON", "LMCACHE_ENVS", "LMCACHE_VLLM_PYTHON"],
+)
 def test_variables_of_tools_and_kernels_are_no_options(name: str) -> None:
     config = load_config(Plugins(), environ={name: "anything"})
     assert config.notices == ()

@@ -249,6 +249,7 @@ ENVIRONMENT = frozenset(
         "LMCACHE_TRACK_USAGE",
         # What the kernels and this project's own tools read; people export them.
         "LMCACHE_KERNEL_THREADS",
+        "LMCACHE_KERNEL_TRITON",
         "LMCACHE_ENVS",
         "LMCACHE_VLLM_PYTHON",
     }
