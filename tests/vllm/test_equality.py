@@ -153,6 +153,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"LMCACHE_ENABLE_ASYNC_LOADING": "true"},
     ),
     "tiny-arena": ({}, {"LMCACHE_MAX_LOCAL_CPU_SIZE": "0.004"}),
+    "torch-reference": ({}, {"LMCACHE_DISABLE_PLUGINS": "kernels"}),
+    "torch-reference-layerwise": (
+        {},
+        {"LMCACHE_DISABLE_PLUGINS": "kernels", "LMCACHE_USE_LAYERWISE": "true"},
+    ),
     "module-path": (
         {
             "kv_transfer_config": {
