@@ -101,7 +101,7 @@ class LayerMover {
       each_run(plane, inner, [&](uint8_t* paged, int64_t at, int64_t tokens) {
         uint8_t* canonical = rows + at * row_;
         if (inner.order == Order::canonical) {
-          emit(canonical, paged, tokens * row_, canonical, 
+          emit(canonical, paged, tokens * row_, canonical,
                straight(paged, tokens * row_));
           return;
         }
@@ -144,8 +144,6 @@ class LayerMover {
     });
     return finish();
   }
-
-  uint64_t hash() { return cursor_.finish(); }
 
  private:
   template <class F>

@@ -197,25 +197,47 @@ class Engine {
     return answer;
   }
 
+  // The positions of the chunks whose layers' checksums aren't as expected. They were scattered too.
   std::vector<size_t> scatter(nb::handle sources, const CheckedLayout& layout,
                               const std::vector<Address>& layers, nb::handle spans,
-                              const std::optional<std::vector<uint64_t>>& expected,
-                              bool verify_first) {
+                              const std::optional<std::vector<nb::bytes>>& expected) {
     const Arguments arguments(layout, layers, spans, sources, false);
-    const size_t count = arguments.spans.size();
-    if (expected && expected->size() != count)
-      refuse(std::to_string(expected->size()) + " checksums for " + std::to_string(count) +
-             " spans");
+    const size_t count = arguments.spans.size(), width = arguments.layers.size();
+    std::vector<uint64_t> wanted(expected ? count * width : 0), sums(wanted.size());
+    if (expected) {
+      if (expected->size() != count)
+        refuse(std::to_string(expected->size()) + " checksums for " + std::to_string(count) +
+               " spans");
+      for (size_t i = 0; i < count; ++i) {
+        const nb::bytes& one = (*expected)[i];
+        if (one.size() != width * sizeof(uint64_t))
+          refuse(std::to_string(one.size()) + " bytes aren't the checksums of " +
+                 std::to_string(width) + " layers");
+        std::memcpy(&wanted[i * width], one.data(), one.size());
+      }
+    }
     nb::gil_scoped_release released;
     const Transfer transfer{layout.layout, arguments.layers, arguments.spans, simd_};
-    if (!expected) {
-      transfer.scatter(pool_, nullptr);
-      return {};
+    transfer.scatter(pool_, expected ? sums.data() : nullptr);
+    std::vector<size_t> bad;
+    for (size_t i = 0; expected && i < count; ++i)
+      if (!std::equal(&sums[i * width], &sums[i * width] + width, &wanted[i * width]))
+        bad.push_back(i);
+    return bad;
+  }
+
+  nb::bytes checksums(nb::handle object, int64_t pieces) {
+    const Buffer buffer(object, false);
+    if (pieces < 1 || buffer.size() % pieces != 0)
+      refuse(std::to_string(buffer.size()) + " bytes can't be cut into " + std::to_string(pieces) +
+             " equal pieces");
+    std::vector<uint64_t> sums(static_cast<size_t>(pieces));
+    {
+      nb::gil_scoped_release released;
+      hash_pieces(pool_, simd_, buffer.data(), static_cast<size_t>(buffer.size() / pieces),
+                  sums.size(), sums.data());
     }
-    if (verify_first) return transfer.scatter_good(pool_, *expected);
-    std::vector<uint64_t> sums(count * arguments.layers.size());
-    transfer.scatter(pool_, sums.data());
-    return transfer.bad(sums.data(), *expected);
+    return nb::bytes(sums.data(), sums.size() * sizeof(uint64_t));
   }
 
   const char* simd_name() const { return simd_.name; }
@@ -263,9 +285,17 @@ NB_MODULE(_native, module) {
       .def("gather", &Engine::gather, nb::arg("layout"), nb::arg("layers"), nb::arg("spans"),
            nb::arg("into"), nb::arg("sums"))
       .def("scatter", &Engine::scatter, nb::arg("sources"), nb::arg("layout"), nb::arg("layers"),
-           nb::arg("spans"), nb::arg("expected").none(), nb::arg("verify_first"))
+           nb::arg("spans"), nb::arg("expected").none())
+      .def("checksums", &Engine::checksums, nb::arg("buffer"), nb::arg("pieces"))
       .def_prop_ro("simd", &Engine::simd_name)
       .def_prop_ro("threads", &Engine::threads);
+  module.def(
+      "address_of",
+      [](nb::handle buffer) {
+        const Buffer held(buffer, false);
+        return std::make_tuple(reinterpret_cast<uint64_t>(held.data()), held.size());
+      },
+      nb::arg("buffer"));
   module.def("xxh3_64", &xxh3_of, nb::arg("data"), nb::arg("simd") = nb::none());
   module.def("simd_levels", &levels);
   bind_index(module);

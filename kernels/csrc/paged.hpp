@@ -55,25 +55,14 @@ struct Transfer {
   // Read the chunks. With `sums` as above.
   void scatter(Pool& pool, uint64_t* sums) const;
 
-  // Scatter the chunks whose checksum is as expected; answer the others' positions. Checks a chunk
-  // before anything of it is scattered.
-  std::vector<size_t> scatter_good(Pool& pool, const std::vector<uint64_t>& expected) const;
-
-  // The positions of the chunks whose checksum isn't as expected.
-  std::vector<size_t> bad(const uint64_t* sums, const std::vector<uint64_t>& expected) const;
-
  private:
-  enum class Way { gather, scatter, hash };
-
-  // Spans `first` ... `last - 1`, but those in `skip`. `backwards` begins with the last layer.
-  struct Part {
-    size_t first, last;
-    const std::vector<size_t>* skip;
-    bool backwards;
-  };
-  void run(Pool& pool, uint64_t* sums, Way way, const Part& part) const;
-  bool is_good(const uint64_t* sums, uint64_t expected) const;
-  int64_t bytes(size_t first, size_t last) const;
+  enum class Way { gather, scatter };
+  void run(Pool& pool, uint64_t* sums, Way way) const;
+  int64_t bytes() const;
 };
+
+// The XXH3-64 of each of `pieces` pieces, which lie one after the other.
+void hash_pieces(Pool& pool, const Simd& simd, const uint8_t* data, size_t piece_bytes,
+                 size_t pieces, uint64_t* sums);
 
 }  // namespace lmcache

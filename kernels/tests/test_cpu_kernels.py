@@ -13,17 +13,18 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_memory import ORDERS, Paged, TorchMemory, situations
 
-from lmcache_core.connector import BlockSpan, PagedLayout
-from lmcache_core.layout import DType, LayerGroup
+from lmcache_core.checksums import checksums, layer_checksums
+from lmcache_core.connector import BlockSpan, HostKernels, PagedLayout
+from lmcache_core.layout import AttentionKind, DType, LayerGroup
+from lmcache_core.paged import CanonicalBuffer
 from lmcache_core.reference import ReferenceKernels
 from lmcache_core.testing.connector import EngineConnectorTests, EngineMemory
 from lmcache_kernels import _native
-from lmcache_kernels.cpu import CpuKernels, checksum_of
+from lmcache_kernels.cpu import CpuKernels
 
 Situation = tuple[Paged, list[BlockSpan], range]
 
@@ -47,11 +48,8 @@ def drawn(group: LayerGroup, spans: list[BlockSpan], seed: int) -> list[bytearra
     return [bytearray(draw.bytes(group.chunk_bytes(span.chunk_tokens))) for span in spans]
 
 
-def checksum(group: LayerGroup, chunk: bytearray, layers: range) -> int:
-    """By the definition in `CpuKernels`."""
-    size = len(chunk) // len(group.layers)
-    sums = [xxhash.xxh3_64_intdigest(chunk[i * size : (i + 1) * size]) for i in layers]
-    return xxhash.xxh3_64_intdigest(b"".join(one.to_bytes(8, "little") for one in sums))
+def checksum(group: LayerGroup, chunk: bytearray, layers: range) -> bytes:
+    return layer_checksums(memoryview(chunk), len(group.layers), layers)
 
 
 def check_gather(kernels: CpuKernels, situation: Situation) -> None:
@@ -61,7 +59,7 @@ def check_gather(kernels: CpuKernels, situation: Situation) -> None:
     kernels.gather(paged.tensors, paged.layout, spans, views(actual), layers)
     assert actual == expected
     again = empty(paged.group, spans)
-    sums = kernels.gather_checksummed(paged.tensors, paged.layout, spans, views(again), layers)
+    sums = kernels.gather_checked(paged.tensors, paged.layout, spans, views(again), layers)
     assert again == expected
     assert sums == [checksum(paged.group, chunk, layers) for chunk in expected]
 
@@ -77,11 +75,16 @@ def check_scatter(kernels: CpuKernels, situation: Situation, seed: int) -> None:
     paged.fill(seed)
     kernels.scatter(read_only, paged.tensors, paged.layout, spans, layers)
     assert paged.content() == expected
-    for first in (True, False):
-        paged.fill(seed)
-        arguments = (read_only, paged.tensors, paged.layout, spans, layers, sums)
-        assert kernels.scatter_verified(*arguments, verify_first=first) == []
-        assert paged.content() == expected
+    paged.fill(seed)
+    assert (
+        kernels.scatter_checked(read_only, paged.tensors, paged.layout, spans, layers, sums) == []
+    )
+    assert paged.content() == expected
+    # Memory is memory: torch's tensors or anything with a buffer.
+    paged.fill(seed)
+    plain = [memoryview(t.view(torch.uint8).flatten().numpy()) for t in paged.tensors]
+    assert kernels.scatter_checked(read_only, plain, paged.layout, spans, layers, sums) == []
+    assert paged.content() == expected
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -149,34 +152,55 @@ def test_unaligned_buffers() -> None:
         into = memoryview(memory)[shift : shift + len(expected[0])]
         KERNELS[LEVELS[0]].gather(paged.tensors, paged.layout, spans, [into], range(4))
         assert into == expected[0]
-        sums = KERNELS[LEVELS[0]].gather_checksummed(
+        sums = KERNELS[LEVELS[0]].gather_checked(
             paged.tensors, paged.layout, spans, [into], range(4)
         )
         assert into == expected[0]
         assert sums == [checksum(paged.group, expected[0], range(4))]
 
 
-def test_layer_by_layer_gives_the_same_checksum() -> None:
+def test_layer_by_layer_gives_the_same_checksums() -> None:
     paged = Paged("packed", DType.F16, layers=3)
     spans = [BlockSpan([3, 1], 0, 8, 8), BlockSpan([0], 0, 4, 4)]
     whole, parts = empty(paged.group, spans), empty(paged.group, spans)
     kernels = KERNELS[LEVELS[0]]
     arguments = (paged.tensors, paged.layout, spans)
-    expected = kernels.gather_checksummed(*arguments, views(whole), range(3))
+    expected = kernels.gather_checked(*arguments, views(whole), range(3))
     sums = [b"", b""]
     for layer in range(3):
         layers = range(layer, layer + 1)
-        for i, one in enumerate(kernels.gather_layer_sums(*arguments, views(parts), layers)):
+        for i, one in enumerate(kernels.gather_checked(*arguments, views(parts), layers)):
             sums[i] += one
     assert parts == whole
-    assert [checksum_of(one) for one in sums] == expected
+    assert sums == expected
+
+
+@given(
+    size=st.integers(0, 3000), pieces=st.integers(1, 9), at=st.integers(0, 40), seed=st.integers()
+)
+@settings(max_examples=100, deadline=None)
+def test_checksums_are_core_s(size: int, pieces: int, at: int, seed: int) -> None:
+    data = random.Random(seed).randbytes(at + size * pieces)
+    buffer = memoryview(data)[at:]
+    for kernels in KERNELS.values():
+        assert kernels.checksums(buffer, pieces) == checksums(buffer, pieces)
+
+
+def test_checksums_of_much_on_several_threads() -> None:
+    buffer = memoryview(random.Random(1).randbytes(8 << 20))
+    kernels = CpuKernels(2)
+    assert isinstance(kernels, HostKernels)
+    assert kernels.checksums(buffer, 32) == checksums(buffer, 32)
+    for pieces in (0, -1, 3):
+        with pytest.raises(ValueError, match="equal pieces"):
+            kernels.checksums(buffer, pieces)
 
 
 # -- what is wrong ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [4, 6])
-def test_damaged_chunks_are_named_and_not_scattered(tokens: int) -> None:
+def test_damaged_chunks_are_named(tokens: int) -> None:
     paged = Paged("hnd", DType.BF16, dim=32, heads=4)
     spans = [BlockSpan([i], 0, min(tokens, 4), tokens) for i in range(4)]
     chunks = drawn(paged.group, spans, seed=3)
@@ -197,13 +221,12 @@ def test_damaged_chunks_are_named_and_not_scattered(tokens: int) -> None:
     assert paged.content() == before
     kernels = KERNELS[LEVELS[0]]
     rest = (paged.layout, spans, range(2), sums)
-    assert kernels.scatter_verified(views(chunks), paged.tensors, *rest) == [1, 2]
-    assert paged.content() == expected
-    paged.fill(0)
-    in_passing = kernels.scatter_verified(views(chunks), paged.tensors, *rest, verify_first=False)
-    assert in_passing == [1, 2]
+    assert kernels.scatter_checked(views(chunks), paged.tensors, *rest) == [1, 2]
     for layer, here, _ in (move for i in good for move in paged.moves(spans[i], range(2))):
         assert paged.content()[layer][here] == expected[layer][here]
+    for wrong in (sums[:-1], [*sums[:-1], sums[-1][:-1]], [*sums[:-1], b""]):
+        with pytest.raises(ValueError, match="checksums"):
+            kernels.scatter_checked(views(chunks), paged.tensors, *rest[:-1], wrong)
 
 
 Call = Callable[[list[torch.Tensor], PagedLayout, list[BlockSpan], list[memoryview], range], object]
@@ -213,10 +236,10 @@ def calls(level: str) -> list[Call]:
     kernels = KERNELS[level]
     return [
         kernels.gather,
-        kernels.gather_checksummed,
+        kernels.gather_checked,
         lambda t, layout, spans, chunks, r: kernels.scatter(chunks, t, layout, spans, r),
-        lambda t, layout, spans, chunks, r: kernels.scatter_verified(
-            chunks, t, layout, spans, r, [0] * len(spans)
+        lambda t, layout, spans, chunks, r: kernels.scatter_checked(
+            chunks, t, layout, spans, r, [bytes(8 * len(r))] * len(spans)
         ),
     ]
 
@@ -326,12 +349,10 @@ def test_many_threads_share_one_object() -> None:
         start.wait()
         for _ in range(10):
             arguments = (paged.tensors, paged.layout, [spans[i]])
-            bad = kernels.scatter_verified(
-                views([chunks[i]]), *arguments, layers, [sums[i]], verify_first=False
-            )
+            bad = kernels.scatter_checked(views([chunks[i]]), *arguments, layers, [sums[i]])
             assert bad == []
             back = empty(paged.group, [spans[i]])
-            assert kernels.gather_checksummed(*arguments, views(back), layers) == [sums[i]]
+            assert kernels.gather_checked(*arguments, views(back), layers) == [sums[i]]
             assert back == [chunks[i]]
 
     with ThreadPoolExecutor(4) as callers:
@@ -357,6 +378,35 @@ def test_a_forked_process_has_threads_of_its_own(tmp_path: Path) -> None:
 
 
 # -- core's conformance tests ----------------------------------------------------------------------
+
+
+class BufferMemory(EngineMemory):
+    """An own application's buffer, moved by the kernels."""
+
+    blocks, block_tokens = 1, 24
+
+    def __init__(self) -> None:
+        self.group = LayerGroup((0, 1, 2), AttentionKind.FULL, 2, 2, 3, DType.BF16)
+        self.memory = bytearray(self.group.chunk_bytes(self.block_tokens))
+        self.connector = CanonicalBuffer(self.memory, self.group, self.block_tokens, CpuKernels())
+        self.row = self.group.heads * self.group.head_size * 2
+
+    def _rows(self, offset: int) -> list[slice]:
+        begins = [(p * self.block_tokens + offset) * self.row for p in range(3 * 2)]
+        return [slice(begin, begin + self.row) for begin in begins]
+
+    def read(self, group: int, block: int, offset: int) -> bytes:
+        return b"".join(self.memory[row] for row in self._rows(offset))
+
+    def write(self, group: int, block: int, offset: int, token: bytes) -> None:
+        for i, row in enumerate(self._rows(offset)):
+            self.memory[row] = token[i * self.row : (i + 1) * self.row]
+
+
+class TestCanonicalBuffer(EngineConnectorTests):
+    @pytest.fixture
+    def engine(self) -> EngineMemory:
+        return BufferMemory()
 
 
 class TestNHD(EngineConnectorTests):

@@ -9,6 +9,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmcache_core.checksums import checksums, combined, layer_checksums
 from lmcache_core.errors import FrameError
 from lmcache_core.frame import HEADER_BYTES, Header, read_header, write_header
 from lmcache_core.keys import ChunkKey, chunk_key
@@ -25,6 +26,7 @@ def frame(
     fingerprint: str = FINGERPRINT,
     serde: int = 7,
     raw_bytes: int = 99,
+    sums: bytes | None = None,
 ) -> bytearray:
     written = bytearray(HEADER_BYTES) + payload
     write_header(
@@ -34,8 +36,18 @@ def frame(
         serde=serde,
         raw_bytes=raw_bytes,
         payload_bytes=len(payload),
+        sums=sums,
     )
     return written
+
+
+def pieces(payload: bytes, count: int) -> bytes:
+    """The checksums of equal parts, by the format's own words."""
+    size = len(payload) // count
+    return b"".join(
+        struct.pack("<Q", xxhash.xxh3_64_intdigest(payload[i * size : (i + 1) * size]))
+        for i in range(count)
+    )
 
 
 def read(data: bytes | bytearray, *, key: ChunkKey = KEY, fingerprint: str = FINGERPRINT) -> Header:
@@ -57,11 +69,11 @@ def forged(offset: int, value: bytes) -> bytearray:
 
 
 def test_what_was_written_is_read() -> None:
-    assert read(frame()) == Header(serde=7, raw_bytes=99, payload_bytes=24)
+    assert read(frame()) == Header(7, 99, 24, 1, pieces(PAYLOAD, 1))
 
 
 def test_an_empty_payload() -> None:
-    assert read(frame(b"")) == Header(serde=7, raw_bytes=99, payload_bytes=0)
+    assert read(frame(b"")) == Header(7, 99, 0, 1, pieces(b"", 1))
 
 
 @given(
@@ -71,18 +83,40 @@ def test_an_empty_payload() -> None:
 def test_round_trip(payload: bytes, group: int, serde: int, raw_bytes: int) -> None:
     key = chunk_key(KEY, group)
     written = frame(payload, key=key, serde=serde, raw_bytes=raw_bytes)
-    assert read(written, key=key) == Header(serde, raw_bytes, len(payload))
+    sums = pieces(payload, 1)
+    assert read(written, key=key) == Header(serde, raw_bytes, len(payload), 1, sums)
     assert written[HEADER_BYTES:] == payload
 
 
-def test_golden_frame() -> None:
+@pytest.mark.parametrize("count", [1, 2, 3, 24])
+def test_a_payload_that_is_checksummed_in_pieces(count: int) -> None:
+    sums = pieces(PAYLOAD, count)
+    assert checksums(memoryview(PAYLOAD), count) == sums
+    written = frame(sums=sums)
+    assert read(written) == Header(7, 99, 24, count, sums)
+    written[-1] ^= 1
+    assert refusal(written) == "payload"
+
+
+def test_checksums_of_some_layers() -> None:
+    chunk = memoryview(PAYLOAD)
+    assert layer_checksums(chunk, 4, range(1, 3)) == pieces(PAYLOAD, 4)[8:24]
+    assert combined(pieces(PAYLOAD, 4)) == xxhash.xxh3_64_intdigest(pieces(PAYLOAD, 4))
+    with pytest.raises(ValueError, match="5 equal pieces"):
+        checksums(chunk, 5)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_golden_frame(count: int) -> None:
     """The bytes on disk don't change unless the version does."""
+    sums = pieces(PAYLOAD, count)
     expected = (
-        b"LMCKV\0\1\n" + b"\1\0" + b"\7\0" + bytes(4) + KEY + bytes(16) + b"\x10" + bytes(15)
+        b"LMCKV\0\1\n" + b"\2\0" + b"\7\0" + bytes(4) + KEY + bytes(16) + b"\x10" + bytes(15)
         + FINGERPRINT.encode() + struct.pack("<QQ", 99, 24)
-        + struct.pack("<Q", xxhash.xxh3_64_intdigest(PAYLOAD)) + bytes(16)
+        + struct.pack("<QH", xxhash.xxh3_64_intdigest(sums), count) + bytes(14)
     )  # fmt: skip
-    assert frame() == expected + struct.pack("<Q", xxhash.xxh3_64_intdigest(expected)) + PAYLOAD
+    whole = expected + struct.pack("<Q", xxhash.xxh3_64_intdigest(expected)) + PAYLOAD
+    assert frame(sums=None if count == 1 else sums) == whole
 
 
 # -- attacks -------------------------------------------------------------------------------
@@ -132,7 +166,8 @@ def test_something_else_altogether() -> None:
 
 FORGERIES = {
     "not ours": (0, b"\x89PNG\r\n\x1a\n", "magic"),
-    "version from the future": (8, b"\2\0", "version"),
+    "version from the past": (8, b"\1\0", "version"),
+    "version from the future": (8, b"\3\0", "version"),
     "version nought": (8, b"\0\0", "version"),
     "flag from the future": (12, b"\1\0\0\0", "version"),
     "no key": (48, b"\0", "key"),
@@ -145,6 +180,10 @@ FORGERIES = {
     "payload of 16 EiB": (88, b"\xff" * 8, "length"),
     "payload that wraps to the right size": (88, struct.pack("<Q", 24 + 2**63), "length"),
     "another payload": (96, bytes(8), "payload"),
+    "no pieces": (104, b"\0\0", "length"),
+    "pieces that aren't equal": (104, b"\5\0", "length"),
+    "as many pieces as fit": (104, b"\xff\xff", "length"),
+    "another number of pieces": (104, b"\2\0", "payload"),
 }
 
 
@@ -157,5 +196,5 @@ def test_forged_header(name: str) -> None:
 def test_messages_say_what_was_found() -> None:
     with pytest.raises(FrameError, match=f"holds the chunk {KEY.hex()}, not 00000000"):
         read(frame(), key=chunk_key(bytes(16)))
-    with pytest.raises(FrameError, match="format version 2, this reader knows 1"):
-        read(forged(8, b"\2\0"))
+    with pytest.raises(FrameError, match="format version 3, this reader knows 2"):
+        read(forged(8, b"\3\0"))

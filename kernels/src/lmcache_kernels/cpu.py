@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lmcache_core.connector import BlockSpan, PagedLayout
 from lmcache_kernels import _native
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Buffer
+
+    Memory = Sequence[torch.Tensor] | Sequence[Buffer]
 
 DEFAULT_THREADS = 2
 """Two cores saturate the memory of most machines, and the engine wants the others."""
@@ -30,15 +33,14 @@ def usable_cpus() -> int:
 
 
 class CpuKernels:
-    """`lmcache_core.connector.Kernels` for tensors in host memory.
+    """`lmcache_core.connector.HostKernels`, for tensors in host memory.
 
     ``threads`` counts the calling thread; ``simd`` is one of ``_native.simd_levels()``. Threads
     start with the first big copy and wait in between. Calls may come from any thread.
 
-    Checksums are of canonical bytes: the XXH3-64 of each layer, and for a chunk the XXH3-64 of its
-    layers' checksums, each as eight little-endian bytes. So threads can share a chunk, and what is
-    stored layer by layer can be checked too. They cover the layers that a call names, and whole
-    chunks: also tokens outside of the span.
+    ``tensors`` are torch's or plain C-contiguous buffers. Checksums are those of
+    `lmcache_core.checksums`, one for each layer, so that threads can share a chunk. They cover the
+    layers that a call names, and whole chunks: also tokens outside of the span.
     """
 
     name = "native-cpu"
@@ -60,7 +62,7 @@ class CpuKernels:
 
     def gather(
         self,
-        tensors: Sequence[torch.Tensor],
+        tensors: Memory,
         layout: PagedLayout,
         spans: Sequence[BlockSpan],
         into: Sequence[memoryview],
@@ -79,72 +81,48 @@ class CpuKernels:
     def scatter(
         self,
         sources: Sequence[memoryview],
-        tensors: Sequence[torch.Tensor],
+        tensors: Memory,
         layout: PagedLayout,
         spans: Sequence[BlockSpan],
         layers: range,
     ) -> None:
         """See `Kernels.scatter`. Raises as `gather` does."""
         addresses = _addresses(tensors, layout, layers)
-        self._engine.scatter(
-            sources, _layout(layout), addresses, spans, expected=None, verify_first=False
-        )
+        self._engine.scatter(sources, _layout(layout), addresses, spans, expected=None)
 
-    def gather_checksummed(
+    def gather_checked(
         self,
-        tensors: Sequence[torch.Tensor],
-        layout: PagedLayout,
-        spans: Sequence[BlockSpan],
-        into: Sequence[memoryview],
-        layers: range,
-    ) -> list[int]:
-        """`gather`, and the checksum of each chunk. No two spans may share a chunk."""
-        sums = self.gather_layer_sums(tensors, layout, spans, into, layers)
-        return [_native.xxh3_64(one) for one in sums]
-
-    def gather_layer_sums(
-        self,
-        tensors: Sequence[torch.Tensor],
+        tensors: Memory,
         layout: PagedLayout,
         spans: Sequence[BlockSpan],
         into: Sequence[memoryview],
         layers: range,
     ) -> list[bytes]:
-        """`gather`, and for each chunk the checksums of the layers, eight bytes each.
-
-        For those who store layer by layer: a chunk's checksum is `checksum_of` all of them.
-        """
+        """`gather`, and the checksums of each chunk's layers. No two spans may share a chunk."""
         addresses = _addresses(tensors, layout, layers)
         sums = self._engine.gather(_layout(layout), addresses, spans, into, sums=True)
         return sums or []
 
-    def scatter_verified(
+    def scatter_checked(
         self,
         sources: Sequence[memoryview],
-        tensors: Sequence[torch.Tensor],
+        tensors: Memory,
         layout: PagedLayout,
         spans: Sequence[BlockSpan],
         layers: range,
-        expected: Sequence[int],
-        *,
-        verify_first: bool = True,
+        expected: Sequence[bytes],
     ) -> list[int]:
-        """`scatter` the chunks whose checksum is as ``expected``; answer the others' positions.
+        """`scatter`, and the positions of chunks whose checksums aren't as ``expected``.
 
-        With ``verify_first`` nothing of the others is scattered, which means that each chunk is
-        read twice. Without, chunks are checked in passing, at the speed of a copy, and what the
-        others' tokens hold in the engine afterwards is undefined: for engines that compute such
-        tokens anew, and have to anyway.
+        Checked in passing, at the speed of a copy: what the tokens of those chunks hold in the
+        engine afterwards is undefined. An engine computes such tokens anew, and has to anyway.
         """
         addresses = _addresses(tensors, layout, layers)
-        return self._engine.scatter(
-            sources, _layout(layout), addresses, spans, expected, verify_first
-        )
+        return self._engine.scatter(sources, _layout(layout), addresses, spans, expected)
 
-
-def checksum_of(layer_sums: bytes) -> int:
-    """The checksum of a chunk, given those of all its layers, in their order."""
-    return _native.xxh3_64(layer_sums)
+    def checksums(self, buffer: memoryview, pieces: int) -> bytes:
+        """See `HostKernels.checksums`."""
+        return self._engine.checksums(buffer, pieces)
 
 
 def _layout(layout: PagedLayout) -> _native.Layout:
@@ -162,9 +140,7 @@ def _layout(layout: PagedLayout) -> _native.Layout:
     )
 
 
-def _addresses(
-    tensors: Sequence[torch.Tensor], layout: PagedLayout, layers: range
-) -> list[tuple[int, int, int]]:
+def _addresses(tensors: Memory, layout: PagedLayout, layers: range) -> list[tuple[int, int, int]]:
     """(position, address, bytes from there to the storage's end) of each layer."""
     group, itemsize = layout.group, layout.group.dtype.itemsize
     if len(tensors) != len(group.layers):
@@ -173,7 +149,10 @@ def _addresses(
     for position in layers:
         if not 0 <= position < len(tensors):
             raise IndexError(f"there is no layer {position} among {len(tensors)}")
-        tensor = tensors[position]
+        tensor: Any = tensors[position]
+        if not hasattr(tensor, "data_ptr"):  # anything but torch's
+            found.append((position, *_native.address_of(tensor)))
+            continue
         if tensor.element_size() != itemsize:
             raise ValueError(f"a tensor of {tensor.dtype} doesn't hold {group.dtype.value}")
         if not tensor.is_cpu:

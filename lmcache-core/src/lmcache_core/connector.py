@@ -11,14 +11,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
+from lmcache_core.checksums import layer_checksums
 from lmcache_core.layout import LayerGroup
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Buffer
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,47 @@ class EngineConnector(ABC):
     ) -> None:
         """Copy tokens from chunks into the engine's blocks."""
 
+    # What follows needn't be overridden: it is slower than checksums made in passing, that's all.
+
+    def gather_checked(
+        self,
+        spans: Sequence[BlockSpan],
+        into: Sequence[memoryview],
+        layers: range | None = None,
+    ) -> list[bytes]:
+        """`gather`, and the checksums of those layers of each chunk: see `checksums`.
+
+        No two spans may share a chunk. Checksums cover the whole chunk, also outside of its span.
+        """
+        self.gather(spans, into, layers)
+        return self._checksums(spans, into, layers)
+
+    def scatter_checked(
+        self,
+        sources: Sequence[memoryview],
+        spans: Sequence[BlockSpan],
+        layers: range | None,
+        expected: Sequence[bytes],
+    ) -> list[int]:
+        """`scatter` what has the ``expected`` checksums; answer the positions of the others.
+
+        What the others' tokens hold in the engine's memory afterwards is undefined.
+        """
+        found = self._checksums(spans, sources, layers)
+        good = [i for i, sums in enumerate(found) if sums == expected[i]]
+        if good:
+            self.scatter([sources[i] for i in good], [spans[i] for i in good], layers)
+        return [i for i, sums in enumerate(found) if sums != expected[i]]
+
+    def _checksums(
+        self, spans: Sequence[BlockSpan], chunks: Sequence[memoryview], layers: range | None
+    ) -> list[bytes]:
+        counts = [len(group.layers) for group in self.groups]
+        return [
+            layer_checksums(chunk, counts[span.group], layers or range(counts[span.group]))
+            for span, chunk in zip(spans, chunks, strict=True)
+        ]
+
 
 class Kernels(Protocol):
     """What moves the bytes of one layer group: a torch reference, C++ on CPU, Triton on GPU.
@@ -133,6 +176,39 @@ class Kernels(Protocol):
         layers: range,
     ) -> None:
         """The inverse of `gather`."""
+
+
+@runtime_checkable
+class HostKernels(Kernels, Protocol):
+    """Kernels for host memory that make checksums in passing.
+
+    ``tensors`` may be plain C-contiguous buffers too: memory is memory. Checksums are those of
+    `lmcache_core.checksums`.
+    """
+
+    def gather_checked(
+        self,
+        tensors: Sequence[torch.Tensor] | Sequence[Buffer],
+        layout: PagedLayout,
+        spans: Sequence[BlockSpan],
+        into: Sequence[memoryview],
+        layers: range,
+    ) -> list[bytes]:
+        """See `EngineConnector.gather_checked`."""
+
+    def scatter_checked(
+        self,
+        sources: Sequence[memoryview],
+        tensors: Sequence[torch.Tensor] | Sequence[Buffer],
+        layout: PagedLayout,
+        spans: Sequence[BlockSpan],
+        layers: range,
+        expected: Sequence[bytes],
+    ) -> list[int]:
+        """See `EngineConnector.scatter_checked`."""
+
+    def checksums(self, buffer: memoryview, pieces: int) -> bytes:
+        """See `lmcache_core.checksums.checksums`."""
 
 
 @dataclass(frozen=True, kw_only=True)

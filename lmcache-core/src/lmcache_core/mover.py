@@ -8,10 +8,12 @@ runs on the I/O loop and is reported when it is really over. Slot layout:
     128 ..       the canonical chunk
 
 so that with an in-place serde a slot is written to a tier, and read from one,
-as it stands: one copy per hop.
+as it stands: one copy per hop. Checksums are made while a chunk is gathered,
+go into its frame, and are compared while it is scattered: nothing is read for
+them alone, but for what comes from a slow tier.
 
-A mover decides nothing but this: a slot that doesn't hold the chunk it should
-is a failed load, never a guess.
+A mover decides nothing but this: a slot that doesn't hold the chunk it should,
+or not the bytes it had, is a failed load, never a guess.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from lmcache_core.connector import EngineConnector
+from lmcache_core.checksums import SUM_BYTES, checksums, part_of
+from lmcache_core.connector import EngineConnector, HostKernels
 from lmcache_core.errors import FrameError, LayoutError
 from lmcache_core.frame import HEADER_BYTES, read_header, write_header
 from lmcache_core.guard import attempt
@@ -55,10 +58,11 @@ class Mover:
 
     ``engine`` is whose blocks are meant by default; ``None`` where every call names its own.
 
-    ``tiers`` and ``loop`` go together. ``writes_tiers`` is false on ranks whose chunks another
-    rank writes (MLA's latent is the same on all). ``queue_chunks`` bounds how many chunks may wait
-    to be written to slow tiers; under pressure the newest isn't written, and counted. ``on_news``
-    is called, on any thread, when a report is waiting.
+    ``kernels`` compute checksums where there is nothing to copy. ``tiers`` and ``loop`` go
+    together. ``writes_tiers`` is false on ranks whose chunks another rank writes (MLA's latent
+    is the same on all). ``queue_chunks`` bounds how many chunks may wait to be written to slow
+    tiers; under pressure the newest isn't written, and counted. ``on_news`` is called, on any
+    thread, when a report is waiting.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Mover:
         namespace: CacheNamespace,
         counters: Counters,
         *,
+        kernels: HostKernels | None = None,
         tiers: Tiers | None = None,
         loop: IOLoop | None = None,
         writes_tiers: bool = True,
@@ -79,13 +84,15 @@ class Mover:
         self._arena = arena
         self._namespace = namespace
         self._counters = counters
+        self._checksums = checksums if kernels is None else kernels.checksums
         self._tiers = tiers.tiers if tiers is not None else ()
         self._loop = loop
         self._writes_tiers = writes_tiers
         self._rank = rank
         self._queue_chunks = queue_chunks
         self._on_news = on_news
-        self._held: dict[int, ChunkKey] = {}
+        self._held: dict[int, tuple[ChunkKey, bytes]] = {}  # by slot, with the checksums
+        self._gathering: dict[int, bytearray] = {}  # the checksums, by operation
         self._spoiled: set[int] = set()
         self._failed_steps = 0
         self._fenced = False
@@ -107,29 +114,47 @@ class Mover:
 
         With a damaged step nothing that is computed in it may be stored: see `fence`.
         """
-        good = [op for op in ops if self._held.get(op.slot) == op.key]
-        failed = [op for op in ops if self._held.get(op.slot) != op.key]
+        good: list[tuple[LoadOp, bytes]] = []
+        failed: list[LoadOp] = []
+        for op in ops:
+            key, sums = self._held.get(op.slot, (None, b""))
+            if key == op.key:
+                good.append((op, part_of(sums, layers)))
+            else:
+                failed.append(op)
         if failed:
             self._counters.add("load_failures", len(failed), tier="host", reason="absent")
         if good:
-            error = attempt(
-                self._chosen(engine).scatter,
-                [self._chunk(op.slot, op.span.chunk_tokens, op.span.group) for op in good],
-                [op.span for op in good],
-                layers,
-            )
-            if error is not None:
-                logger.error("Loading %d chunks into the engine failed: %s", len(good), error)
-                self._counters.add("load_failures", len(good), tier="host", reason="scatter")
-                failed = list(ops)
-            elif layers is None or layers.start == 0:
-                nbytes = sum(self._span_bytes(op) for op in good)
-                self._counters.add("load_chunks", len(good), tier="host")
-                self._counters.add("load_bytes", nbytes, tier="host")
+            failed += self._scatter(good, layers, self._chosen(engine))
         if failed:
             with self._lock:
                 self._report.unreadable.update(op.key for op in failed)
         return failed
+
+    def _scatter(
+        self, good: list[tuple[LoadOp, bytes]], layers: range | None, engine: EngineConnector
+    ) -> list[LoadOp]:
+        """Scatter; answer those whose bytes aren't what was stored. All of them, after an error."""
+        ops = [op for op, _ in good]
+        try:
+            bad = engine.scatter_checked(
+                [self._chunk(op.slot, op.span.chunk_tokens, op.span.group) for op in ops],
+                [op.span for op in ops],
+                layers,
+                [sums for _, sums in good],
+            )
+        except Exception as error:  # noqa: BLE001 - a connector isn't ours; nothing may be used
+            logger.error("Loading %d chunks into the engine failed: %s", len(ops), error)
+            self._counters.add("load_failures", len(ops), tier="host", reason="scatter")
+            return ops
+        if bad:
+            logger.error("%d chunks in host memory are damaged and aren't used", len(bad))
+            self._counters.add("load_failures", len(bad), tier="host", reason="checksum")
+        if layers is None or layers.start == 0:
+            whole = [op for i, op in enumerate(ops) if i not in bad]
+            self._counters.add("load_chunks", len(whole), tier="host")
+            self._counters.add("load_bytes", sum(map(self._span_bytes, whole)), tier="host")
+        return [ops[i] for i in bad]
 
     def step_failed(self) -> None:
         """Say that a load of this engine step failed: what it computes isn't to be kept."""
@@ -157,15 +182,20 @@ class Mover:
             return
         for op in ops:
             self._held.pop(op.slot, None)
-        error = attempt(
-            self._chosen(engine).gather,
-            [op.span for op in ops],
-            [self._chunk(op.slot, op.span.chunk_tokens, op.span.group) for op in ops],
-            layers,
-        )
-        if error is not None:
+        try:
+            sums = self._chosen(engine).gather_checked(
+                [op.span for op in ops],
+                [self._chunk(op.slot, op.span.chunk_tokens, op.span.group) for op in ops],
+                layers,
+            )
+        except Exception as error:  # noqa: BLE001 - a connector isn't ours; nothing is stored
             logger.error("Copying %d chunks from the engine failed: %s", len(ops), error)
             self._spoiled.update(op.op for op in ops)
+            return
+        for op, own in zip(ops, sums, strict=True):
+            every = self._gathering.setdefault(op.op, bytearray(self._sum_bytes(op.span.group)))
+            start = 0 if layers is None else layers.start * SUM_BYTES
+            every[start : start + len(own)] = own
 
     def finish_stores(self, ops: Sequence[StoreOp]) -> int:
         """Publish what was gathered, start writing it through, answer how many chunks it was."""
@@ -179,7 +209,7 @@ class Mover:
             self._refuse([op for op in ops if op.op in self._spoiled], "gather")
             self._spoiled.difference_update(op.op for op in ops)
         for op in good:
-            self._held[op.slot] = op.key
+            self._held[op.slot] = (op.key, bytes(self._gathering.pop(op.op)))
         self._counters.add("store_chunks", len(good))
         self._counters.add("store_bytes", sum(self._span_bytes(op) for op in good))
         self._publish(good)
@@ -192,6 +222,8 @@ class Mover:
 
     def _refuse(self, ops: Sequence[StoreOp], reason: str) -> None:
         self._counters.add("store_dropped", len(ops), reason=reason)
+        for op in ops:
+            self._gathering.pop(op.op, None)
         with self._lock:
             for op in ops:
                 self._report.bad[op.op] = 1
@@ -240,8 +272,10 @@ class Mover:
         tokens = op.span.chunk_tokens
         group = self._namespace.layout.groups[op.span.group]
         chunk = self._chunk(op.slot, tokens, op.span.group)
+        sums = None
         if serde.in_place:
             payload_bytes = chunk.nbytes
+            sums = self._held[op.slot][1]
             frame = self._arena.slot(op.slot)[: HEADER_BYTES + payload_bytes]
         else:
             frame = memoryview(bytearray(HEADER_BYTES + serde.max_encoded_bytes(group, tokens)))
@@ -254,6 +288,7 @@ class Mover:
             serde=serde.wire_id,
             raw_bytes=chunk.nbytes,
             payload_bytes=payload_bytes,
+            sums=sums,
         )
         return frame
 
@@ -312,7 +347,6 @@ class Mover:
                 continue
             error = attempt(self._open, tier.serde, op, frame[:size])
             if error is None:
-                self._held[op.slot] = op.key
                 self._counters.add("load_chunks", tier=tier.name)
                 self._counters.add("load_bytes", size, tier=tier.name)
                 continue
@@ -328,7 +362,12 @@ class Mover:
 
     def _open(self, serde: Serde, op: FetchOp, frame: memoryview) -> None:
         group = self._namespace.layout.groups[0]
-        header = read_header(frame, key=op.key, fingerprint=self._namespace.fingerprint)
+        header = read_header(
+            frame,
+            key=op.key,
+            fingerprint=self._namespace.fingerprint,
+            checksums_of=self._checksums,
+        )
         chunk = self._chunk(op.slot, op.tokens, 0)
         if header.raw_bytes != chunk.nbytes:
             raise FrameError("length", f"{header.raw_bytes} bytes, this chunk has {chunk.nbytes}")
@@ -338,6 +377,10 @@ class Mover:
             serde.decode(frame[HEADER_BYTES:], chunk, group, op.tokens)
         elif header.payload_bytes != header.raw_bytes:
             raise FrameError("length", "an uncompressed chunk has a payload of another length")
+        layers = len(group.layers)
+        known = serde.in_place and header.pieces == layers
+        sums = header.sums if known else self._checksums(chunk, layers)
+        self._held[op.slot] = (op.key, sums)
 
     def _conclude(self, ops: list[FetchOp], bad: set[int], *, released: bool = True) -> None:
         with self._lock:
@@ -383,6 +426,9 @@ class Mover:
     def _chunk(self, slot: int, tokens: int, group: int) -> memoryview:
         size = self._namespace.layout.groups[group].chunk_bytes(tokens)
         return self._arena.slot(slot)[HEADER_BYTES : HEADER_BYTES + size]
+
+    def _sum_bytes(self, group: int) -> int:
+        return SUM_BYTES * len(self._namespace.layout.groups[group].layers)
 
     def _span_bytes(self, op: LoadOp | StoreOp) -> int:
         return self._namespace.layout.groups[op.span.group].chunk_bytes(op.span.tokens)

@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lmcache_core.connector import BlockSpan, EngineConnector, Kernels, PagedLayout
+from lmcache_core.connector import (
+    BlockSpan,
+    EngineConnector,
+    HostKernels,
+    Kernels,
+    PagedLayout,
+    PlaneStrides,
+)
 from lmcache_core.errors import LayoutError
 from lmcache_core.layout import LayerGroup
 
@@ -51,10 +58,15 @@ class PagedConnector(EngineConnector):
         into: Sequence[memoryview],
         layers: range | None = None,
     ) -> None:
-        for group, own_spans, buffers in self._by_group(spans, into):
+        for group, places in self._by_group(spans):
             layout = self._layouts[group]
-            chosen = range(len(layout.group.layers)) if layers is None else layers
-            self._kernels.gather(self._tensors[group], layout, own_spans, buffers, chosen)
+            self._kernels.gather(
+                self._tensors[group],
+                layout,
+                [spans[i] for i in places],
+                [into[i] for i in places],
+                _chosen(layout, layers),
+            )
 
     def scatter(
         self,
@@ -62,34 +74,88 @@ class PagedConnector(EngineConnector):
         spans: Sequence[BlockSpan],
         layers: range | None = None,
     ) -> None:
-        for group, own_spans, buffers in self._by_group(spans, sources):
+        for group, places in self._by_group(spans):
             layout = self._layouts[group]
-            chosen = range(len(layout.group.layers)) if layers is None else layers
-            self._kernels.scatter(buffers, self._tensors[group], layout, own_spans, chosen)
+            self._kernels.scatter(
+                [sources[i] for i in places],
+                self._tensors[group],
+                layout,
+                [spans[i] for i in places],
+                _chosen(layout, layers),
+            )
 
-    def _by_group(
-        self, spans: Sequence[BlockSpan], buffers: Sequence[memoryview]
-    ) -> list[tuple[int, list[BlockSpan], list[memoryview]]]:
-        sorted_out: dict[int, tuple[list[BlockSpan], list[memoryview]]] = {}
-        for span, buffer in zip(spans, buffers, strict=True):
+    def gather_checked(
+        self,
+        spans: Sequence[BlockSpan],
+        into: Sequence[memoryview],
+        layers: range | None = None,
+    ) -> list[bytes]:
+        if not isinstance(self._kernels, HostKernels):
+            return super().gather_checked(spans, into, layers)
+        found = [b""] * len(spans)
+        for group, places in self._by_group(spans):
+            layout = self._layouts[group]
+            sums = self._kernels.gather_checked(
+                self._tensors[group],
+                layout,
+                [spans[i] for i in places],
+                [into[i] for i in places],
+                _chosen(layout, layers),
+            )
+            for i, one in zip(places, sums, strict=True):
+                found[i] = one
+        return found
+
+    def scatter_checked(
+        self,
+        sources: Sequence[memoryview],
+        spans: Sequence[BlockSpan],
+        layers: range | None,
+        expected: Sequence[bytes],
+    ) -> list[int]:
+        if not isinstance(self._kernels, HostKernels):
+            return super().scatter_checked(sources, spans, layers, expected)
+        bad: list[int] = []
+        for group, places in self._by_group(spans):
+            layout = self._layouts[group]
+            found = self._kernels.scatter_checked(
+                [sources[i] for i in places],
+                self._tensors[group],
+                layout,
+                [spans[i] for i in places],
+                _chosen(layout, layers),
+                [expected[i] for i in places],
+            )
+            bad += [places[i] for i in found]
+        return sorted(bad)
+
+    def _by_group(self, spans: Sequence[BlockSpan]) -> list[tuple[int, list[int]]]:
+        """The spans' positions, by layer group."""
+        places: dict[int, list[int]] = {}
+        for i, span in enumerate(spans):
             if not 0 <= span.group < len(self._layouts):
                 raise IndexError(f"{span}: there are {len(self._layouts)} layer groups")
-            own = sorted_out.setdefault(span.group, ([], []))
-            own[0].append(span)
-            own[1].append(buffer)
-        return [(group, *own) for group, own in sorted_out.items()]
+            places.setdefault(span.group, []).append(i)
+        return list(places.items())
 
 
 class CanonicalBuffer(EngineConnector):
     """One contiguous buffer: layers x planes x ``tokens`` x heads x head_size, as one block.
 
     ``buffer`` is whatever has Python's buffer protocol: a numpy array, a bytearray, a memoryview.
+    ``kernels`` copy and make checksums faster than Python's own slices.
 
     Raises:
         ValueError: the buffer isn't contiguous or has another size.
     """
 
-    def __init__(self, buffer: Buffer, group: LayerGroup, tokens: int) -> None:
+    def __init__(
+        self,
+        buffer: Buffer,
+        group: LayerGroup,
+        tokens: int,
+        kernels: HostKernels | None = None,
+    ) -> None:
         view = memoryview(buffer)
         if not view.c_contiguous or view.nbytes != group.chunk_bytes(tokens):
             raise ValueError(
@@ -100,10 +166,52 @@ class CanonicalBuffer(EngineConnector):
         self._view = view.cast("B")
         self._group = group
         self._tokens = tokens
+        self._kernels = kernels
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
         return (self._group,)
+
+    def gather_checked(
+        self,
+        spans: Sequence[BlockSpan],
+        into: Sequence[memoryview],
+        layers: range | None = None,
+    ) -> list[bytes]:
+        if self._kernels is None or not self._tokens:
+            return super().gather_checked(spans, into, layers)
+        layout = self._layout()
+        return self._kernels.gather_checked(
+            self._layers(), layout, spans, into, _chosen(layout, layers)
+        )
+
+    def scatter_checked(
+        self,
+        sources: Sequence[memoryview],
+        spans: Sequence[BlockSpan],
+        layers: range | None,
+        expected: Sequence[bytes],
+    ) -> list[int]:
+        if self._kernels is None or not self._tokens:
+            return super().scatter_checked(sources, spans, layers, expected)
+        layout = self._layout()
+        return self._kernels.scatter_checked(
+            sources, self._layers(), layout, spans, _chosen(layout, layers), expected
+        )
+
+    def _layout(self) -> PagedLayout:
+        """What this buffer looks like to kernels: a layer is one block."""
+        group = self._group
+        row = group.heads * group.head_size
+        planes = tuple(
+            PlaneStrides(plane * self._tokens * row, 0, row, group.head_size, 1)
+            for plane in range(group.planes)
+        )
+        return PagedLayout(group, 1, self._tokens, planes)
+
+    def _layers(self) -> list[memoryview]:
+        size = self._group.layer_token_bytes * self._tokens
+        return [self._view[i * size : (i + 1) * size] for i in range(len(self._group.layers))]
 
     def gather(
         self,
@@ -146,6 +254,10 @@ class CanonicalBuffer(EngineConnector):
                 size = span.tokens * row
                 pieces.append((slice(here, here + size), slice(there, there + size)))
         return pieces
+
+
+def _chosen(layout: PagedLayout, layers: range | None) -> range:
+    return range(len(layout.group.layers)) if layers is None else layers
 
 
 def _check(layout: PagedLayout, tensors: Sequence[torch.Tensor]) -> None:

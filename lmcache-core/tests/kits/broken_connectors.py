@@ -228,6 +228,35 @@ class KeepsBuffer(Correct):
         self.last = into
 
 
+class SumsOnlyTheSpan(Correct):
+    """Its checksums leave out what a chunk held before."""
+
+    def gather_checked(self, spans: Spans, into: Views, layers: range | None = None) -> list[bytes]:
+        empty = [memoryview(bytearray(chunk.nbytes)) for chunk in into]
+        super().gather(spans, into, layers)
+        return super().gather_checked(spans, empty, layers)
+
+
+class BelievesAnything(Correct):
+    def scatter_checked(
+        self, sources: Views, spans: Spans, layers: range | None, expected: Sequence[bytes]
+    ) -> list[int]:
+        self.scatter(sources, spans, layers)
+        return []
+
+
+class GivesUpOnAll(Correct):
+    """One damaged chunk, and nothing of the call is scattered."""
+
+    def scatter_checked(
+        self, sources: Views, spans: Spans, layers: range | None, expected: Sequence[bytes]
+    ) -> list[int]:
+        if self._checksums(spans, sources, layers) == list(expected):
+            self.scatter(sources, spans, layers)
+            return []
+        return list(range(len(spans)))
+
+
 class ToyEngine(EngineMemory):
     """A memory and a connector to it."""
 

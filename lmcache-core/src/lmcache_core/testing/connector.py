@@ -22,6 +22,7 @@ from functools import partial
 
 import pytest
 
+from lmcache_core.checksums import layer_checksums, part_of
 from lmcache_core.connector import BlockSpan, EngineConnector
 from lmcache_core.layout import LayerGroup
 
@@ -174,6 +175,50 @@ class EngineConnectorTests:
             kept = group.layer_token_bytes * last
             expected = [old[:kept] + new[kept:] for old, new in zip(tokens, fresh, strict=True)]
             assert read(engine, index) == expected
+
+    # -- checksums -------------------------------------------------------------------------
+
+    def test_gather_with_checksums(self, engine: EngineMemory) -> None:
+        """They cover the whole chunk, whatever the span; all layers or some."""
+        for index, group in enumerate(engine.connector.groups):
+            tokens = fill(engine, index)
+            count = layers = len(group.layers)
+            for span in (whole(engine, index), part(engine, index, 1, 2, 1, 5)):
+                into = empty(group, span.chunk_tokens)
+                sums = engine.connector.gather_checked([span], [memoryview(into)])
+                assert into == gather(engine, group, span)
+                assert sums == [layer_checksums(memoryview(into), layers, range(count))]
+            some = range(count - 1, count)
+            into = canonical(group, tokens)
+            span = whole(engine, index)
+            sums = engine.connector.gather_checked([span], [memoryview(into)], some)
+            assert sums == [layer_checksums(memoryview(into), layers, some)]
+
+    def test_scatter_with_checksums(self, engine: EngineMemory) -> None:
+        """A damaged chunk is named, others of the same call are scattered."""
+        for index, group in enumerate(engine.connector.groups):
+            fill(engine, index)
+            middle = capacity(engine) // 2
+            fresh = some_tokens(group, capacity(engine), seed=6)
+            spans = [
+                part(engine, index, 0, middle, 0),
+                part(engine, index, middle, capacity(engine) - middle, 0),
+            ]
+            chunks = [canonical(group, fresh[:middle]), canonical(group, fresh[middle:])]
+            every = range(len(group.layers))
+            views = [memoryview(chunk) for chunk in chunks]
+            sums = [layer_checksums(view, len(every), every) for view in views]
+            assert engine.connector.scatter_checked(views, spans, None, sums) == []
+            assert read(engine, index) == fresh
+            for layers in (None, every[-1:]):
+                fill(engine, index)
+                chunks[0][-1] ^= 1
+                expected = [part_of(one, layers) for one in sums]
+                assert engine.connector.scatter_checked(views, spans, layers, expected) == [0]
+                chunks[0][-1] ^= 1
+                kept = 0 if layers is None else group.layer_token_bytes * layers.start
+                arrived = [token[kept:] for token in read(engine, index)[middle:]]
+                assert arrived == [token[kept:] for token in fresh[middle:]]
 
     # -- bits, bounds, threads -------------------------------------------------------------
 
