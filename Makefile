@@ -40,7 +40,7 @@ format: $(READY) ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 types: $(READY) ## mypy --strict on what is published
-	$(BIN)/mypy --strict lmcache-core/src/lmcache_core lmcache-connector-vllm/src
+	$(BIN)/mypy --strict lmcache-core/src/lmcache_core lmcache-connector-vllm/src kernels/src
 
 unit: $(READY) ## the tests that need no engine
 	@mkdir -p $(RESULTS)

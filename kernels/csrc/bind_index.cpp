@@ -11,12 +11,12 @@
 #include "blake2b.hpp"
 #include "chunk_index.hpp"
 #include "python.hpp"
+#include "slot_ring.hpp"
 
 namespace lmcache {
 namespace {
 
 constexpr size_t kDigest = sizeof(Digest);
-constexpr size_t kNoLimit = ~size_t{0};
 
 Digest digest_of(nb::handle key) {
   const Buffer buffer(key, false);
@@ -167,103 +167,195 @@ std::vector<uint8_t> keys_of(nb::handle keys) {
   return joined;
 }
 
-uint32_t state_of(int64_t state) {
-  if (state < 0 || state >= ChunkIndex::kStates)
-    refuse("a state is 0 to 7, not " + std::to_string(state));
-  return static_cast<uint32_t>(state);
+size_t checked_slots(int64_t slots) {
+  if (slots < 1 || slots > ChunkIndex::kMostSlots)
+    refuse("an index has 1 to " + std::to_string(ChunkIndex::kMostSlots) + " slots, not " +
+           std::to_string(slots));
+  return static_cast<size_t>(slots);
 }
 
-size_t checked_chunks(int64_t chunks) {
-  if (chunks < 1 || chunks >= ChunkIndex::kMostSlots)
-    refuse("an index has room for 1 to 536870911 chunks, not " + std::to_string(chunks));
-  return static_cast<size_t>(chunks);
+uint64_t random_seed() {
+  std::random_device draw;
+  return uint64_t{draw()} << 32 | draw();
 }
 
 class Index {
  public:
-  explicit Index(int64_t chunks)
-      : index_(checked_chunks(chunks), std::random_device{}() * 0x9E3779B97F4A7C15u +
-                                           std::random_device{}()) {}
+  explicit Index(int64_t slots) : index_(checked_slots(slots), random_seed()) {}
 
-  bool insert(nb::handle key, int64_t slot, int64_t state) {
-    if (slot < 0 || slot >= ChunkIndex::kMostSlots - 1)
-      refuse("a slot is 0 to 536870910, not " + std::to_string(slot));
-    switch (index_.insert(digest_of(key), static_cast<uint32_t>(slot), state_of(state))) {
-      case ChunkIndex::Inserted::yes: return true;
-      case ChunkIndex::Inserted::exists: return false;
-      default:
-        refuse("the index is full: it has room for " + std::to_string(index_.capacity()) +
-               " chunks");
+  void insert(nb::handle key, int64_t slot, int64_t parent, int64_t state) {
+    const uint32_t to = slot_of(slot);
+    if (parent != ChunkIndex::kNone) slot_of(parent);
+    switch (index_.insert(digest_of(key), to, parent, state_of(state))) {
+      case ChunkIndex::Inserted::yes: return;
+      case ChunkIndex::Inserted::exists: refuse("the index has this key already");
+      case ChunkIndex::Inserted::occupied:
+        refuse("slot " + std::to_string(slot) + " holds a chunk already");
+      case ChunkIndex::Inserted::orphan:
+        refuse("slot " + std::to_string(parent) + " holds no chunk that could be continued");
     }
   }
+
   int64_t find(nb::handle key) const { return index_.find(digest_of(key)); }
-  int64_t state(nb::handle key) const { return index_.state(digest_of(key)); }
-  bool set_state(nb::handle key, int64_t state) {
-    return index_.set_state(digest_of(key), state_of(state));
-  }
-  int64_t erase(nb::handle key) { return index_.erase(digest_of(key)); }
-  void clear() { index_.clear(); }
 
-  size_t ready_prefix(nb::handle keys, int64_t ready) const {
-    const std::vector<uint8_t> joined = keys_of(keys);
-    const uint32_t state = state_of(ready);
-    nb::gil_scoped_release released;
-    return index_.prefix(joined.data(), joined.size() / kDigest, state, nullptr);
+  nb::object key(int64_t slot) const {
+    Digest digest;
+    if (!index_.key(slot_of(slot), &digest)) return nb::none();
+    return nb::bytes(digest.data(), digest.size());
   }
 
-  std::vector<uint32_t> ready_slots(nb::handle keys, int64_t ready) const {
+  uint32_t state(int64_t slot) const { return index_.state(slot_of(slot)); }
+
+  void set_state(int64_t slot, int64_t state) {
+    if (!index_.set_state(slot_of(slot), state_of(state))) nothing_in(slot);
+  }
+
+  void remove(int64_t slot) {
+    if (!index_.remove(slot_of(slot))) nothing_in(slot);
+  }
+
+  int64_t leaf(int64_t slot) const {
+    const int64_t found = index_.leaf(slot_of(slot));
+    if (found == ChunkIndex::kNone) nothing_in(slot);
+    return found;
+  }
+
+  std::vector<uint32_t> descendants(int64_t slot) const {
+    return index_.descendants(slot_of(slot));
+  }
+
+  std::vector<uint32_t> ready_slots(nb::handle keys) const {
     const std::vector<uint8_t> joined = keys_of(keys);
-    const uint32_t state = state_of(ready);
     std::vector<uint32_t> slots;
     nb::gil_scoped_release released;
-    index_.prefix(joined.data(), joined.size() / kDigest, state, &slots);
+    index_.prefix(joined.data(), joined.size() / kDigest, kReady, &slots);
     return slots;
   }
 
-  std::tuple<nb::bytes, size_t> match(nb::handle parent, nb::handle tokens, int64_t chunk_tokens,
-                                      const std::optional<nb::dict>& extras, int64_t start,
-                                      int64_t ready) const {
+  std::tuple<nb::bytes, std::vector<uint32_t>> match(nb::handle parent, nb::handle tokens,
+                                                     int64_t chunk_tokens,
+                                                     const std::optional<nb::dict>& extras,
+                                                     int64_t start) const {
     Chain chain(parent, chunk_tokens, start, extras_of(extras));
-    const uint32_t state = state_of(ready);
-    size_t hits = 0;
-    digest(chain, tokens, [&] {
-      const size_t hit = index_.prefix(chain.last(), 1, state, nullptr);
-      hits += hit;
-      return hit == 1;
-    });
-    return {bytes_of(chain), hits};
+    std::vector<uint32_t> slots;
+    digest(chain, tokens,
+           [&] { return index_.prefix(chain.last(), 1, kReady, &slots) == 1; });
+    return {bytes_of(chain), slots};
   }
 
-  bool contains(nb::handle key) const { return find(key) >= 0; }
   size_t size() const { return index_.size(); }
-  size_t capacity() const { return index_.capacity(); }
+  size_t slots() const { return index_.slots(); }
   size_t nbytes() const { return index_.nbytes(); }
 
  private:
+  static constexpr uint32_t kReady = 3;  // lmcache_core.chunk_index.ChunkState
+
+  uint32_t slot_of(int64_t slot) const {
+    if (slot < 0 || static_cast<uint64_t>(slot) >= index_.slots())
+      out_of_range("slot " + std::to_string(slot) + ": there are " +
+                   std::to_string(index_.slots()));
+    return static_cast<uint32_t>(slot);
+  }
+
+  static uint32_t state_of(int64_t state) {
+    if (state <= ChunkIndex::kAbsent || state >= ChunkIndex::kStates)
+      refuse("a state is 1 to 7, not " + std::to_string(state));
+    return static_cast<uint32_t>(state);
+  }
+
+  [[noreturn]] static void nothing_in(int64_t slot) {
+    refuse("slot " + std::to_string(slot) + " holds no chunk");
+  }
+
   ChunkIndex index_;
+};
+
+// Guarded by the GIL, which none of its methods gives up.
+class Ring {
+ public:
+  void added(int64_t slot) {
+    if (slot < 0 || slot >= SlotRing::kMostSlots)
+      refuse("a slot is 0 to " + std::to_string(SlotRing::kMostSlots - 1) + ", not " +
+             std::to_string(slot));
+    if (!ring_.add(static_cast<uint32_t>(slot)))
+      refuse("slot " + std::to_string(slot) + " holds a chunk already");
+  }
+
+  void touched(nb::handle slots) {
+    for (nb::handle slot : nb::borrow<nb::object>(slots))
+      if (!ring_.touch(known(slot))) unknown(slot);
+  }
+
+  void check(nb::handle slots) const {
+    for (nb::handle slot : nb::borrow<nb::object>(slots))
+      if (!ring_.contains(known(slot))) unknown(slot);
+  }
+
+  void removed(nb::handle slot) {
+    if (!ring_.remove(known(slot))) unknown(slot);
+  }
+
+  void clear() { ring_.clear(); }
+  int64_t after(int64_t slot) const { return ring_.after(held(slot)); }
+  int64_t before(int64_t slot) const { return ring_.before(held(slot)); }
+  size_t size() const { return ring_.size(); }
+  size_t nbytes() const { return ring_.nbytes(); }
+
+ private:
+  static uint32_t known(nb::handle slot) {
+    const int64_t number = integer(slot);
+    return number < 0 || number >= SlotRing::kMostSlots ? SlotRing::kMostSlots
+                                                        : static_cast<uint32_t>(number);
+  }
+
+  int64_t held(int64_t slot) const {
+    if (slot != SlotRing::kNone && (slot < 0 || slot >= SlotRing::kMostSlots ||
+                                    !ring_.contains(static_cast<uint32_t>(slot))))
+      out_of_range("slot " + std::to_string(slot) + " isn't in the order");
+    return slot;
+  }
+
+  [[noreturn]] static void unknown(nb::handle slot) {
+    PyErr_SetObject(PyExc_KeyError, slot.ptr());
+    throw nb::python_error();
+  }
+
+  SlotRing ring_;
 };
 
 }  // namespace
 
 void bind_index(nb::module_& module) {
   nb::class_<Index>(module, "ChunkIndex")
-      .def(nb::init<int64_t>(), nb::arg("chunks"))
-      .def("insert", &Index::insert, nb::arg("key"), nb::arg("slot"), nb::arg("state") = 0)
+      .def(nb::init<int64_t>(), nb::arg("slots"))
+      .def("insert", &Index::insert, nb::arg("key"), nb::arg("slot"), nb::arg("parent"),
+           nb::arg("state"))
       .def("find", &Index::find, nb::arg("key"))
-      .def("state", &Index::state, nb::arg("key"))
-      .def("set_state", &Index::set_state, nb::arg("key"), nb::arg("state"))
-      .def("erase", &Index::erase, nb::arg("key"))
-      .def("clear", &Index::clear)
-      .def("ready_prefix", &Index::ready_prefix, nb::arg("keys"), nb::arg("ready") = 0)
-      .def("ready_slots", &Index::ready_slots, nb::arg("keys"), nb::arg("ready") = 0)
+      .def("key", &Index::key, nb::arg("slot"))
+      .def("state", &Index::state, nb::arg("slot"))
+      .def("set_state", &Index::set_state, nb::arg("slot"), nb::arg("state"))
+      .def("remove", &Index::remove, nb::arg("slot"))
+      .def("leaf", &Index::leaf, nb::arg("slot"))
+      .def("descendants", &Index::descendants, nb::arg("slot"))
+      .def("ready_slots", &Index::ready_slots, nb::arg("keys"))
       .def("match", &Index::match, nb::arg("parent"), nb::arg("tokens"), nb::arg("chunk_tokens"),
-           nb::arg("extras") = nb::none(), nb::arg("start") = 0, nb::arg("ready") = 0)
-      .def("__contains__", &Index::contains, nb::arg("key"))
+           nb::arg("extras") = nb::none(), nb::arg("start") = 0)
+      .def_static("digests", &prefix_digests, nb::arg("parent"), nb::arg("tokens"),
+                  nb::arg("chunk_tokens"), nb::arg("extras") = nb::none(), nb::arg("start") = 0)
       .def("__len__", &Index::size)
-      .def_prop_ro("capacity", &Index::capacity)
+      .def_prop_ro("slots", &Index::slots)
       .def_prop_ro("nbytes", &Index::nbytes);
-  module.def("prefix_digests", &prefix_digests, nb::arg("parent"), nb::arg("tokens"),
-             nb::arg("chunk_tokens"), nb::arg("extras") = nb::none(), nb::arg("start") = 0);
+  nb::class_<Ring>(module, "SlotRing")
+      .def(nb::init<>())
+      .def("added", &Ring::added, nb::arg("slot"))
+      .def("touched", &Ring::touched, nb::arg("slots"))
+      .def("check", &Ring::check, nb::arg("slots"))
+      .def("removed", &Ring::removed, nb::arg("slot"))
+      .def("clear", &Ring::clear)
+      .def("after", &Ring::after, nb::arg("slot"))
+      .def("before", &Ring::before, nb::arg("slot"))
+      .def("__len__", &Ring::size)
+      .def_prop_ro("nbytes", &Ring::nbytes);
   module.def("blake2b", &blake2b, nb::arg("data"), nb::arg("digest_size"));
 }
 

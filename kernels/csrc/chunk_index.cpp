@@ -2,16 +2,17 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 
 namespace lmcache {
 namespace {
 
-// Of the places, this share is used when the index is full: 20 bytes / 0.75 = 26.7 bytes a chunk,
-// and a miss looks at 8 places on average (Knuth vol. 3, 6.4: (1 + 1/(1 - 0.75)^2) / 2).
+// Of the places, this share is used when every slot is: 32 + 8 / 0.75 = 42.7 bytes a slot, and a
+// miss looks at 8 places on average (Knuth vol. 3, 6.4: (1 + 1/(1 - 0.75)^2) / 2).
 constexpr double kLoad = 0.75;
 
-// Keys ahead whose places are asked for while one is compared.
-constexpr size_t kAhead = 8;
+// Keys ahead whose places, and then records, are asked for while one is compared.
+constexpr size_t kPlacesAhead = 12, kRecordsAhead = 6;
 
 uint64_t multiply_high(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
@@ -25,100 +26,174 @@ Digest digest_at(const uint8_t* p) {
 
 }  // namespace
 
-ChunkIndex::ChunkIndex(size_t chunks, uint64_t seed) : chunks_(chunks), seed_(seed) {
-  const size_t places = static_cast<size_t>(static_cast<double>(chunks) / kLoad) + 2;
-  keys_.resize(places);
-  values_.assign(places, kEmpty);
+template <class T>
+Lazy<T>::Lazy(size_t count) : count_(count), data_(static_cast<T*>(std::calloc(count, sizeof(T)))) {
+  if (data_ == nullptr) throw std::bad_alloc();
 }
 
-size_t ChunkIndex::home(const Digest& key) const {
+ChunkIndex::ChunkIndex(size_t slots, uint64_t seed)
+    : seed_(seed),
+      records_(slots),
+      table_(static_cast<size_t>(static_cast<double>(slots) / kLoad) + 2) {}
+
+ChunkIndex::Hash ChunkIndex::hash(const Digest& key) const {
   uint64_t low, high;
   std::memcpy(&low, key.data(), 8);
   std::memcpy(&high, key.data() + 8, 8);
-  const unsigned __int128 product = static_cast<unsigned __int128>(low ^ seed_) *
-                                    (high ^ 0x9E3779B97F4A7C15u);
+  const unsigned __int128 product =
+      static_cast<unsigned __int128>(low ^ seed_) * (high ^ 0x9E3779B97F4A7C15u);
   const uint64_t mixed =
       (static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64)) *
       0xD6E8FEB86659FD93u;
-  return multiply_high(mixed, keys_.size());
+  return {multiply_high(mixed, table_.size()), static_cast<uint32_t>(mixed)};
 }
 
 size_t ChunkIndex::position(const Digest& key) const {
-  size_t place = home(key);
-  while (values_[place] != kEmpty && keys_[place] != key) place = after(place);
-  return place;
+  const Hash hashed = hash(key);
+  size_t place = hashed.place;
+  for (;; place = after(place)) {
+    const Place& there = table_[place];
+    if (there.link == 0) return place;
+    if (there.tag == hashed.tag && records_[there.link - 1].key == key) return place;
+  }
 }
 
-ChunkIndex::Inserted ChunkIndex::insert(const Digest& key, uint32_t slot, uint32_t state) {
+ChunkIndex::Inserted ChunkIndex::insert(const Digest& key, uint32_t slot, int64_t parent,
+                                        uint32_t state) {
   std::lock_guard lock(mutex_);
   const size_t place = position(key);
-  if (values_[place] != kEmpty) return Inserted::exists;
-  if (size_ == chunks_) return Inserted::full;
-  keys_[place] = key;
-  values_[place] = slot * kStates + state;
+  if (table_[place].link != 0) return Inserted::exists;
+  Record& record = records_[slot];
+  if (record.state != kAbsent) return Inserted::occupied;
+  if (parent != kNone && records_[static_cast<size_t>(parent)].state == kAbsent)
+    return Inserted::orphan;
+  record = {key, 0, state, 0, 0, 0};
+  table_[place] = {slot + 1, hash(key).tag};
+  if (parent != kNone) adopt(static_cast<uint32_t>(parent), slot);
   ++size_;
   return Inserted::yes;
 }
 
 int64_t ChunkIndex::find(const Digest& key) const {
   std::lock_guard lock(mutex_);
-  const uint32_t value = values_[position(key)];
-  return value == kEmpty ? kAbsent : value / kStates;
+  return static_cast<int64_t>(table_[position(key)].link) - 1;
 }
 
-int64_t ChunkIndex::state(const Digest& key) const {
+bool ChunkIndex::key(uint32_t slot, Digest* key) const {
   std::lock_guard lock(mutex_);
-  const uint32_t value = values_[position(key)];
-  return value == kEmpty ? kAbsent : value % kStates;
+  *key = records_[slot].key;
+  return records_[slot].state != kAbsent;
 }
 
-bool ChunkIndex::set_state(const Digest& key, uint32_t state) {
+uint32_t ChunkIndex::state(uint32_t slot) const {
   std::lock_guard lock(mutex_);
-  uint32_t& value = values_[position(key)];
-  if (value == kEmpty) return false;
-  value = value / kStates * kStates + state;
+  return records_[slot].state;
+}
+
+bool ChunkIndex::set_state(uint32_t slot, uint32_t state) {
+  std::lock_guard lock(mutex_);
+  if (records_[slot].state == kAbsent) return false;
+  records_[slot].state = state;
   return true;
 }
 
-int64_t ChunkIndex::erase(const Digest& key) {
+bool ChunkIndex::remove(uint32_t slot) {
   std::lock_guard lock(mutex_);
-  size_t hole = position(key);
-  const uint32_t value = values_[hole];
-  if (value == kEmpty) return kAbsent;
-  // Close the hole with every later key of the run that may lie there, so that no search ends early.
-  for (size_t place = after(hole); values_[place] != kEmpty; place = after(place)) {
-    const size_t n = keys_.size(), from = home(keys_[place]);
+  Record& record = records_[slot];
+  if (record.state == kAbsent) return false;
+  forget_place(position(record.key));
+  while (record.first != 0) unlink(record.first - 1);
+  unlink(slot);
+  record = {};
+  --size_;
+  return true;
+}
+
+// Close the hole with every later place of the run that may lie there, so that no search ends early.
+void ChunkIndex::forget_place(size_t hole) {
+  for (size_t place = after(hole); table_[place].link != 0; place = after(place)) {
+    const size_t n = table_.size(), from = hash(records_[table_[place].link - 1].key).place;
     if ((place + n - from) % n >= (place + n - hole) % n) {
-      keys_[hole] = keys_[place];
-      values_[hole] = values_[place];
+      table_[hole] = table_[place];
       hole = place;
     }
   }
-  values_[hole] = kEmpty;
-  --size_;
-  return value / kStates;
+  table_[hole] = {};
 }
 
-void ChunkIndex::clear() {
+// Last in the ring: the first continuation is the oldest.
+void ChunkIndex::adopt(uint32_t parent, uint32_t child) {
+  Record &above = records_[parent], &record = records_[child];
+  record.parent = parent + 1;
+  if (above.first == 0) {
+    above.first = record.next = record.previous = child + 1;
+    return;
+  }
+  Record& head = records_[above.first - 1];
+  record.next = above.first;
+  record.previous = head.previous;
+  records_[head.previous - 1].next = child + 1;
+  head.previous = child + 1;
+}
+
+void ChunkIndex::unlink(uint32_t slot) {
+  Record& record = records_[slot];
+  if (record.parent == 0) return;
+  Record& above = records_[record.parent - 1];
+  if (above.first == slot + 1) above.first = record.next == slot + 1 ? 0 : record.next;
+  records_[record.next - 1].previous = record.previous;
+  records_[record.previous - 1].next = record.next;
+  record.parent = record.next = record.previous = 0;
+}
+
+int64_t ChunkIndex::leaf(uint32_t slot) const {
   std::lock_guard lock(mutex_);
-  std::fill(values_.begin(), values_.end(), kEmpty);
-  size_ = 0;
+  if (records_[slot].state == kAbsent) return kNone;
+  while (records_[slot].first != 0) slot = records_[slot].first - 1;
+  return slot;
+}
+
+std::vector<uint32_t> ChunkIndex::descendants(uint32_t slot) const {
+  std::lock_guard lock(mutex_);
+  std::vector<uint32_t> found{slot};
+  for (size_t i = 0; i < found.size(); ++i) {
+    const uint32_t first = records_[found[i]].first;
+    for (uint32_t link = first; link != 0;) {
+      found.push_back(link - 1);
+      link = records_[link - 1].next;
+      if (link == first) break;
+    }
+  }
+  std::reverse(found.begin(), found.end());
+  found.pop_back();
+  return found;
 }
 
 size_t ChunkIndex::prefix(const uint8_t* keys, size_t count, uint32_t ready,
                           std::vector<uint32_t>* slots) const {
   std::lock_guard lock(mutex_);
-  const auto ask_for = [&](size_t i) {
-    const size_t place = home(digest_at(keys + 16 * i));
-    __builtin_prefetch(&keys_[place]);
-    __builtin_prefetch(&values_[place]);
+  const auto place_of = [&](size_t i) { return hash(digest_at(keys + 16 * i)).place; };
+  const auto ask_for_place = [&](size_t i) {
+    if (i < count) __builtin_prefetch(&table_[place_of(i)]);
   };
-  for (size_t i = 1; i < std::min(count, kAhead); ++i) ask_for(i);
+  const auto ask_for_record = [&](size_t i) {
+    if (i >= count) return;
+    const uint32_t link = table_[place_of(i)].link;
+    if (link != 0) __builtin_prefetch(&records_[link - 1]);
+  };
+  // The first key alone at first: most misses end there.
   for (size_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) ask_for(i + kAhead);
-    const uint32_t value = values_[position(digest_at(keys + 16 * i))];
-    if (value == kEmpty || value % kStates != ready) return i;
-    if (slots != nullptr) slots->push_back(value / kStates);
+    if (i == 1) {
+      for (size_t ahead = 1; ahead < 1 + kPlacesAhead; ++ahead) ask_for_place(ahead);
+      for (size_t ahead = 1; ahead < 1 + kRecordsAhead; ++ahead) ask_for_record(ahead);
+    }
+    if (i > 0) {
+      ask_for_place(i + kPlacesAhead);
+      ask_for_record(i + kRecordsAhead);
+    }
+    const uint32_t link = table_[position(digest_at(keys + 16 * i))].link;
+    if (link == 0 || records_[link - 1].state != ready) return i;
+    if (slots != nullptr) slots->push_back(link - 1);
   }
   return count;
 }
@@ -129,7 +204,7 @@ size_t ChunkIndex::size() const {
 }
 
 size_t ChunkIndex::nbytes() const {
-  return keys_.size() * (sizeof(Digest) + sizeof(uint32_t)) + sizeof *this;
+  return records_.size() * sizeof(Record) + table_.size() * sizeof(Place) + sizeof *this;
 }
 
 }  // namespace lmcache

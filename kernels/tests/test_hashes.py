@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lmcache_core.hashing import PrefixHasher
 from lmcache_kernels import _native
+from lmcache_kernels.index import ChunkIndex
 
 DATA = random.Random(1).randbytes(20_000)
 
@@ -69,11 +70,11 @@ def test_the_chain_is_core_s(
     digests = PrefixHasher(root, chunk_tokens, extras).extend(tokens)
     packed = array("I", tokens).tobytes()
     for form in (tokens, tuple(tokens), packed, bytearray(packed), memoryview(packed)):
-        actual = _native.prefix_digests(root, form, chunk_tokens, extras)
+        actual = ChunkIndex.digests(root, form, chunk_tokens, extras)
         assert actual == b"".join(digests)
     # The rest of a chain, from any chunk on.
     for done in range(1, len(digests)):
-        rest = _native.prefix_digests(
+        rest = ChunkIndex.digests(
             digests[done - 1], tokens[done * chunk_tokens :], chunk_tokens, extras, done
         )
         assert rest == b"".join(digests[done:])
@@ -81,17 +82,17 @@ def test_the_chain_is_core_s(
 
 def test_tokens_that_are_not() -> None:
     numpy = pytest.importorskip("numpy")
-    expected = _native.prefix_digests(b"r", [1, 2], 2)
-    assert _native.prefix_digests(b"r", numpy.array([1, 2]), 2) == expected
+    expected = ChunkIndex.digests(b"r", [1, 2], 2)
+    assert ChunkIndex.digests(b"r", numpy.array([1, 2]), 2) == expected
     for wrong in ([-1, 0], [2**32, 0], [2**70, 0]):
         with pytest.raises(OverflowError):
-            _native.prefix_digests(b"r", wrong, 2)
+            ChunkIndex.digests(b"r", wrong, 2)
     with pytest.raises(TypeError):
-        _native.prefix_digests(b"r", [1.0, 2.0], 2)
+        ChunkIndex.digests(b"r", [1.0, 2.0], 2)
     with pytest.raises(ValueError, match="32-bit token ids"):
-        _native.prefix_digests(b"r", b"12345", 2)
+        ChunkIndex.digests(b"r", b"12345", 2)
     with pytest.raises(ValueError, match="0 tokens"):
-        _native.prefix_digests(b"r", [], 0)
+        ChunkIndex.digests(b"r", [], 0)
 
 
 def test_a_list_that_shrinks_while_it_is_read() -> None:
@@ -102,4 +103,4 @@ def test_a_list_that_shrinks_while_it_is_read() -> None:
 
     tokens: list[Wicked] = [Wicked() for _ in range(8)]
     with pytest.raises(IndexError):
-        _native.prefix_digests(b"r", tokens, 8)  # type: ignore[arg-type]
+        ChunkIndex.digests(b"r", tokens, 8)  # type: ignore[arg-type]

@@ -7,10 +7,13 @@ import sys
 
 import pytest
 
+from lmcache_core import eviction
+from lmcache_core.chunk_index import DictIndex
 from lmcache_core.errors import ConfigError
 from lmcache_core.plugins import Plugins
 from lmcache_kernels import plugin
 from lmcache_kernels.cpu import CpuKernels, usable_cpus
+from lmcache_kernels.index import ChunkIndex
 
 
 def test_core_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,6 +21,19 @@ def test_core_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = Plugins().kernels("cpu")
     assert isinstance(kernels, CpuKernels)
     assert (kernels.name, kernels.threads) == ("native-cpu", 3)
+
+
+def test_core_finds_index_and_policies() -> None:
+    plugins = Plugins()
+    assert plugins.host_kernels() is not None
+    assert isinstance(plugins.chunk_index(8), ChunkIndex)
+    for name in ("LRU", "fifo", "MRU"):
+        assert plugins.cache_policy(name).create().__class__.__module__ == "lmcache_kernels.index"
+    assert plugins.conflicts() == []
+    without = Plugins(disabled=["kernels"])
+    assert without.host_kernels() is None
+    assert isinstance(without.chunk_index(8), DictIndex)
+    assert isinstance(without.cache_policy("LRU").create(), eviction.LRU)
 
 
 def test_other_devices_are_others_business(monkeypatch: pytest.MonkeyPatch) -> None:

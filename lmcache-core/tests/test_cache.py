@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,124 @@ def test_storing_again_stores_only_what_is_new() -> None:
         assert cache.store(prompt[:48], kv(48)) == 48
         assert cache.store(prompt, kv(96)) == 48
         assert cache.store(prompt, kv(96)) == 0
+
+
+def test_a_session_grows_turn_by_turn(cache: Cache) -> None:
+    prompt, stored = tokens(70), kv(70)
+    session = cache.session(salt="tenant-a")
+    session.append(prompt[:40])
+    assert cache.store(session, kv(40)) == 32
+    session.append(prompt[40:])
+    assert len(session) == 70
+    cache.flush()
+    assert cache.lookup(session) == 32
+    assert cache.store(session, stored) >= 32
+    cache.flush()
+    assert cache.lookup(session) == cache.lookup(prompt, salt="tenant-a") == 64
+    assert cache.lookup(prompt) == 0
+    loaded = bytearray(len(stored))
+    assert cache.load(session, loaded) == 64
+    assert rows(loaded, 70, 64)[0][-1:] == rows(stored, 70, 64)[0][-1:]
+    with pytest.raises(ValueError, match="a session has its own"):
+        cache.lookup(session, salt="tenant-b")
+
+
+def test_a_session_hashes_each_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Cache.open(model="m", layout=LAYOUT, config=config()) as cache:
+        hashed: list[int] = []
+        session = cache.session()
+        index = session.hasher._index
+        monkeypatch.setattr(session.hasher, "_index", _Counting(index, hashed))
+        session.append(tokens(320))
+        cache.store(session, kv(320))
+        assert sum(hashed) == 320
+        session.append(tokens(32, seed=7))
+        assert cache.lookup(session) == 320
+        assert sum(hashed) == 336, "one more chunk, which misses"
+
+
+class _Counting:
+    """An index that notes how many tokens it is asked to digest."""
+
+    def __init__(self, index: object, hashed: list[int]) -> None:
+        self._index, self._hashed = index, hashed
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._index, name)
+
+    def match(self, parent: bytes, fresh: bytes, *rest: object) -> object:
+        self._hashed.append(len(fresh) // 4)
+        return self._index.match(parent, fresh, *rest)  # type: ignore[attr-defined]
+
+    def digests(self, parent: bytes, fresh: bytes, *rest: object) -> object:
+        self._hashed.append(len(fresh) // 4)
+        return self._index.digests(parent, fresh, *rest)  # type: ignore[attr-defined]
+
+
+def test_damaged_host_memory_is_a_miss() -> None:
+    with Cache.open(model="m", layout=LAYOUT, config=config()) as cache:
+        prompt, stored = tokens(80), kv(80)
+        cache.store(prompt, stored)
+        slot = cache._planner.index.find(cache._keys(prompt, "")[2])
+        cache._arena.slot(slot)[200] ^= 1
+        loaded = bytearray(len(stored))
+        assert cache.load(prompt, loaded) == 32
+        assert rows(loaded, 80, 32) == rows(stored, 80, 32)
+        assert cache.lookup(prompt) == 32, "neither it nor what continues it is offered again"
+        assert count(cache, "load_failures", reason="checksum") == 1
+        assert cache.store(prompt, stored) == 48
+        assert cache.load(prompt, loaded) == 80
+        assert loaded == stored
+
+
+def count(cache: Cache, name: str, **labels: str) -> float:
+    return sum(
+        value
+        for (series, found), value in cache.counters.snapshot().items()
+        if series == name and labels.items() <= dict(found).items()
+    )
+
+
+def at_once(threads: int, call: Callable[[int], object]) -> list[object]:
+    """What ``threads`` threads answer that begin together."""
+    start = threading.Barrier(threads)
+
+    def run(number: int) -> object:
+        start.wait()
+        return call(number)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(run, range(threads)))
+
+
+def test_what_many_store_at_once_is_copied_once() -> None:
+    with Cache.open(model="m", layout=LAYOUT, config=config()) as cache:
+        prompt, stored = tokens(320), kv(320)
+        answers = at_once(8, lambda _: cache.store(prompt, stored))
+        assert sum(answers) == 320  # type: ignore[arg-type]
+        assert count(cache, "store_chunks") == 20
+        loaded = bytearray(len(stored))
+        assert cache.load(prompt, loaded) == 320
+        assert loaded == stored
+
+
+def test_what_many_load_at_once_is_fetched_once(tmp_path: Path) -> None:
+    disk = f"local_disk={tmp_path}"
+    with Cache.open(model="m", layout=LAYOUT, config=config(disk)) as cache:
+        prompt, stored = tokens(320), kv(320)
+        cache.store(prompt, stored)
+        cache.flush()
+        with cache._news:
+            cache._settle()
+            cache._planner.clear()
+
+        def load(_: int) -> bytearray:
+            loaded = bytearray(len(stored))
+            assert cache.load(prompt, loaded) == 320
+            return loaded
+
+        assert all(loaded == stored for loaded in at_once(8, load))
+        assert count(cache, "load_chunks", tier="local_disk") == 20
 
 
 def test_salts_do_not_mix(cache: Cache) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from lmcache_core.chunk_index import NONE, ChunkIndex, ChunkState, DictIndex
 from lmcache_core.connector import BlockSpan
 from lmcache_core.eviction import CachePolicy
 from lmcache_core.keys import ChunkKey
 from lmcache_core.metrics import Counters
 from lmcache_core.plan import FetchOp, Report, StoreOp
-from lmcache_core.planner import ChunkState, Hold, Planner
+from lmcache_core.planner import Hold, Planner
 from lmcache_core.plugins import Plugins
 
 SPAN = BlockSpan([0], 0, 16, 16)
@@ -26,8 +29,35 @@ def policy(name: str = "LRU") -> CachePolicy:
     return Plugins().cache_policy(name).create()
 
 
+INDEXES: dict[str, Callable[[int], ChunkIndex]] = {
+    "Python": DictIndex,
+    "plugin": lambda slots: Plugins().chunk_index(slots),  # native, where that is installed
+}
+
+
 def planner(slots: int = 4, **options: object) -> Planner:
     return Planner(slots, policy(), Counters(), **options)  # type: ignore[arg-type]
+
+
+def evicted(plan: Planner) -> list[int]:
+    """Numbers of chunks, as they are evicted from now on."""
+    seen: list[int] = []
+    plan.on_evicted = lambda k: seen.append(int.from_bytes(k, "big"))
+    return seen
+
+
+def chain(plan: Planner, *numbers: int, ready: bool = True) -> list[StoreOp]:
+    """Store chunks of which each continues the one before."""
+    ops: list[StoreOp] = []
+    parent = None
+    for number in numbers:
+        op = plan.plan_store(key(number), SPAN, parent)
+        parent = key(number)
+        if op is not None:
+            ops.append(op)
+    if ready:
+        plan.settle(done(*ops))
+    return ops
 
 
 def done(*ops: StoreOp | FetchOp, ranks: int = 1) -> Report:
@@ -192,15 +222,81 @@ def test_events() -> None:
     assert seen == [("ready", key(1)), ("evicted", key(1)), ("failed", key(2))]
 
 
-class PlannerMachine(RuleBasedStateMachine):
-    """Random traffic: a slot has at most one user of each kind, and none is ever lost."""
+@pytest.mark.parametrize("index", INDEXES)
+@pytest.mark.parametrize("name", ["LRU", "LFU", "FIFO", "MRU"])
+def test_leaves_go_first_whatever_the_policy(name: str, index: str) -> None:
+    plan = Planner(6, policy(name), Counters(), index=INDEXES[index](6))
+    chain(plan, 1, 2, 3)
+    chain(plan, 1, 12, 13)
+    gone = evicted(plan)
+    for number in range(20, 25):
+        store(plan, number)
+        for parent, child in ((1, 2), (2, 3), (1, 12), (12, 13)):
+            if plan.state(key(parent)) is ChunkState.ABSENT:
+                assert plan.state(key(child)) is ChunkState.ABSENT
+    assert len(gone) == 4
+    if name == "FIFO":
+        assert gone == [3, 2, 13, 12]
 
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_a_prefix_that_does_not_fit_keeps_its_beginning(index: str) -> None:
+    plan = planner(3, index=INDEXES[index](3))
+    chain(plan, 100, 101, 102)
+    chain(plan, *range(10), ready=False)
+    dropped = {
+        dict(labels)["reason"]: count
+        for (name, labels), count in plan._counters.snapshot().items()
+        if name == "store_dropped"
+    }
+    assert dropped == {"memory_full": 1, "parent_missing": 6}
+    assert [plan.state(key(n)) for n in range(4)] == [ChunkState.STORING] * 3 + [ChunkState.ABSENT]
+
+
+def test_a_chunk_is_not_evicted_for_what_continues_it() -> None:
+    plan = planner(2)
+    chain(plan, 1, 2)
+    assert plan.plan_store(key(3), SPAN, key(2)) is None
+    assert plan.ready_prefix([key(1), key(2)]) == 2
+    store(plan, 9)
+    assert plan.state(key(2)) is ChunkState.ABSENT
+    assert plan.ready_prefix([key(1)]) == 1
+
+
+def test_with_slow_tiers_a_chunk_may_come_without_its_parent() -> None:
+    plan = planner(2, persist=True)
+    assert plan.plan_store(key(3), SPAN, key(2)) is not None
+
+
+def test_what_continues_a_damaged_chunk_goes_with_it() -> None:
+    plan = planner(8)
+    chain(plan, 1, 2, 3)
+    (late,) = chain(plan, 1, 2, 3, 4, ready=False)
+    chain(plan, 5)
+    gone = evicted(plan)
+    plan.settle(Report(unreadable={key(2)}))
+    assert gone == [3, 2]
+    plan.settle(done(late))
+    assert plan.state(key(4)) is ChunkState.ABSENT
+    assert plan.chunks == 2
+    assert len(chain(plan, 1, 2, 3, 4)) == 3
+
+
+class PlannerMachine(RuleBasedStateMachine):
+    """Random traffic over a tree of chunks, in which ``n`` continues ``(n - 1) // 2``.
+
+    A slot has at most one user of each kind, none is ever lost, and no chunk stays without the
+    chunk that it continues.
+    """
+
+    SLOTS = 4
     ops: Bundle[StoreOp | FetchOp] = Bundle("ops")
     holds: Bundle[Hold] = Bundle("holds")
+    index = "Python"
 
     def __init__(self) -> None:
         super().__init__()
-        self.plan = planner(slots=3, persist=True)
+        self.plan = planner(slots=self.SLOTS, index=INDEXES[self.index](self.SLOTS))
         self.slot_of: dict[int, int] = {}
         self.live_holds: list[Hold] = []
         self.pinned: set[ChunkKey] = set()
@@ -210,9 +306,9 @@ class PlannerMachine(RuleBasedStateMachine):
             assert slot not in hold.slots, "a slot that somebody reads was given away"
         assert slot not in self.slot_of.values(), "a slot has two writers"
 
-    @rule(target=ops, number=st.integers(0, 6))
+    @rule(target=ops, number=st.integers(0, 10))
     def plan_store(self, number: int) -> object:
-        op = self.plan.plan_store(key(number), SPAN)
+        op = self.plan.plan_store(key(number), SPAN, _parent(number))
         if op is None:
             return StoreOp(-1, key(number), -1, SPAN, False)
         self._writable(op.slot)
@@ -225,9 +321,9 @@ class PlannerMachine(RuleBasedStateMachine):
             self.plan.settle(done(op) if ok else failed(op))
             del self.slot_of[op.op]
 
-    @rule(target=holds, first=st.integers(0, 6), count=st.integers(1, 3))
-    def acquire(self, first: int, count: int) -> Hold:
-        hold = self.plan.acquire([key(n) for n in range(first, first + count)])
+    @rule(target=holds, last=st.integers(0, 10))
+    def acquire(self, last: int) -> Hold:
+        hold = self.plan.acquire(_line(last))
         self.live_holds.append(hold)
         return hold
 
@@ -236,17 +332,17 @@ class PlannerMachine(RuleBasedStateMachine):
         self.plan.release(hold)
         self.live_holds = [h for h in self.live_holds if h is not hold]
 
-    @rule(number=st.integers(0, 6))
+    @rule(number=st.integers(0, 10))
     def forget(self, number: int) -> None:
         self.plan.forget(key(number))
 
-    @rule(number=st.integers(0, 6))
+    @rule(number=st.integers(0, 10))
     def pin(self, number: int) -> None:
-        self.plan.pin([key(number)])
+        self.plan.pin(_line(number))
 
-    @rule(number=st.integers(0, 6))
+    @rule(number=st.integers(0, 10))
     def unpin(self, number: int) -> None:
-        self.plan.unpin([key(number)])
+        self.plan.unpin(_line(number))
 
     @rule()
     def clear(self) -> None:
@@ -254,18 +350,44 @@ class PlannerMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        plan = self.plan
-        used = set(plan._index.values())
-        assert len(used) == len(plan._index)
-        assert not used & set(plan._free)
+        plan, slots = self.plan, set(range(self.SLOTS))
+        used = {slot for slot in slots if plan.index.key(slot) is not None}
+        free = set(plan._free) | {slot for slot in slots if slot >= plan._unused}
+        assert len(used) == plan.chunks
+        assert not used & free
         assert len(plan._free) == len(set(plan._free))
         assert min(plan._leases) >= 0
-        lost = set(range(3)) - used - set(plan._free)
+        lost = slots - used - free
         assert all(plan._leases[slot] for slot in lost), "a slot is neither free nor in use"
+
+    @invariant()
+    def nothing_is_an_orphan(self) -> None:
+        for number in range(11):
+            parent = _parent(number)
+            if parent is not None and self.plan.state(key(number)) is ChunkState.READY:
+                assert self.plan.index.find(parent) != NONE
+
+
+def _parent(number: int) -> ChunkKey | None:
+    return key((number - 1) // 2) if number else None
+
+
+def _line(number: int) -> list[ChunkKey]:
+    """A chunk and all that it continues, in prefix order."""
+    line = [number]
+    while line[0]:
+        line.insert(0, (line[0] - 1) // 2)
+    return [key(n) for n in line]
+
+
+class PluginPlannerMachine(PlannerMachine):
+    index = "plugin"
 
 
 TestPlannerMachine = PlannerMachine.TestCase
-TestPlannerMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestPluginPlannerMachine = PluginPlannerMachine.TestCase
+for case in (TestPlannerMachine, TestPluginPlannerMachine):
+    case.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 @pytest.mark.parametrize("name", ["LRU", "LFU", "FIFO", "MRU"])

@@ -1,24 +1,65 @@
-"""Which chunk lies in which slot, and what a prompt's chunks are called, in native code.
+"""Which chunk lies in which slot, and in which order slots are evicted, in native code.
 
-``ChunkIndex(chunks)``
-    A table of 16-byte keys with room for ``chunks`` of them, 26.7 bytes each, allocated at once.
-    ``insert(key, slot, state=0)`` answers whether the key is new, and raises `ValueError` when
-    the index is full. ``find``, ``state`` and ``erase`` answer a slot or state, or -1 where there
-    is no such key. ``ready_prefix(keys, ready=0)`` counts the leading keys that have state
-    ``ready``; ``ready_slots`` answers their slots. ``keys`` is a list of keys, or one ``bytes``.
-    ``match(parent, tokens, chunk_tokens, extras, start)`` digests and looks up in one go: it
-    answers the digests up to and including that of the first miss, and how many are hits.
-
-``prefix_digests(parent, tokens, chunk_tokens, extras=None, start=0)``
-    The digests of the full chunks of ``tokens``, one after the other, exactly those of
-    `lmcache_core.hashing.PrefixHasher`. ``parent`` is the digest before the first of them, or the
-    root; ``start`` is that chunk's index, which ``extras`` counts from.
-
-Keys of other layer groups than the first are longer than 16 bytes: take an index for each group.
+`ChunkIndex` is `lmcache_core.chunk_index.ChunkIndex`: 42.7 bytes a slot, asked for at once and used
+when needed. Its keys have 16 bytes: take an index for each layer group. The policies are
+`lmcache_core.eviction`'s, at 8 bytes a slot.
 """
 
 from __future__ import annotations
 
-from lmcache_kernels._native import ChunkIndex, prefix_digests
+from collections.abc import Iterator, Sequence
 
-__all__ = ["ChunkIndex", "prefix_digests"]
+from lmcache_core.eviction import CachePolicy
+from lmcache_kernels._native import ChunkIndex, SlotRing
+
+__all__ = ["FIFO", "LRU", "MRU", "ChunkIndex"]
+
+
+class _Ordered(CachePolicy):
+    def __init__(self) -> None:
+        self._ring = SlotRing()
+
+    def __len__(self) -> int:
+        return len(self._ring)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the order takes."""
+        return self._ring.nbytes
+
+    def added(self, slot: int) -> None:
+        self._ring.added(slot)
+
+    def touched(self, slots: Sequence[int]) -> None:
+        self._ring.touched(slots)
+
+    def removed(self, slot: int) -> None:
+        self._ring.removed(slot)
+
+    def victims(self) -> Iterator[int]:
+        slot = -1
+        while (slot := self._ring.after(slot)) >= 0:
+            yield slot
+
+    def clear(self) -> None:
+        self._ring.clear()
+
+
+class LRU(_Ordered):
+    """Least recently used first."""
+
+
+class FIFO(_Ordered):
+    """First in, first out: use changes nothing."""
+
+    def touched(self, slots: Sequence[int]) -> None:
+        self._ring.check(slots)
+
+
+class MRU(_Ordered):
+    """Most recently used first."""
+
+    def victims(self) -> Iterator[int]:
+        slot = -1
+        while (slot := self._ring.before(slot)) >= 0:
+            yield slot

@@ -11,8 +11,10 @@ from importlib.metadata import version
 
 from lmcache_core.connector import Kernels
 from lmcache_core.errors import ConfigError
+from lmcache_core.eviction import CachePolicyDescriptor
 from lmcache_core.hookspecs import hookimpl
 from lmcache_kernels.cpu import CpuKernels
+from lmcache_kernels.index import FIFO, LRU, MRU, ChunkIndex
 
 THREADS_VARIABLE = "LMCACHE_KERNEL_THREADS"
 TRITON_VARIABLE = "LMCACHE_KERNEL_TRITON"
@@ -46,6 +48,20 @@ def lmcache_kernels(device: str) -> Kernels | None:
 
         return TritonKernels()
     return None
+
+
+@hookimpl
+def lmcache_chunk_index(slots: int) -> ChunkIndex:
+    return ChunkIndex(slots)
+
+
+@hookimpl
+def lmcache_cache_policies() -> Sequence[CachePolicyDescriptor]:
+    return [
+        CachePolicyDescriptor(name="LRU", summary="least recently used goes first", create=LRU),
+        CachePolicyDescriptor(name="FIFO", summary="first stored goes first", create=FIFO),
+        CachePolicyDescriptor(name="MRU", summary="most recently used goes first", create=MRU),
+    ]
 
 
 @hookimpl

@@ -82,14 +82,16 @@ class SchedulerSide:
         self._tiers: list[Tiers] = []
         if settings.config.backends:
             self._open_tiers()
+        slots = slots_in(settings.arena_bytes, namespace)
         self._planner = Planner(
-            slots_in(settings.arena_bytes, namespace),
+            slots,
             settings.plugins.cache_policy(core.cache_policy).create(),
             self.counters,
             ranks=ranks,
             keep=core.local_cpu,
             persist=bool(self._tiers),
             pin_timeout_s=core.pin_timeout_sec,
+            index=settings.plugins.chunk_index(slots),
         )
         self._events = ChunkEvents(self._chunk_tokens) if events or core.enable_kv_events else None
         if self._events is not None:
@@ -200,7 +202,12 @@ class SchedulerSide:
         root = identity.root(self._namespace.root, request, identity.tags(params), self._epoch)
         tracked = self._requests[request.request_id] = _Tracked(
             request,
-            PrefixHasher(root, self._chunk_tokens, identity.media(request, self._chunk_tokens)),
+            PrefixHasher(
+                root,
+                self._chunk_tokens,
+                identity.media(request, self._chunk_tokens),
+                self._planner.index,
+            ),
             loads=usable,
             saves=usable and self._settings.saves and not _truthy((params or {}).get(SKIP_SAVE)),
         )
@@ -209,16 +216,25 @@ class SchedulerSide:
     def _look_up(self, tracked: _Tracked) -> PrefixLookup:
         request, core = tracked.request, self._settings.config.core
         tokens = request.all_token_ids
-        keys = [ChunkKey(d) for d in tracked.hasher.extend(tokens)]
-        counts = [self._chunk_tokens] * len(keys)
-        tail = tracked.hasher.tail(tokens) if core.save_unfull_chunk else None
-        if tail is not None:
-            keys.append(ChunkKey(tail))
-            counts.append(len(tokens) % self._chunk_tokens)
-        tracked.lookup_chunks = len(keys) - (tail is not None)
+        hasher, size = tracked.hasher, self._chunk_tokens
+        tracked.lookup_chunks = len(tokens) // size
+        counts = [size] * tracked.lookup_chunks
+        if self._tiers or core.save_unfull_chunk:
+            keys = list(hasher.extend(tokens))
+            if core.save_unfull_chunk and (tail := hasher.tail(tokens)) is not None:
+                keys.append(ChunkKey(tail))
+                counts.append(len(tokens) % size)
+
+            def find() -> Sequence[ChunkKey]:
+                return keys
+        else:
+
+            def find() -> Sequence[ChunkKey]:
+                return hasher.digests[: len(hasher.find(tokens))]
+
         tracked.lookup = PrefixLookup(
             self._planner,
-            keys,
+            find,
             counts,
             locate=self._locate if self._tiers else None,
             submit=self._fetches.extend,
@@ -355,9 +371,10 @@ class SchedulerSide:
         last = min(upto, limit) // size
         stores: list[tuple[int, StoreOp]] = []
         if last > tracked.next_chunk:
-            digests = tracked.hasher.extend(tokens[: last * size])
+            keys = tracked.hasher.extend(tokens[: last * size])
             for index in range(tracked.next_chunk, last):
-                self._add_store(stores, tracked, ChunkKey(digests[index]), index * size, size)
+                parent = keys[index - 1] if index else None
+                self._add_store(stores, tracked, keys[index], parent, index * size, size)
             tracked.next_chunk = last
         if core.save_unfull_chunk and upto >= request.num_prompt_tokens and not tracked.tail_done:
             tracked.tail_done = True
@@ -379,19 +396,21 @@ class SchedulerSide:
             hasher = tracked.hasher.fork(prompt // size)
             tail = hasher.tail(tracked.request.all_token_ids[:prompt])
             if tail is not None:
-                self._add_store(
-                    stores, tracked, ChunkKey(tail), prompt - prompt % size, prompt % size
-                )
+                key, parent = ChunkKey(tail), hasher.digests[-1] if hasher.digests else None
+                tokens = prompt % size
+                self._add_store(stores, tracked, key, parent, prompt - tokens, tokens)
 
     def _add_store(
         self,
         stores: list[tuple[int, StoreOp]],
         tracked: _Tracked,
         key: ChunkKey,
+        parent: ChunkKey | None,
         begin: int,
         tokens: int,
     ) -> None:
-        op = self._planner.plan_store(key, self._span(tracked.blocks, begin, tokens, tokens, 0))
+        span = self._span(tracked.blocks, begin, tokens, tokens, 0)
+        op = self._planner.plan_store(key, span, parent)
         if op is not None:
             stores.append((begin, op))
             if self._events is not None:

@@ -107,6 +107,7 @@ class WorkerSide:
             self._arena,
             self._namespace,
             self.counters,
+            kernels=self._settings.plugins.host_kernels(),
             tiers=self._tiers,
             loop=self._loop,
             writes_tiers=self._writes_tiers,

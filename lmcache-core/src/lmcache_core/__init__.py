@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmcache_core.cache import Cache, Paged
+    from lmcache_core.cache import Cache, Paged, Session
     from lmcache_core.config import Config, load_config
     from lmcache_core.connector import BlockSpan, EngineConnector, PagedLayout, PlaneStrides
     from lmcache_core.errors import (
@@ -50,6 +50,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Cache": "cache",
     "Paged": "cache",
+    "Session": "cache",
     "Config": "config",
     "load_config": "config",
     "BlockSpan": "connector",
@@ -114,6 +115,7 @@ __all__ = [
     "Plugins",
     "Serde",
     "SerdeDescriptor",
+    "Session",
     "StorageBackend",
     "StorageBackendDescriptor",
     "StoreOutcome",

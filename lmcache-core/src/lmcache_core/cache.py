@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from lmcache_core.connector import BlockSpan, EngineConnector
 from lmcache_core.errors import ConfigError, LayoutError
-from lmcache_core.hashing import PrefixHasher, Tokens, request_root
+from lmcache_core.hashing import PrefixHasher, Tokens, request_root, token_bytes
 from lmcache_core.host_memory import HostArena
 from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
@@ -55,13 +55,34 @@ class Paged:
     first: int = 0
 
 
+class Session:
+    """A token sequence that grows, such as a conversation. Made by `Cache.session`.
+
+    Goes wherever a `Cache` asks for tokens; what was asked before isn't hashed again. Not
+    thread-safe.
+    """
+
+    def __init__(self, hasher: PrefixHasher) -> None:
+        self.hasher = hasher
+        self.packed = bytearray()
+
+    def append(self, tokens: Tokens) -> None:
+        """Add the tokens of a turn."""
+        self.packed += token_bytes(tokens)
+
+    def __len__(self) -> int:
+        """How many tokens there are."""
+        return len(self.packed) // 4
+
+
 class Cache:
     """Stores and loads KV by token prefix. Thread-safe; use as a context manager.
 
-    ``tokens`` is always the whole sequence from its start: token ids, or bytes of little-endian
-    32-bit ids. ``kv`` is a writable C-contiguous buffer (numpy array, ``bytearray``, memoryview) of
-    layers x planes x len(tokens) x heads x head_size elements, or a `Paged`. Only whole chunks are
-    stored and loaded. ``salt`` separates tenants: equal tokens under different salts never share.
+    ``tokens`` is always the whole sequence from its start: token ids, bytes of little-endian
+    32-bit ids, or a `Session`, which has a salt of its own. ``kv`` is a writable C-contiguous
+    buffer (numpy array, ``bytearray``, memoryview) of layers x planes x len(tokens) x heads x
+    head_size elements, or a `Paged`. Only whole chunks are stored and loaded. ``salt`` separates
+    tenants: equal tokens under different salts never share.
     """
 
     def __init__(
@@ -112,20 +133,24 @@ class Cache:
                 default_serde=core.serde,
             )
         self._news = threading.Condition()
+        slots = slots_in(arena_bytes, namespace)
         self._planner = Planner(
-            slots_in(arena_bytes, namespace),
+            slots,
             plugins.cache_policy(core.cache_policy).create(),
             self.counters,
             keep=core.local_cpu,
             persist=self._tiers is not None,
             pin_timeout_s=core.pin_timeout_sec,
+            index=plugins.chunk_index(slots),
             clock=clock,
         )
+        self._kernels = plugins.host_kernels()
         self._mover = Mover(
             None,
             self._arena,
             namespace,
             self.counters,
+            kernels=self._kernels,
             tiers=self._tiers,
             loop=self._loop,
             queue_chunks=core.store_queue_chunks,
@@ -161,21 +186,23 @@ class Cache:
 
     # -- the calls -------------------------------------------------------------------------
 
-    def lookup(self, tokens: Tokens, *, salt: str = "") -> int:
+    def lookup(self, tokens: Tokens | Session, *, salt: str = "") -> int:
         """How many leading tokens a `load` would fill now. Moves nothing."""
-        keys = self._keys(tokens, salt)
+        hasher, sequence = self._sequence(tokens, salt)
         with self._news:
             self._settle()
-            ready = self._planner.ready_prefix(keys)
+        ready = len(hasher.find(sequence))
+        keys = hasher.digests if self._tiers is None else hasher.extend(sequence)
         if self._tiers is not None and self._loop is not None and ready < len(keys):
             found = self._loop.run(
                 self._tiers.locate(keys[ready:], self._lookup_deadline_s), self._lookup_deadline_s
             )
             ready += next((i for i, tier in enumerate(found) if tier < 0), len(found))
-        self._count_lookup(len(keys) * self._chunk_tokens, ready * self._chunk_tokens)
+        whole = _count(tokens) // self._chunk_tokens * self._chunk_tokens
+        self._count_lookup(whole, ready * self._chunk_tokens)
         return ready * self._chunk_tokens
 
-    def store(self, tokens: Tokens, kv: Buffer | Paged, *, salt: str = "") -> int:
+    def store(self, tokens: Tokens | Session, kv: Buffer | Paged, *, salt: str = "") -> int:
         """Keep the KV of ``tokens``; answer how many tokens were new.
 
         ``kv`` has been copied when the call returns; slow tiers are written in the background
@@ -190,17 +217,20 @@ class Cache:
         with self._news:
             self._settle()
             for index, key in enumerate(keys):
-                op = self._planner.plan_store(key, self._span(paged, index))
+                parent = keys[index - 1] if index else None
+                op = self._planner.plan_store(key, self._span(paged, index), parent)
                 if op is not None:
                     ops.append(op)
         stored = self._mover.store(ops, paged.engine)
         self._hear()
         return stored * self._chunk_tokens
 
-    def load(self, tokens: Tokens, into: Buffer | Paged, *, salt: str = "") -> int:
+    def load(self, tokens: Tokens | Session, into: Buffer | Paged, *, salt: str = "") -> int:
         """Fill ``into`` with the KV of as many leading tokens as there are; answer how many.
 
-        Waits for slow tiers up to their deadline. What lies beyond the answer is unchanged.
+        Waits for slow tiers up to their deadline. What lies beyond the answer is unchanged, unless
+        chunks turned out to be damaged while they were copied: they aren't counted, and what was
+        written for them means nothing.
 
         Raises:
             ValueError: ``into`` has another size than ``tokens`` make.
@@ -214,28 +244,29 @@ class Cache:
                 LoadOp(hold.keys[i], hold.slots[i], self._span(paged, i)) for i in range(len(hold))
             ]
             self._count_lookup(len(keys) * self._chunk_tokens, len(ops) * self._chunk_tokens)
-            return (
-                0 if self._mover.load(ops, engine=paged.engine) else len(ops) * self._chunk_tokens
-            )
+            failed = {op.slot for op in self._mover.load(ops, engine=paged.engine)}
+            good = next((i for i, op in enumerate(ops) if op.slot in failed), len(ops))
+            return good * self._chunk_tokens
         finally:
             self._release(lookup)
 
-    def prefetch(self, tokens: Tokens, *, salt: str = "") -> Future[int]:
+    def prefetch(self, tokens: Tokens | Session, *, salt: str = "") -> Future[int]:
         """Bring a prefix from slow tiers into host memory; the future says how many tokens are."""
         keys = self._keys(tokens, salt)
         return self._prefetcher.submit(self._prefetch, keys)
 
-    def pin(self, tokens: Tokens, *, salt: str = "") -> int:
+    def pin(self, tokens: Tokens | Session, *, salt: str = "") -> int:
         """Keep a prefix in host memory for ``pin_timeout_sec``; answer how many tokens of it."""
         keys = self._keys(tokens, salt)
         with self._news:
             self._settle()
             return self._planner.pin(keys) * self._chunk_tokens
 
-    def unpin(self, tokens: Tokens, *, salt: str = "") -> int:
+    def unpin(self, tokens: Tokens | Session, *, salt: str = "") -> int:
         """Undo `pin`; answer how many tokens were pinned."""
+        keys = self._keys(tokens, salt)
         with self._news:
-            return self._planner.unpin(self._keys(tokens, salt)) * self._chunk_tokens
+            return self._planner.unpin(keys) * self._chunk_tokens
 
     def clear(self) -> int:
         """Forget everything, in host memory and in tiers that can; answer chunks in memory."""
@@ -250,6 +281,10 @@ class Cache:
     def flush(self, timeout_s: float = 60.0) -> bool:
         """Wait until what was stored is in the slow tiers or was dropped; False: still not."""
         return self._mover.flush(timeout_s)
+
+    def session(self, *, salt: str = "") -> Session:
+        """An empty sequence that will grow turn by turn."""
+        return Session(self._hasher(salt))
 
     def close(self) -> None:
         """Write out what is queued and let go of everything. Idempotent."""
@@ -277,15 +312,26 @@ class Cache:
 
     # -- inside ----------------------------------------------------------------------------
 
-    def _keys(self, tokens: Tokens, salt: str) -> list[ChunkKey]:
+    def _keys(self, tokens: Tokens | Session, salt: str) -> list[ChunkKey]:
+        hasher, sequence = self._sequence(tokens, salt)
+        return hasher.extend(sequence)
+
+    def _sequence(self, tokens: Tokens | Session, salt: str) -> tuple[PrefixHasher, Tokens]:
+        if not isinstance(tokens, Session):
+            return self._hasher(salt), tokens
+        if salt:
+            raise ValueError(f"salt={salt!r}: a session has its own; name it in Cache.session")
+        return tokens.hasher, tokens.packed
+
+    def _hasher(self, salt: str) -> PrefixHasher:
         facts = (f"salt={salt}",) if salt else ()
-        hasher = PrefixHasher(request_root(self._namespace.root, *facts), self._chunk_tokens)
-        return [ChunkKey(digest) for digest in hasher.extend(tokens)]
+        root = request_root(self._namespace.root, *facts)
+        return PrefixHasher(root, self._chunk_tokens, index=self._planner.index)
 
     def _paged(self, kv: Buffer | Paged, tokens: int) -> Paged:
         if isinstance(kv, Paged):
             return kv
-        return Paged(CanonicalBuffer(kv, self._group, tokens), [0], tokens)
+        return Paged(CanonicalBuffer(kv, self._group, tokens, self._kernels), [0], tokens)
 
     def _span(self, paged: Paged, index: int) -> BlockSpan:
         begin = paged.first + index * self._chunk_tokens
@@ -304,7 +350,7 @@ class Cache:
             self._settle()
             lookup = PrefixLookup(
                 self._planner,
-                keys,
+                lambda: keys,
                 [self._chunk_tokens] * len(keys),
                 locate=self._locate if self._tiers is not None else None,
                 submit=fetches.extend,
@@ -364,5 +410,7 @@ def _engine(name: str | None, plugins: Plugins) -> EngineConnector | None:
     return descriptor.create(descriptor.config())
 
 
-def _count(tokens: Tokens) -> int:
-    return len(tokens) // 4 if isinstance(tokens, (bytes, bytearray, memoryview)) else len(tokens)
+def _count(tokens: Tokens | Session) -> int:
+    if isinstance(tokens, memoryview):
+        return tokens.nbytes // 4
+    return len(tokens) // 4 if isinstance(tokens, (bytes, bytearray)) else len(tokens)

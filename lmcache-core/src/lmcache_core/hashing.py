@@ -19,8 +19,12 @@ import sys
 from array import array
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
-from lmcache_core.keys import DIGEST_BYTES
+from lmcache_core.keys import DIGEST_BYTES, ChunkKey
+
+if TYPE_CHECKING:
+    from lmcache_core.chunk_index import ChunkIndex
 
 Tokens = Sequence[int] | bytes | bytearray | memoryview
 _U32 = "I" if array("I").itemsize == 4 else "L"
@@ -64,50 +68,105 @@ class PrefixHasher:
     """The digest chain of one token sequence; grows without hashing anything twice.
 
     ``extras`` maps a chunk's index to bytes that are part of that chunk's identity without being
-    tokens: the content hashes of the images that it contains.
+    tokens: the content hashes of the images that it contains. ``index`` is where `find` looks, and
+    digests are computed by it: natively, if it is a native one.
     """
 
-    __slots__ = ("_extras", "_parent", "_root", "chunk_tokens", "digests")
+    __slots__ = ("_extras", "_index", "_parent", "_root", "chunk_tokens", "digests")
 
     def __init__(
-        self, root: bytes, chunk_tokens: int, extras: Mapping[int, bytes] | None = None
+        self,
+        root: bytes,
+        chunk_tokens: int,
+        extras: Mapping[int, bytes] | None = None,
+        index: ChunkIndex | None = None,
     ) -> None:
         self.chunk_tokens = chunk_tokens
-        self.digests: list[bytes] = []
+        self.digests: list[ChunkKey] = []
+        """Of the leading chunks: their keys, in the first layer group."""
         self._root = self._parent = root
         self._extras = extras or {}
+        self._index = index
 
     @property
     def tokens(self) -> int:
         """How many leading tokens the digests so far cover."""
         return len(self.digests) * self.chunk_tokens
 
-    def extend(self, tokens: Tokens) -> list[bytes]:
+    def extend(self, tokens: Tokens) -> list[ChunkKey]:
         """Digest the full chunks of ``tokens`` that aren't digested yet; return all digests.
 
         ``tokens`` is the whole sequence, and may have grown since the last call.
         """
         done, size = len(self.digests), self.chunk_tokens * 4
-        if isinstance(tokens, (bytes, bytearray, memoryview)):
-            fresh = memoryview(token_bytes(tokens))[done * size :]
-        else:
-            if len(tokens) < (done + 1) * self.chunk_tokens:
-                return self.digests
-            fresh = memoryview(token_bytes(tokens[done * self.chunk_tokens :]))
-        parent, extras = self._parent, self._extras
-        for index in range(len(fresh) // size):
+        fresh = self._undigested(tokens)
+        if self._index is not None and fresh:
+            self._append(
+                self._index.digests(self._parent, fresh, self.chunk_tokens, self._extras, done)
+            )
+            return self.digests
+        packed, parent, extras = memoryview(token_bytes(fresh)), self._parent, self._extras
+        for number in range(len(packed) // size):
             state = blake2b(parent, digest_size=DIGEST_BYTES)
-            if (extra := extras.get(done + index)) is not None:
+            if (extra := extras.get(done + number)) is not None:
                 state.update(extra)
-            state.update(fresh[index * size : (index + 1) * size])
+            state.update(packed[number * size : (number + 1) * size])
             parent = state.digest()
-            self.digests.append(parent)
+            self.digests.append(ChunkKey(parent))
         self._parent = parent
         return self.digests
 
+    def find(self, tokens: Tokens) -> list[int]:
+        """The index's slots of the leading chunks that are ready there.
+
+        Digests no further than the first that isn't, which is asked for by itself: most prompts
+        miss at once or hit for long. ``tokens`` as in `extend`.
+        """
+        if self._index is None:
+            raise ValueError("this hasher has no index to look into")
+        slots = self._index.ready_slots(self.digests)
+        for chunks in (1, None):
+            if len(slots) < len(self.digests):
+                break
+            fresh = self._undigested(tokens, chunks)
+            if not fresh:
+                break
+            digests, more = self._index.match(
+                self._parent, fresh, self.chunk_tokens, self._extras, len(self.digests)
+            )
+            self._append(digests)
+            slots += more
+        return slots
+
+    def _undigested(self, tokens: Tokens, chunks: int | None = None) -> Tokens:
+        """The full chunks after those digested, or some of them."""
+        first = self.tokens
+        if isinstance(tokens, (bytes, bytearray, memoryview)):
+            packed = memoryview(tokens).cast("B")
+            if len(packed) % 4:
+                raise ValueError(f"{len(packed)} bytes aren't a whole number of 32-bit token ids")
+            count, unit = len(packed) // 4, 4
+            tokens = packed
+        else:
+            count, unit = len(tokens), 1
+        last = count - count % self.chunk_tokens
+        if chunks is not None:
+            last = min(last, first + chunks * self.chunk_tokens)
+        if last <= first:
+            return b""
+        return tokens if (first, last) == (0, count) else tokens[first * unit : last * unit]
+
+    def _append(self, digests: bytes) -> None:
+        new = [
+            ChunkKey(digests[i : i + DIGEST_BYTES]) for i in range(0, len(digests), DIGEST_BYTES)
+        ]
+        self.digests += new
+        if new:
+            self._parent = new[-1]
+
     def fork(self, chunks: int) -> PrefixHasher:
         """A hasher that stands after the first ``chunks`` chunks, which must be digested here."""
-        hasher = PrefixHasher(self._root, self.chunk_tokens, self._extras)
+        hasher = PrefixHasher(self._root, self.chunk_tokens, self._extras, self._index)
         hasher.digests = self.digests[:chunks]
         if chunks:
             hasher._parent = self.digests[chunks - 1]

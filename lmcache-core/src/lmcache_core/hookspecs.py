@@ -16,6 +16,7 @@ import pluggy
 if TYPE_CHECKING:
     from argparse import ArgumentParser, _SubParsersAction
 
+    from lmcache_core.chunk_index import ChunkIndex
     from lmcache_core.connector import EngineConnectorDescriptor, Kernels
     from lmcache_core.eviction import CachePolicyDescriptor
     from lmcache_core.serde import SerdeDescriptor
@@ -47,7 +48,10 @@ def lmcache_engine_connectors() -> Sequence[EngineConnectorDescriptor]:  # type:
 
 @hookspec
 def lmcache_cache_policies() -> Sequence[CachePolicyDescriptor]:  # type: ignore[empty-body]
-    """Describe eviction policies for ``cache_policy``."""
+    """Describe eviction policies for ``cache_policy``.
+
+    One that has the name of core's own is used instead of it.
+    """
 
 
 @hookspec(firstresult=True)
@@ -55,6 +59,14 @@ def lmcache_kernels(device: str) -> Kernels | None:
     """What gathers and scatters blocks on ``device``; ``None`` passes to the next plugin.
 
     Core's own implementation, the torch reference, runs last.
+    """
+
+
+@hookspec(firstresult=True)
+def lmcache_chunk_index(slots: int) -> ChunkIndex | None:
+    """An empty index of ``slots`` slots; ``None`` passes to the next plugin.
+
+    Core's own, made of Python's containers, is used where no plugin has one.
     """
 
 

@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+from lmcache_core.chunk_index import ChunkState
 from lmcache_core.keys import ChunkKey
 from lmcache_core.plan import FetchOp
-from lmcache_core.planner import ChunkState, Planner
+from lmcache_core.planner import Planner
 
 Locate = Callable[[Sequence[ChunkKey]], "Future[list[int]]"]
 
@@ -25,16 +26,17 @@ Locate = Callable[[Sequence[ChunkKey]], "Future[list[int]]"]
 class PrefixLookup:
     """One request's way through the tiers.
 
-    ``keys`` in prefix order, ``tokens[i]`` the token count of chunk ``i``. ``locate`` asks the
-    slow tiers (``None``: there are none) and answers, for each key, a tier number or -1.
-    Fetches that become necessary are handed to ``submit``. The found chunks are leased until
-    `close`.
+    ``find`` answers keys in prefix order: at least those up to the first that isn't in host memory,
+    and all of them where there are slow tiers; ``tokens[i]`` is the token count of chunk ``i``.
+    ``locate`` asks the slow tiers (``None``: there are none) and answers, for each key, a tier
+    number or -1. Fetches that become necessary are handed to ``submit``. The found chunks are
+    leased until `close`.
     """
 
     def __init__(
         self,
         planner: Planner,
-        keys: Sequence[ChunkKey],
+        find: Callable[[], Sequence[ChunkKey]],
         tokens: Sequence[int],
         *,
         locate: Locate | None,
@@ -42,11 +44,12 @@ class PrefixLookup:
         deadline_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.keys = keys
+        keys = find()
         self.hold = planner.acquire(keys)
         self.memory_chunks = len(self.hold)
         """Chunks that were in host memory at the start; the others came from slow tiers."""
         self._planner = planner
+        self._find = find
         self._tokens = tokens
         self._submit = submit
         self._clock = clock
@@ -63,7 +66,7 @@ class PrefixLookup:
         """Chunks that can be loaded now, or ``None``: ask again."""
         if self._done:
             # Others may have stored more while the request waited for its turn.
-            self._planner.extend(self.hold, self.keys[len(self.hold) :])
+            self._extend()
             return len(self.hold)
         late = self._clock() >= self._until
         if self._located is not None:
@@ -88,13 +91,16 @@ class PrefixLookup:
             return
         start = len(self.hold)
         fetches: list[FetchOp] = []
+        keys = self._find()
         for position, tier in enumerate(found.result(), start):
-            key = self.keys[position]
+            key = keys[position]
+            parent = keys[position - 1] if position else None
             state = self._planner.state(key)
             if state is ChunkState.ABSENT:
                 if tier < 0:
                     break
-                fetch = self._planner.plan_fetch(key, self._tokens[position], tier, self.hold)
+                tokens = self._tokens[position]
+                fetch = self._planner.plan_fetch(key, tokens, tier, self.hold, parent)
                 if fetch is None:
                     break
                 fetches.append(fetch)
@@ -110,6 +116,9 @@ class PrefixLookup:
         if self._located is not None:
             self._located.cancel()
             self._located = None
-        self._planner.extend(self.hold, self.keys[len(self.hold) :])
+        self._extend()
         self._done = True
         return len(self.hold)
+
+    def _extend(self) -> None:
+        self._planner.extend(self.hold, self._find()[len(self.hold) :])

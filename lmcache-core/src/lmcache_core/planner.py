@@ -16,22 +16,13 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum, auto
 
+from lmcache_core.chunk_index import NONE, ChunkIndex, ChunkState, DictIndex
 from lmcache_core.connector import BlockSpan
 from lmcache_core.eviction import CachePolicy
 from lmcache_core.keys import ChunkKey
 from lmcache_core.metrics import Counters
 from lmcache_core.plan import FetchOp, Report, StoreOp
-
-
-class ChunkState(Enum):
-    """What host memory knows about a chunk."""
-
-    ABSENT = auto()
-    STORING = auto()
-    FETCHING = auto()
-    READY = auto()
 
 
 @dataclass
@@ -60,8 +51,9 @@ class Hold:
 
 
 class Planner:
-    """The index of one arena of ``slots`` slots, the same on ``ranks`` ranks.
+    """The books of one arena of ``slots`` slots, the same on ``ranks`` ranks.
 
+    ``index`` is an empty one with as many slots; without, one of Python's own containers is made.
     ``keep``: whether host memory is a cache; otherwise (``local_cpu: false``) it is only where
     chunks wait on their way to and from slow tiers, and a slot is free as soon as nobody uses it.
     ``on_ready``, ``on_failed`` (stores) and ``on_evicted`` are told about keys, for KV events.
@@ -77,9 +69,11 @@ class Planner:
         keep: bool = True,
         persist: bool = False,
         pin_timeout_s: float = 300.0,
+        index: ChunkIndex | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.slots = slots
+        self.index: ChunkIndex = DictIndex(slots) if index is None else index
         self.persist = persist
         self._ranks = ranks
         self._keep = keep
@@ -87,11 +81,9 @@ class Planner:
         self._counters = counters
         self._clock = clock
         self._pin_timeout_s = pin_timeout_s
-        self._index: dict[ChunkKey, int] = {}
-        self._key_of: list[ChunkKey | None] = [None] * slots
-        self._state: list[ChunkState] = [ChunkState.ABSENT] * slots
         self._leases = array("i", bytes(4 * slots))
-        self._free = list(range(slots - 1, -1, -1))
+        self._unused = 0  # slots from here on were never used
+        self._free = array("I")
         self._operations: dict[int, _Operation] = {}
         self._next_op = 1
         self._pins: dict[ChunkKey, float] = {}
@@ -103,29 +95,23 @@ class Planner:
 
     def state(self, key: ChunkKey) -> ChunkState:
         """What host memory knows about ``key``."""
-        slot = self._index.get(key)
-        return ChunkState.ABSENT if slot is None else self._state[slot]
+        slot = self.index.find(key)
+        return ChunkState.ABSENT if slot == NONE else ChunkState(self.index.state(slot))
 
     def ready_prefix(self, keys: Sequence[ChunkKey]) -> int:
         """How many keys from the first on are ready in host memory."""
-        index, state, ready = self._index, self._state, ChunkState.READY
-        for position, key in enumerate(keys):
-            slot = index.get(key)
-            if slot is None or state[slot] is not ready:
-                return position
-        return len(keys)
+        return len(self.index.ready_slots(keys))
 
     def acquire(self, keys: Sequence[ChunkKey]) -> Hold:
         """Lease the leading ready chunks of ``keys``, and mark them as used.
 
         Marked from the last to the first, so that by recency a chunk never outlives its parents.
         """
-        count = self.ready_prefix(keys)
-        slots = [self._index[key] for key in keys[:count]]
+        slots = self.index.ready_slots(keys)
         for slot in slots:
             self._leases[slot] += 1
         self._policy.touched(slots[::-1])
-        return Hold(list(keys[:count]), slots)
+        return Hold(list(keys[: len(slots)]), slots)
 
     def extend(self, hold: Hold, keys: Sequence[ChunkKey]) -> None:
         """Add the leading ready chunks of ``keys``, which continue the hold's prefix."""
@@ -142,33 +128,49 @@ class Planner:
 
     # -- planning --------------------------------------------------------------------------
 
-    def plan_store(self, key: ChunkKey, span: BlockSpan) -> StoreOp | None:
-        """Make room for a chunk and plan its store, unless it is here or on its way already."""
-        if key in self._index:
+    def plan_store(
+        self, key: ChunkKey, span: BlockSpan, parent: ChunkKey | None = None
+    ) -> StoreOp | None:
+        """Make room for a chunk and plan its store, unless it is here or on its way already.
+
+        ``parent`` is the chunk that it continues. Where that was dropped, and no slow tier may have
+        it, nobody could find the chunk: it is dropped too.
+        """
+        if self.index.find(key) != NONE:
             return None
-        slot = self._take_slot()
+        if not self.persist and parent is not None and self.index.find(parent) == NONE:
+            self._counters.add("store_dropped", reason="parent_missing")
+            return None
+        slot = self._take_slot(parent)
         if slot is None:
             self._counters.add("store_dropped", reason="memory_full")
             return None
-        op = self._begin(key, slot, ChunkState.STORING)
+        op = self._begin(key, slot, parent, ChunkState.STORING)
         return StoreOp(op, key, slot, span, self.persist)
 
-    def plan_fetch(self, key: ChunkKey, tokens: int, tier: int, hold: Hold) -> FetchOp | None:
+    def plan_fetch(
+        self,
+        key: ChunkKey,
+        tokens: int,
+        tier: int,
+        hold: Hold,
+        parent: ChunkKey | None = None,
+    ) -> FetchOp | None:
         """Make room for an absent chunk of a slow tier and plan its load; ``None`` without room.
 
         The slot is leased to ``hold`` from now on, whether or not the load succeeds.
         """
-        slot = self._take_slot()
+        slot = self._take_slot(parent)
         if slot is None:
             self._counters.add("load_failures", tier="host", reason="memory_full")
             return None
-        op = self._begin(key, slot, ChunkState.FETCHING)
+        op = self._begin(key, slot, parent, ChunkState.FETCHING)
         self.join(key, hold)
         return FetchOp(op, key, slot, tokens, tier)
 
     def join(self, key: ChunkKey, hold: Hold) -> None:
         """Lease a chunk that somebody else is having fetched."""
-        slot = self._index[key]
+        slot = self.index.find(key)
         self._leases[slot] += 1
         hold.awaited.append(slot)
 
@@ -184,17 +186,20 @@ class Planner:
             self.forget(key)
 
     def forget(self, key: ChunkKey) -> bool:
-        """Never offer ``key`` from host memory again; its slot is freed once nobody uses it."""
-        slot = self._index.get(key)
-        if slot is None:
+        """Never offer ``key`` from host memory again; its slot is freed once nobody uses it.
+
+        What continues it goes too: nobody could load it.
+        """
+        slot = self.index.find(key)
+        if slot == NONE:
             return False
-        self._drop(slot)
+        self._drop_with_descendants(slot)
         return True
 
     def clear(self) -> int:
         """Forget everything that is ready; answer how many chunks that were."""
         self._pins_expire(float("inf"))
-        ready = [s for s in self._index.values() if self._state[s] is ChunkState.READY]
+        ready = list(self._policy.victims())
         for slot in ready:
             self._drop(slot)
         for operation in self._operations.values():
@@ -206,19 +211,19 @@ class Planner:
     def pin(self, keys: Sequence[ChunkKey]) -> int:
         """Keep the leading ready chunks from being evicted, for ``pin_timeout_s`` at the most."""
         self._pins_expire(self._clock())
-        count = self.ready_prefix(keys)
+        slots = self.index.ready_slots(keys)
         until = self._clock() + self._pin_timeout_s
-        for key in keys[:count]:
+        for key, slot in zip(keys, slots, strict=False):
             if key not in self._pins:
-                self._leases[self._index[key]] += 1
+                self._leases[slot] += 1
             self._pins[key] = until
-        return count
+        return len(slots)
 
     def unpin(self, keys: Iterable[ChunkKey]) -> int:
         """Undo `pin`; answer how many of ``keys`` were pinned."""
         pinned = [key for key in keys if self._pins.pop(key, None) is not None]
         for key in pinned:
-            self._unlease(self._index[key])
+            self._unlease(self.index.find(key))
         return len(pinned)
 
     # -- figures ---------------------------------------------------------------------------
@@ -226,7 +231,7 @@ class Planner:
     @property
     def chunks(self) -> int:
         """Chunks in host memory, ready or on their way."""
-        return len(self._index)
+        return len(self.index)
 
     @property
     def pending(self) -> int:
@@ -235,12 +240,10 @@ class Planner:
 
     # -- inside ----------------------------------------------------------------------------
 
-    def _begin(self, key: ChunkKey, slot: int, state: ChunkState) -> int:
+    def _begin(self, key: ChunkKey, slot: int, parent: ChunkKey | None, state: ChunkState) -> int:
         op = self._next_op
         self._next_op += 1
-        self._index[key] = slot
-        self._key_of[slot] = key
-        self._state[slot] = state
+        self.index.insert(key, slot, NONE if parent is None else self.index.find(parent), state)
         self._leases[slot] += 1
         self._operations[op] = _Operation(
             key, slot, self._ranks, self._ranks, state is ChunkState.FETCHING
@@ -254,13 +257,14 @@ class Planner:
         if operation.results_due:
             return
         slot, key = operation.slot, operation.key
+        here = self.index.key(slot) == key
         if operation.failed:
-            if self._key_of[slot] == key:
-                self._drop(slot)
+            if here:
+                self._drop_with_descendants(slot)
             if self.on_failed is not None and not operation.fetch:
                 self.on_failed(key)
-        elif self._key_of[slot] == key and self._state[slot] is not ChunkState.READY:
-            self._state[slot] = ChunkState.READY
+        elif here and self.index.state(slot) != ChunkState.READY:
+            self.index.set_state(slot, ChunkState.READY)
             self._policy.added(slot)
             if self.on_ready is not None and not operation.fetch:
                 self.on_ready(key)
@@ -277,33 +281,61 @@ class Planner:
         del self._operations[op]
         self._unlease(operation.slot)
 
-    def _take_slot(self) -> int | None:
+    def _take_slot(self, parent: ChunkKey | None) -> int | None:
+        """An empty slot for a chunk that continues ``parent``, which isn't evicted for it."""
         if self._free:
             return self._free.pop()
+        if self._unused < self.slots:
+            self._unused += 1
+            return self._unused - 1
         if self._pins:
             self._pins_expire(self._clock())
-        leases = self._leases
-        victim = next((slot for slot in self._policy.victims() if not leases[slot]), None)
+        victim = self._victim(NONE if parent is None else self.index.find(parent))
         if victim is None:
             return None
         self._drop(victim)
         self._counters.add("evicted_chunks", tier="host")
         return self._free.pop()
 
+    def _victim(self, spared: int) -> int | None:
+        """The chunk to evict: the policy's choice, or rather the end of the prefix it is part of.
+
+        Leaves go first: a chunk without its parents can't be found.
+        """
+        leases, index = self._leases, self.index
+        for slot in self._policy.victims():
+            if leases[slot]:
+                continue
+            leaf = index.leaf(slot)
+            if not leases[leaf] and leaf != spared and index.state(leaf) == ChunkState.READY:
+                return leaf
+        return None
+
+    def _drop_with_descendants(self, slot: int) -> None:
+        """`_drop`, and what continues the chunk; what is on its way as soon as it arrives."""
+        under_way = set()
+        for below in self.index.descendants(slot):
+            if self.index.state(below) == ChunkState.READY:
+                self._drop(below)
+            else:
+                under_way.add(below)
+        if under_way:
+            for operation in self._operations.values():
+                operation.failed |= operation.slot in under_way
+        self._drop(slot)
+
     def _drop(self, slot: int) -> None:
         """Take a slot out of the index; free it now, or when its last lease ends."""
-        key = self._key_of[slot]
+        key = self.index.key(slot)
         if key is None:
             return
         if self._pins.pop(key, None) is not None:
             self._leases[slot] -= 1
-        if self._state[slot] is ChunkState.READY:
+        if self.index.state(slot) == ChunkState.READY:
             self._policy.removed(slot)
             if self.on_evicted is not None:
                 self.on_evicted(key)
-        del self._index[key]
-        self._key_of[slot] = None
-        self._state[slot] = ChunkState.ABSENT
+        self.index.remove(slot)
         if not self._leases[slot]:
             self._free.append(slot)
 
@@ -311,7 +343,7 @@ class Planner:
         self._leases[slot] -= 1
         if self._leases[slot]:
             return
-        if self._key_of[slot] is None:
+        if self.index.state(slot) == ChunkState.ABSENT:
             self._free.append(slot)
         elif not self._keep:
             self._drop(slot)
@@ -319,4 +351,4 @@ class Planner:
     def _pins_expire(self, now: float) -> None:
         for key in [key for key, until in self._pins.items() if until <= now]:
             del self._pins[key]
-            self._unlease(self._index[key])
+            self._unlease(self.index.find(key))

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import pluggy
 
 from lmcache_core import hookspecs
-from lmcache_core.connector import EngineConnectorDescriptor, Kernels
+from lmcache_core.chunk_index import ChunkIndex, DictIndex
+from lmcache_core.connector import EngineConnectorDescriptor, HostKernels, Kernels
 from lmcache_core.discovery import (
     CORE,
     Candidate,
@@ -99,6 +100,7 @@ class Plugins:
             "lmcache_cache_policies",
             Descriptor,  # type: ignore[arg-type]
             fold=True,
+            yields=CORE,
         )
         self._registries: tuple[Registry[Any], ...] = (
             self._backends,
@@ -326,6 +328,20 @@ class Plugins:
             return kernels
         raise UnknownPluginError(f"no installed plugin moves blocks on {device!r}")
 
+    def host_kernels(self) -> HostKernels | None:
+        """What moves bytes and makes checksums in host memory, if a plugin does. No torch."""
+        for _, answer in self._answers("lmcache_kernels", besides=CORE, device="cpu"):
+            if isinstance(answer, HostKernels):
+                return answer
+        return None
+
+    def chunk_index(self, slots: int) -> ChunkIndex:
+        """An empty index with ``slots`` slots."""
+        for _, answer in self._answers("lmcache_chunk_index", slots=slots):
+            index: ChunkIndex = answer
+            return index
+        return DictIndex(slots)
+
     def host_region(
         self, nbytes: int, device: str, *, hugepages: bool = False, numa_mode: str | None = None
     ) -> HostRegion:
@@ -366,10 +382,17 @@ class Plugins:
         for _ in self._answers("lmcache_cli", subcommands=subcommands):
             pass
 
-    def _answers(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
-        """Each plugin's answer that isn't ``None``; one that raises is named and passed over."""
+    def _answers(
+        self, hook: str, *, besides: str | None = None, **arguments: Any
+    ) -> Iterator[tuple[str, Any]]:
+        """Each plugin's answer that isn't ``None``; one that raises is named and passed over.
+
+        ``besides``: a distribution whose plugins aren't asked.
+        """
         caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
         for implementation in reversed(caller.get_hookimpls()):
+            if self._records[implementation.plugin_name].distribution == besides:
+                continue
             given = [arguments[name] for name in implementation.argnames]
             try:
                 answer = implementation.function(*given)

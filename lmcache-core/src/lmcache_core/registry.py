@@ -53,14 +53,24 @@ class Offer(Generic[_D_co]):
 class Registry(Generic[_D]):
     """All descriptors of one kind.
 
-    Two offers of one name are kept both: that is nobody's problem until the name is used.
+    Two offers of one name are kept both: that is nobody's problem until the name is used. Those of
+    the distribution that ``yields`` give way to others.
     """
 
-    def __init__(self, noun: str, hook: str, type_: type[_D], *, fold: bool = False) -> None:
+    def __init__(
+        self,
+        noun: str,
+        hook: str,
+        type_: type[_D],
+        *,
+        fold: bool = False,
+        yields: str | None = None,
+    ) -> None:
         self.noun = noun
         self.hook = hook
         self._type = type_
         self._fold = fold
+        self._yields = yields
         self._offers: dict[str, list[Offer[_D]]] = {}
 
     def check(self, returned: object) -> list[_D]:
@@ -97,14 +107,18 @@ class Registry(Generic[_D]):
         Raises:
             PluginError: two plugins call something so.
         """
-        offers = self._offers.get(self.key(name), [])
+        offers = self._competing(self._offers.get(self.key(name), []))
         if len(offers) > 1:
             raise PluginError(conflict(f"the {self.noun} {name!r}", offers))
         return offers[0].descriptor if offers else None
 
     def conflicts(self) -> list[tuple[str, list[Offer[_D]]]]:
         """Each name that several plugins claim, with their offers."""
-        return [(name, offers) for name, offers in self._offers.items() if len(offers) > 1]
+        competing = {name: self._competing(offers) for name, offers in self._offers.items()}
+        return [(name, offers) for name, offers in competing.items() if len(offers) > 1]
+
+    def _competing(self, offers: list[Offer[_D]]) -> list[Offer[_D]]:
+        return [offer for offer in offers if offer.distribution != self._yields] or offers
 
     def __iter__(self) -> Iterator[Offer[_D]]:
         """Every offer once, aliases not counted, in the order of discovery."""
