@@ -165,12 +165,28 @@ def test_a_failed_load_is_recomputed(
             raise RuntimeError("injected")
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine.worker.mover._engine, "scatter", broken)
+            patch.setattr(engine.worker.mover._engine, "scatter_checked", broken)
             assert engine.tokens(prompt()) == plain[0]
         assert engine.tokens(prompt()) == plain[0]
         assert engine.tokens(prompt()) == plain[0]
         assert engine.hit(prompt()) == 192
         assert engine.counter("load_failures") > 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_damaged_host_memory_is_recomputed(
+    start: Start, plain: dict[int, list[int]], way: str
+) -> None:
+    """A chunk that isn't what was stored is noticed while it is copied, in whatever layer."""
+    with start(WAYS[way], transfer={"kv_load_failure_policy": "recompute"}) as engine:
+        assert engine.tokens(prompt()) == plain[0]
+        mover = engine.worker.mover
+        slot = sorted(mover._held)[3]
+        mover._arena.slot(slot)[-5000] ^= 1
+        assert engine.tokens(prompt()) == plain[0]
+        assert engine.counter("load_failures") > 0
+        assert engine.tokens(prompt()) == plain[0]
+        assert engine.hit(prompt()) == 192
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -184,7 +200,7 @@ def test_with_policy_fail_a_failed_load_ends_its_request_only(
             raise RuntimeError("injected")
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine.worker.mover._engine, "scatter", broken)
+            patch.setattr(engine.worker.mover._engine, "scatter_checked", broken)
             assert engine.ask(prompt()).outputs[0].finish_reason == "error"
         assert engine.tokens(prompt()) == plain[0]
         assert engine.tokens(prompt(seed=1)) == plain[1]
@@ -199,7 +215,7 @@ def test_a_failed_gather_is_not_offered(
             raise RuntimeError("injected")
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine.worker.mover._engine, "gather", broken)
+            patch.setattr(engine.worker.mover._engine, "gather_checked", broken)
             assert engine.tokens(prompt()) == plain[0]
         assert engine.hit(prompt()) == 0
         assert engine.tokens(prompt()) == plain[0]
