@@ -20,20 +20,12 @@ both. The ratio of a run is that of its medians; the reported ratio is the media
 
 from __future__ import annotations
 
-import argparse
-import ctypes
-import json
-import os
 import random
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
+from calibrations import Memcpy
+from measuring import Report, parse, parser, runs_of, throughput
 
 from lmcache_core.connector import BlockSpan, Kernels, PagedLayout, PlaneStrides
 from lmcache_core.layout import DType, LayerGroup, full_attention
@@ -44,22 +36,7 @@ LAYERS, HEADS, HEAD_SIZE, CHUNK_TOKENS, BLOCK_TOKENS = 32, 8, 128, 256, 16
 CHUNKS = 8
 """256 MiB on each side, so that no chunk is still in a cache when its turn comes again."""
 
-RUNS = 9
 REPEATS = 3  # rounds over all chunks in a run
-
-
-@dataclass(frozen=True)
-class Result:
-    """One line of the table. Values in GiB/s."""
-
-    name: str
-    value: float
-    unit: str
-    calibration: float
-    ratio: float
-    runs: int
-    spread: float
-    """Half the distance between the quartiles of the runs' ratios, by their median."""
 
 
 class Memory:
@@ -118,6 +95,7 @@ def layout(order: str, group: LayerGroup, blocks: int) -> PagedLayout:
 
 
 Move = Callable[[int], object]
+"""Moves a chunk."""
 
 
 def operation(name: str, kernels: Kernels, memory: Memory, first: int) -> Move:
@@ -144,62 +122,14 @@ def operation(name: str, kernels: Kernels, memory: Memory, first: int) -> Move:
     return verified
 
 
-def memcpy(memory: Memory, threads: int, pool: ThreadPoolExecutor, back: bool) -> Move:
-    """Moves as many bytes as chunk ``i`` has; ``ctypes`` lets go of the GIL."""
-    part = memory.size // threads
+def plain(memcpy: Memcpy, memory: Memory, back: bool) -> Move:
+    """What moves as many bytes as chunk ``i`` has between the same places."""
 
     def move(i: int) -> None:
         here, there = memory.plain[i], memory.addresses[i]
-        to, source = (here, there) if back else (there, here)
-        pieces = [
-            pool.submit(ctypes.memmove, to + p * part, source + p * part, part)
-            for p in range(1, threads)
-        ]
-        ctypes.memmove(to, source, part)
-        for piece in pieces:
-            piece.result()
+        memcpy(here if back else there, there if back else here, memory.size)
 
     return move
-
-
-def measure(name: str, move: Move, plain: Move, runs: int, repeats: int) -> Result:
-    """Take turns and compare."""
-    size = LAYERS * 2 * CHUNK_TOKENS * HEADS * HEAD_SIZE * 2 / 2**30
-    ratios, own, others = [], [], []
-    for i in range(2):
-        move(i)
-        plain(i)
-    for _ in range(runs):
-        mine: list[float] = []
-        theirs: list[float] = []
-        for turn in range(repeats * CHUNKS):
-            i = turn % CHUNKS
-            for job, times in (
-                ((move, mine), (plain, theirs))
-                if turn % 2
-                else (
-                    (plain, theirs),
-                    (move, mine),
-                )
-            ):
-                began = time.perf_counter()
-                job(i)
-                times.append(time.perf_counter() - began)
-        a, b = statistics.median(mine), statistics.median(theirs)
-        ratios.append(b / a)
-        own.append(size / a)
-        others.append(size / b)
-    quartiles = statistics.quantiles(ratios, n=4) if runs > 1 else [ratios[0]] * 3
-    ratio = statistics.median(ratios)
-    return Result(
-        name,
-        round(statistics.median(own), 2),
-        "GiB/s",
-        round(statistics.median(others), 2),
-        round(ratio, 3),
-        runs,
-        round((quartiles[2] - quartiles[0]) / 2 / ratio, 3),
-    )
 
 
 CASES = [
@@ -212,52 +142,41 @@ CASES = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter runs")
-    parser.add_argument("--runs", type=int, default=None)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--only", default="", help="names that contain this")
-    parser.add_argument("--reference", action="store_true", help="the torch reference too")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    runs = arguments.runs or (3 if arguments.quick else RUNS)
-    repeats = 1 if arguments.quick else REPEATS
-    cpus = len(os.sched_getaffinity(0))
-    print(f"SIMD {CpuKernels(1).simd}, {cpus} CPUs, load {os.getloadavg()[0]:.1f}")
+    options = parser(__doc__)
+    options.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    options.add_argument("--only", default="", help="names that contain this")
+    options.add_argument("--reference", action="store_true", help="the torch reference too")
+    arguments = parse(options)
+    turns = CHUNKS * (1 if arguments.quick else REPEATS)
     torch.set_num_threads(1)
-    results = []
-    with ThreadPoolExecutor(max(arguments.threads)) as pool:
-        for order, path, names in CASES:
-            memory = Memory(order)
-            first = 0 if path == "whole" else BLOCK_TOKENS // 2 - 1
-            for threads in arguments.threads:
+    report = Report(arguments, "memcpy")
+
+    def add(title: str, move: Move, same: Move, size: int) -> None:
+        runs = runs_of(
+            lambda turn: move(turn % CHUNKS),
+            lambda turn: same(turn % CHUNKS),
+            runs=arguments.runs,
+            turns=turns,
+        )
+        report.add(throughput(title, size, runs))
+
+    for order, path, names in CASES:
+        memory = Memory(order)
+        first = 0 if path == "whole" else BLOCK_TOKENS // 2 - 1
+        for threads in arguments.threads:
+            with Memcpy(threads) as memcpy:
                 for name in names:
                     title = f"{order}/{path}/{name}/{threads}t"
-                    if arguments.only not in title:
-                        continue
-                    move = operation(name, CpuKernels(threads), memory, first)
-                    plain = memcpy(memory, threads, pool, "scatter" in name)
-                    results.append(measure(title, move, plain, runs, repeats))
-                    show(results[-1])
-            if arguments.reference:
+                    if arguments.only in title:
+                        move = operation(name, CpuKernels(threads), memory, first)
+                        add(title, move, plain(memcpy, memory, "scatter" in name), memory.size)
+        if arguments.reference:
+            with Memcpy(1) as memcpy:
                 for name in ("gather", "scatter"):
                     move = operation(name, ReferenceKernels(), memory, first)
-                    plain = memcpy(memory, 1, pool, name == "scatter")
-                    title = f"{order}/{path}/{name}/reference"
-                    results.append(measure(title, move, plain, runs, repeats))
-                    show(results[-1])
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(one) for one in results], indent=1))
-    else:
-        print(json.dumps([asdict(one) for one in results]))
-
-
-def show(result: Result) -> None:
-    print(
-        f"{result.name:36} {result.value:7.2f} {result.unit}   memcpy {result.calibration:7.2f}   "
-        f"ratio {result.ratio:5.2f} ± {result.spread:4.0%}"
-    )
-    sys.stdout.flush()
+                    same = plain(memcpy, memory, name == "scatter")
+                    add(f"{order}/{path}/{name}/reference", move, same, memory.size)
+    report.write()
 
 
 if __name__ == "__main__":

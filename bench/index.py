@@ -13,18 +13,16 @@ Before each call, memory bigger than the caches is read: a prompt's part of the 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import os
 import random
 import statistics
-import sys
-import time
 from array import array
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import numpy as np
+from measuring import Report, Result, Run, duration, parse, parser, take_turns
 
 from lmcache_core.hashing import PrefixHasher
 from lmcache_kernels.index import ChunkIndex, prefix_digests
@@ -33,70 +31,23 @@ CHUNK_TOKENS, LONG, MIDDLE, TURN = 256, 100_000, 32_768, 512
 ROOT = b"benchmark"
 CALLS = 100
 RUNS = 7
-EVICTING = bytearray(48 << 20)
-
-
-@dataclass(frozen=True)
-class Result:
-    """One line of the table."""
-
-    name: str
-    value: float
-    unit: str
-    calibration: float
-    ratio: float
-    runs: int
-    spread: float
-    """Half the distance between the quartiles of the runs' values, by their median."""
-
-
-def timed(job: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    job()
-    return (time.perf_counter() - began) * 1e6
+BUDGET_BYTES = 64  # a chunk
+EVICTING = np.ones(6 << 20, dtype=np.uint64)  # bytes: 48 Mi
 
 
 def measure(
     name: str, job: Callable[[], object], plain: Callable[[], object], runs: int, calls: int
 ) -> list[Result]:
-    """Median and 99th percentile of single calls, in µs; medians of runs of them."""
-    middles, tails, others = [], [], []
+    """Median and 99th percentile of single calls."""
+    middles, tails = [], []
     for _ in range(runs):
-        mine, theirs = [], []
-        for _ in range(calls):
-            EVICTING.count(1)
-            mine.append(timed(job))
-            theirs.append(timed(plain))
-        middles.append(statistics.median(mine))
-        tails.append(sorted(mine)[int(len(mine) * 0.99)])
-        others.append(statistics.median(theirs))
-    calibration = statistics.median(others)
-    results = []
-    for kind, values in (("p50", middles), ("p99", tails)):
-        value = statistics.median(values)
-        quartiles = statistics.quantiles(values, n=4) if runs > 1 else [value] * 3
-        spread = (quartiles[2] - quartiles[0]) / 2 / value
-        results.append(
-            Result(
-                f"{name}/{kind}",
-                round(value, 2),
-                "µs",
-                round(calibration, 2),
-                round(calibration / value, 3),
-                runs,
-                round(spread, 3),
-            )
+        ours, theirs = take_turns(
+            lambda _: job(), lambda _: plain(), calls, before=lambda: EVICTING.max()
         )
-        show(results[-1])
-    return results
-
-
-def show(result: Result) -> None:
-    print(
-        f"{result.name:34} {result.value:10.2f} {result.unit}   BLAKE2b "
-        f"{result.calibration:8.2f}   ratio {result.ratio:6.2f}   ± {result.spread:4.0%}"
-    )
-    sys.stdout.flush()
+        calibration = statistics.median(theirs)
+        middles.append(Run(statistics.median(ours), calibration))
+        tails.append(Run(sorted(ours)[int(len(ours) * 0.99)], calibration))
+    return [duration(f"{name}/p50", middles), duration(f"{name}/p99", tails)]
 
 
 def filled(chunks: int, own: list[bytes]) -> ChunkIndex:
@@ -111,12 +62,10 @@ def filled(chunks: int, own: list[bytes]) -> ChunkIndex:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--chunks", type=float, default=1e7)
-    parser.add_argument("--runs", type=int, default=RUNS)
-    parser.add_argument("--calls", type=int, default=CALLS)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
+    options = parser(__doc__, runs=RUNS)
+    options.add_argument("--chunks", type=float, default=1e7)
+    options.add_argument("--calls", type=int, default=CALLS, help="in a run")
+    arguments = parse(options)
     runs, calls, chunks = arguments.runs, arguments.calls, int(arguments.chunks)
     draw = random.Random(1)
     tokens = [draw.randrange(128_256) for _ in range(LONG)]
@@ -125,10 +74,11 @@ def main() -> None:
     before = resident_bytes()
     index = filled(chunks, digests)
     grown = resident_bytes() - before
-    print(f"{len(index):,} chunks, load {os.getloadavg()[0]:.1f}")
+    report = Report(arguments, "BLAKE2b")
     per_chunk = index.nbytes / len(index)
-    print(f"{per_chunk:.1f} bytes a chunk; the process grew by {grown / len(index):.1f} a chunk")
-    results = [Result("memory per chunk", round(per_chunk, 1), "bytes", 64, 0, 1, 0)]
+    ratio = round(BUDGET_BYTES / per_chunk, 3)
+    report.add(Result("memory per chunk", round(per_chunk, 1), "bytes", BUDGET_BYTES, ratio, 1, 0))
+    print(f"{len(index):,} chunks; the process grew by {grown / len(index):.1f} bytes for each")
 
     def plain(size: int) -> Callable[[], object]:
         part = packed[: size * 4]
@@ -155,13 +105,9 @@ def main() -> None:
         ("100k hash by core, list", lambda: PrefixHasher(ROOT, CHUNK_TOKENS).extend(tokens), LONG),
     ]
     for name, job, size in cases:
-        results += measure(
-            name, job, plain(size), runs, calls if "core" not in name else calls // 3
-        )
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(one) for one in results], indent=1))
-    else:
-        print(json.dumps([asdict(one) for one in results]))
+        fewer = calls // 3 if "core" in name else calls
+        report.add(*measure(name, job, plain(size), runs, fewer))
+    report.write()
 
 
 def resident_bytes() -> int:
