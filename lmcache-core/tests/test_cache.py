@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydantic import BaseModel, ConfigDict
 
@@ -98,6 +99,12 @@ def test_storing_again_stores_only_what_is_new() -> None:
         assert cache.store(prompt[:48], kv(48)) == 48
         assert cache.store(prompt, kv(96)) == 48
         assert cache.store(prompt, kv(96)) == 0
+
+
+def test_an_empty_prompt_is_no_error() -> None:
+    nothing = np.zeros((3, 2, 0, 2, 8), dtype=np.uint16)
+    with Cache.open(model="m", layout=LAYOUT, config=config()) as cache:
+        assert cache.store([], nothing) == cache.load([], nothing) == cache.lookup([]) == 0
 
 
 def test_a_session_grows_turn_by_turn(cache: Cache) -> None:

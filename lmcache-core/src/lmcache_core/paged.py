@@ -163,7 +163,8 @@ class CanonicalBuffer(EngineConnector):
                 f"{group.chunk_bytes(tokens)} bytes; this one has {view.nbytes}"
                 + ("" if view.c_contiguous else " and isn't contiguous")
             )
-        self._view = view.cast("B")
+        # Python casts no view that has a zero in its shape.
+        self._view = view.cast("B") if view.nbytes else memoryview(bytearray())
         self._group = group
         self._tokens = tokens
         self._kernels = kernels
