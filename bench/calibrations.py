@@ -18,10 +18,9 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 
 PAGE_BYTES = 4096
 
@@ -90,16 +89,17 @@ class SocketPeer:
         with other:
             command = [sys.executable, __file__, str(other.fileno()), str(max_bytes)]
             self._process = subprocess.Popen(command, pass_fds=[other.fileno()])
+        self._max_bytes = max_bytes
         self.receive(aligned(PAGE_BYTES)[:1])  # it is there
 
     def receive(self, into: memoryview) -> None:
         """Fill ``into`` with bytes from the peer."""
-        self._socket.sendall(self._REQUEST.pack(False, into.nbytes))
+        self._request(False, into.nbytes)
         _receive(self._socket, into)
 
     def send(self, source: memoryview) -> None:
         """Send ``source``; return when the peer has all of it."""
-        self._socket.sendall(self._REQUEST.pack(True, source.nbytes))
+        self._request(True, source.nbytes)
         self._socket.sendall(source)
         _receive(self._socket, memoryview(bytearray(1)))
 
@@ -116,6 +116,11 @@ class SocketPeer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _request(self, sent: bool, nbytes: int) -> None:
+        if nbytes > self._max_bytes:
+            raise ValueError(f"{nbytes} bytes: this peer was made for {self._max_bytes}")
+        self._socket.sendall(self._REQUEST.pack(sent, nbytes))
 
     @classmethod
     def serve(cls, connection: socket.socket, max_bytes: int) -> None:
@@ -199,24 +204,9 @@ class RawFiles:
     def __enter__(self) -> RawFiles:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for path in self._written:
             path.unlink(missing_ok=True)
-
-
-def pieces(memory: memoryview, nbytes: int, stride: int) -> list[memoryview]:
-    """Buffers of ``nbytes`` that begin every ``stride`` bytes."""
-    return list(_pieces(memory, nbytes, stride))
-
-
-def _pieces(memory: memoryview, nbytes: int, stride: int) -> Iterator[memoryview]:
-    for begin in range(0, len(memory) - nbytes + 1, stride):
-        yield memory[begin : begin + nbytes]
 
 
 def _main(arguments: Sequence[str]) -> None:
