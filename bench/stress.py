@@ -207,7 +207,7 @@ def opened(arguments: argparse.Namespace, folder: str) -> Iterator[Cache]:
 
 def watch(workers: Sequence[Worker], seconds: float, patience_s: float) -> list[tuple[float, ...]]:
     """Let them work; answer operations and bytes per second, slice by slice."""
-    rates = []
+    rates: list[tuple[float, ...]] = []
     for _ in range(SLICES):
         began, before = time.monotonic(), _totals(workers)
         while time.monotonic() < began + seconds / SLICES:
