@@ -61,10 +61,8 @@ matrix: ## greedy equality in all configurations, one and two ranks; half an hou
 demo: ## real vLLM, two overlapping prompts: what is computed once and what is loaded
 	@$(PYTHON) tools/demo.py
 
-bench: $(READY) ## measure; prints ratios to a calibration of the same run
-	$(BIN)/python bench/block_copies.py
-	$(BIN)/python bench/index.py
-	$(PYTHON) bench/ttft_vllm.py --quick
+bench: $(READY) ## measure: ratios to a calibration of the same run, into bench/results; ten minutes
+	@$(BIN)/python bench/run_all.py
 
 engine-env: ## prepare the engine environment; prints its Python
 	@$(ENGINE)
