@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 LATEST = HERE / "results" / "latest.json"
 MACHINE = HERE / "results" / "machine.txt"
 PAGE = HERE.parent / "docs" / "performance.md"
+TIMEOUT_S = 1200  # for one program; longer is a hang, however busy the machine
 BEGIN, END = "<!-- results: bench/run_all.py --page -->", "<!-- end of results -->"
 
 
@@ -61,12 +62,15 @@ def run(program: Program) -> list[Result] | None:
     with tempfile.TemporaryDirectory(prefix="bench-") as work:
         found = Path(work) / "results.json"
         command = [sys.executable, HERE / f"{program.file}.py", *program.options, "--json", found]
-        status = subprocess.run(command, check=False).returncode
-        if status:
-            print(f"{program.title}: exit status {status}", flush=True)
-            return None
         try:
+            subprocess.run(command, check=True, timeout=TIMEOUT_S)
             results = read_json(found)
+        except subprocess.CalledProcessError as error:
+            print(f"{program.title}: exit status {error.returncode}", flush=True)
+            return None
+        except subprocess.TimeoutExpired:
+            print(f"{program.title}: not ready after {TIMEOUT_S} s, ended", flush=True)
+            return None
         except (OSError, ValueError) as error:
             print(f"{program.title}: no results: {error}", flush=True)
             return None

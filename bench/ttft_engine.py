@@ -20,7 +20,7 @@ IDLE_TIMEOUT_S = 30.0
 
 
 def serve(model: str, transfer: dict[str, Any] | None) -> None:
-    """Answer each line of prompts with a line like `Turn`, until input ends."""
+    """Say what is ready; answer each line of prompts with a line like `Turn`, until input ends."""
     # vLLM and its libraries print to standard output; keep the answers' pipe to ourselves.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -40,7 +40,8 @@ def serve(model: str, transfer: dict[str, Any] | None) -> None:
         **more,
     )
     sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
-    print("ready", file=answers, flush=True)
+    kernels = "lmcache_kernels.cpu" in sys.modules  # the connector is there: no later import
+    print(json.dumps({"kernels": kernels}), file=answers, flush=True)
     for line in sys.stdin:
         seconds, cached = [], []
         began_turn, own, everyone = time.perf_counter(), time.process_time(), _busy_s()

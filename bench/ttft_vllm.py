@@ -1,23 +1,24 @@
 """Time to first token in real vLLM on CPU: what a hit saves, and what a miss costs.
 
-    python3 bench/ttft_vllm.py            about 15 minutes
-    python3 bench/ttft_vllm.py --quick    about 4 minutes, wider spread
+    python3 bench/ttft_vllm.py            about 20 minutes
+    python3 bench/ttft_vllm.py --quick    about 5 minutes, wider spread
     python3 bench/ttft_vllm.py --connector none    two equal engines: how far from 1 is noise?
 
-Two ratios, both from the same run:
+Ratios, all from the same run, each with the compiled kernels and with the torch reference:
 
-- hit ÷ miss: a prompt whose whole blocks are stored, by the time of the same prompt before that;
-- with ÷ without: an engine with the connector, by one without, on prompts that nobody has seen.
+- hit / miss: a prompt whose whole blocks are stored, by the time of the same prompt before that;
+- present / without: an engine with the connector, by one without, on prompts that nobody has seen;
+- hit, kernels / reference: the same prompts, stored and found, by the two kinds of copying.
 
-How the second is measured, since it must show 2 % on a shared machine: both engines live in one
-process each, and take turns. While one answers a few prompts, one after the other, the other one
-waits for input, so they never compete. The order within a pair of turns alternates. A turn ends
-when its process is idle: what an engine still stores in the background may slow its own next
-prompt, which is part of its price, and never the other's turn. Each turn also measures how much CPU
-others used meanwhile; a run goes on until it has enough pairs of turns in quiet, or has tried three
-times as many, and then keeps the quietest. Pairs are chosen by others' load, never by their result.
-The ratio of a run is that of the medians of its prompts, and each run has fresh processes, because
-where memory happens to lie makes two equal processes differ.
+How this is measured, since it must show 2 % on a shared machine: engines live in one process each,
+and take turns. While one answers a few prompts, one after the other, the others wait for input, so
+they never compete. Each round of turns begins with another engine. A turn ends when its process is
+idle: what an engine still stores in the background may slow its own next prompt, which is part of
+its price, and never another one's turn. Each turn also measures how much CPU others used meanwhile;
+a run goes on until it has enough rounds in quiet, or has tried three times as many, and then keeps
+the quietest. Rounds are chosen by others' load, never by their result. The ratio of a run is that
+of the medians of its prompts, and each run has fresh processes, because where memory happens to lie
+makes two equal processes differ.
 
 Time to first token here is ``LLM.generate`` with one token, in process: no HTTP in either term.
 """
@@ -35,10 +36,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from measuring import Report, Result, parse, parser, spread
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENGINE = Path(__file__).with_name("ttft_engine.py")
@@ -49,7 +52,7 @@ PROMPT_TOKENS = 1030
 WHOLE_TOKENS = 1024
 VOCABULARY = range(1000, 40000)
 WARM_UP_PROMPTS = 3
-# CPUs that others may use on average during a pair of turns that counts as quiet. Kernel threads
+# CPUs that others may use on average during a round of turns that counts as quiet. Kernel threads
 # and the measuring process alone come to about 0.02.
 QUIET_CPUS = 0.05
 ATTEMPTS = 3
@@ -63,6 +66,8 @@ TRANSFER: dict[str, Callable[[str], dict[str, Any] | None]] = {
     },
     "none": lambda _: None,
 }
+DISABLED = "LMCACHE_DISABLE_PLUGINS"
+WITHOUT = "without"
 
 
 class BenchError(Exception):
@@ -96,8 +101,9 @@ class Engine:
                 text=True,
             )
 
-    def wait_ready(self) -> None:
-        self._read()
+    def wait_ready(self) -> bool:
+        """Answer whether the compiled kernels are loaded."""
+        return bool(json.loads(self._read())["kernels"])
 
     def turn(self, prompts: Sequence[Sequence[int]]) -> Turn:
         assert self._process.stdin is not None
@@ -125,41 +131,34 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Seconds of each prompt in adjacent turns on the same new prompts."""
+class Round:
+    """Seconds of each prompt, by engine: adjacent turns on the same new prompts."""
 
-    without: list[float]
-    present: list[float]
-    hit: list[float]
+    miss: dict[str, list[float]]
+    hit: dict[str, list[float]]
+    """Empty where hits aren't measured, and without `WITHOUT`, which has none."""
     others_cpus: float
 
-
-@dataclass(frozen=True)
-class Run:
-    """What one pair of fresh processes showed: the quiet pairs of turns, as one."""
-
-    without: list[float]
-    present: list[float]
-    hit: list[float]
-    others_cpus: float
-
-    @property
-    def overhead(self) -> float:
-        return statistics.median(self.present) / statistics.median(self.without)
-
-    @property
-    def saved(self) -> float | None:
-        if not self.hit:
-            return None
-        return statistics.median(self.hit) / statistics.median(self.present)
+    @classmethod
+    def joined(cls, rounds: Sequence[Round]) -> Round:
+        """All of them, as one."""
+        return cls(
+            _joined(one.miss for one in rounds),
+            _joined(one.hit for one in rounds),
+            statistics.median(one.others_cpus for one in rounds),
+        )
 
 
-def _joined(lists: Iterable[list[float]]) -> list[float]:
-    return [seconds for one in lists for seconds in one]
+def _joined(parts: Iterable[Mapping[str, list[float]]]) -> dict[str, list[float]]:
+    whole: dict[str, list[float]] = {}
+    for part in parts:
+        for name, seconds in part.items():
+            whole.setdefault(name, []).extend(seconds)
+    return whole
 
 
-def measure(engines: Sequence[Engine], turns: int, per_turn: int, seed: int, hits: bool) -> Run:
-    """Let the engine without the connector and the one with it take turns.
+def measure(engines: dict[str, Engine], turns: int, per_turn: int, seed: int, hits: bool) -> Round:
+    """Let the engines take turns; answer the quiet rounds as one.
 
     Raises:
         BenchError: a prompt that should be new was found, or one that was stored was not.
@@ -169,65 +168,68 @@ def measure(engines: Sequence[Engine], turns: int, per_turn: int, seed: int, hit
     def prompts(count: int) -> list[list[int]]:
         return [rng.choices(VOCABULARY, k=PROMPT_TOKENS) for _ in range(count)]
 
-    for one in engines:
+    for one in engines.values():
         warm = prompts(WARM_UP_PROMPTS)
         one.turn(warm)
         one.turn(warm)
-    pairs: list[Pair] = []
+    names, rounds = list(engines), []
     for number in range(turns * ATTEMPTS):
-        pairs.append(_pair(engines, prompts(per_turn), bool(number % 2), hits))
-        if sum(pair.others_cpus <= QUIET_CPUS for pair in pairs) == turns:
+        first = number % len(names)
+        order = names[first:] + names[:first]
+        rounds.append(_round(engines, order, prompts(per_turn), hits))
+        if sum(one.others_cpus <= QUIET_CPUS for one in rounds) == turns:
             break
-    quiet = sorted(pairs, key=lambda pair: pair.others_cpus)[:turns]
-    return Run(
-        without=_joined(pair.without for pair in quiet),
-        present=_joined(pair.present for pair in quiet),
-        hit=_joined(pair.hit for pair in quiet),
-        others_cpus=statistics.median(pair.others_cpus for pair in quiet),
+    return Round.joined(sorted(rounds, key=lambda one: one.others_cpus)[:turns])
+
+
+def _round(
+    engines: Mapping[str, Engine], order: Sequence[str], new: list[list[int]], hits: bool
+) -> Round:
+    misses = {name: engines[name].turn(new) for name in order}
+    for name, turn in misses.items():
+        if any(turn.cached):
+            raise BenchError(f"{name}: prompts that nobody has seen hit {turn.cached}")
+    again = {name: engines[name].turn(new) for name in order if hits and name != WITHOUT}
+    for name, turn in again.items():
+        if min(turn.cached) < WHOLE_TOKENS:
+            raise BenchError(f"{name}: stored prompts hit {turn.cached}, not {WHOLE_TOKENS}")
+    return Round(
+        {name: turn.seconds for name, turn in misses.items()},
+        {name: turn.seconds for name, turn in again.items()},
+        max(turn.others_cpus for turn in misses.values()),
     )
 
 
-def _pair(engines: Sequence[Engine], new: list[list[int]], swapped: bool, hits: bool) -> Pair:
-    if swapped:
-        present, without = (one.turn(new) for one in reversed(engines))
-    else:
-        without, present = (one.turn(new) for one in engines)
-    if any(without.cached + present.cached):
-        raise BenchError(f"prompts that nobody has seen hit {without.cached} {present.cached}")
-    hit: list[float] = []
-    if hits:
-        again = engines[1].turn(new)
-        if min(again.cached) < WHOLE_TOKENS:
-            raise BenchError(f"prompts that were stored hit {again.cached}, not {WHOLE_TOKENS}")
-        hit = again.seconds
-    others = max(without.others_cpus, present.others_cpus)
-    return Pair(without.seconds, present.seconds, hit, others)
-
-
 @contextlib.contextmanager
-def pair(arguments: argparse.Namespace, work: Path) -> Iterator[list[Engine]]:
-    """Fresh engines, without the connector and with it, ended on the way out."""
-    storage = work / "storage"
-    storage.mkdir()
-    engines: list[Engine] = []
+def started(arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Engine]]:
+    """Fresh engines by name, the one without the connector first, ended on the way out."""
+    engines: dict[str, Engine] = {}
     try:
-        for name, connector in (("without", "none"), ("with", arguments.connector)):
+        for name in (WITHOUT, *arguments.variants):
+            storage = work / name
+            storage.mkdir()
+            connector = "none" if name == WITHOUT else arguments.connector
             transfer = json.dumps(TRANSFER[connector](str(storage)))
             command = [str(arguments.python), str(ENGINE), str(arguments.model), transfer]
-            one = Engine(command, _environment(), work / f"{name}.log")
-            engines.append(one)
+            one = Engine(command, _environment(name), work / f"{name}.log")
+            engines[name] = one
             # One after the other: starting takes all cores, and vLLM measures free memory.
-            one.wait_ready()
+            kernels = one.wait_ready()
+            if name in ("kernels", "reference") and kernels != (name == "kernels"):
+                there = "the compiled kernels are" + ("" if kernels else "n't")
+                raise BenchError(f"{name}: {there} in use; see {DISABLED} and `lmcache doctor`")
         yield engines
     finally:
-        for one in engines:
+        for one in engines.values():
             one.close()
 
 
-def _environment() -> dict[str, str]:
+def _environment(name: str) -> dict[str, str]:
     # LMCACHE_ settings are the user's to measure with, except those that are meant for the tools.
     tools = ("LMCACHE_ENVS", "LMCACHE_VLLM_PYTHON")
     kept = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_") and k not in tools}
+    if name == "reference":
+        kept[DISABLED] = ",".join(filter(None, (kept.get(DISABLED), "kernels")))
     return {
         "LMCACHE_MAX_LOCAL_CPU_SIZE": "1",
         "LMCACHE_CHUNK_SIZE": "256",
@@ -248,64 +250,55 @@ def _cores() -> str:
     return ",".join(map(str, sorted(os.sched_getaffinity(0))))
 
 
-def result(
-    name: str, value: Sequence[float], base: Sequence[float], ratios: Sequence[float]
-) -> Any:
-    """One line of the table: times are medians of all prompts, the ratio is the runs' median."""
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return {
-        "name": name,
-        "value": round(statistics.median(value) * 1e3, 2),
-        "unit": "ms",
-        "calibration": round(statistics.median(base) * 1e3, 2),
-        "ratio": round(statistics.median(ratios), 4),
-        "runs": len(ratios),
-        "spread": round(high - low, 4),
-    }
+def result(name: str, value: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> Result:
+    """Times are medians of all prompts; the ratio is ``value / base``, the median of the runs'."""
+    ratios = [statistics.median(a) / statistics.median(b) for a, b in zip(value, base, strict=True)]
 
+    def in_ms(runs: Sequence[Sequence[float]]) -> float:
+        return round(statistics.median(seconds for run in runs for seconds in run) * 1e3, 2)
 
-def results(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Both ratios, the second only if hits were measured."""
-    without, present, hit = (
-        _joined(run.without for run in runs),
-        _joined(run.present for run in runs),
-        _joined(run.hit for run in runs),
+    ratio = round(statistics.median(ratios), 4)
+    return Result(
+        name, in_ms(value), "ms", in_ms(base), ratio, len(ratios), round(spread(ratios), 4)
     )
-    name = "ttft, connector present, nothing reused / no connector"
-    lines = [result(name, present, without, [run.overhead for run in runs])]
-    saved = [run.saved for run in runs if run.saved is not None]
-    if saved:
-        lines.append(result("ttft, hit / miss", hit, present, saved))
+
+
+def results(runs: Sequence[Round], variants: Sequence[str]) -> list[Result]:
+    """All ratios that these runs have."""
+    lines = []
+    without = [run.miss[WITHOUT] for run in runs]
+    for name in variants:
+        miss = [run.miss[name] for run in runs]
+        lines.append(result(f"present / without, {name}", miss, without))
+        if runs[0].hit:
+            lines.append(result(f"hit / miss, {name}", [run.hit[name] for run in runs], miss))
+    if runs[0].hit and {"kernels", "reference"} <= set(variants):
+        hits = [[run.hit[name] for run in runs] for name in ("kernels", "reference")]
+        lines.append(result("hit, kernels / reference", *hits))
     return lines
 
 
-def table(lines: Sequence[dict[str, Any]]) -> str:
-    """What people read. Spread is the interquartile range of the runs' ratios."""
-    head = f"{'':56}{'ms':>10}{'base ms':>10}{'ratio':>9}{'IQR':>9}{'runs':>6}"
-    rows = [
-        f"{x['name']:56}{x['value']:10.1f}{x['calibration']:10.1f}"
-        f"{x['ratio']:9.4f}{x['spread']:9.4f}{x['runs']:6}"
-        for x in lines
-    ]
-    return "\n".join([head, *rows])
-
-
-def parse() -> argparse.Namespace:
+def arguments_given() -> argparse.Namespace:
     """Read the command line; prepare what isn't named there."""
-    parser = argparse.ArgumentParser(description="Time to first token in vLLM on CPU.")
-    parser.add_argument("--python", type=Path, help="has vLLM and our packages (default: prepare)")
-    parser.add_argument("--model", type=Path, help="directory (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--connector", choices=TRANSFER, default="lmcache")
-    parser.add_argument("--quick", action="store_true", help="3 runs of 5 turns")
-    parser.add_argument("--runs", type=int, help="pairs of fresh processes (default: 7)")
-    parser.add_argument("--turns", type=int, help="per run and engine (default: 12)")
-    parser.add_argument("--prompts", type=int, default=3, help="in a turn")
-    parser.add_argument("--json", type=Path, help="write the results here too")
-    arguments = parser.parse_args()
-    arguments.runs = arguments.runs or (3 if arguments.quick else 7)
-    arguments.turns = arguments.turns or (5 if arguments.quick else 12)
+    options = parser(__doc__, runs=7)
+    options.add_argument("--python", type=Path, help="has vLLM and our packages (default: prepare)")
+    options.add_argument("--model", type=Path, help="directory (default: SmolLM2-135M-Instruct)")
+    options.add_argument("--connector", choices=TRANSFER, default="lmcache")
+    options.add_argument(
+        "--variants",
+        nargs="+",
+        choices=("kernels", "reference"),
+        default=["kernels", "reference"],
+        help="what copies for the connector lmcache: an engine each",
+    )
+    options.add_argument("--turns", type=int, help="per run and engine (default: 12, quick 5)")
+    options.add_argument("--prompts", type=int, default=3, help="in a turn")
+    arguments = parse(options)
     if arguments.runs < 2:
-        parser.error("--runs: a spread needs at least 2")
+        options.error("--runs: a spread needs at least 2")
+    arguments.turns = arguments.turns or (5 if arguments.quick else 12)
+    if arguments.connector != "lmcache":
+        arguments.variants = [arguments.connector]
     sys.path.insert(0, str(REPOSITORY / "tools"))
     if arguments.python is None:
         from engine_env import overlay, shared_environment
@@ -319,42 +312,34 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure, print the table and the JSON list."""
+    """Measure, print the table, write the JSON list."""
     # The default action would leave the engines and their folder behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    arguments = parse()
-    runs: list[Run] = []
+    arguments = arguments_given()
+    report = Report(arguments, "base")
+    runs: list[Round] = []
     began = time.monotonic()
     for number in range(arguments.runs):
         with (
             tempfile.TemporaryDirectory(prefix="ttft-vllm-") as work,
-            pair(arguments, Path(work)) as engines,
+            started(arguments, Path(work)) as engines,
         ):
-            run = measure(
-                engines,
-                arguments.turns,
-                arguments.prompts,
-                seed=number,
-                hits=arguments.connector != "none",
-            )
+            hits = arguments.connector != "none"
+            run = measure(engines, arguments.turns, arguments.prompts, seed=number, hits=hits)
         runs.append(run)
-        saved = "" if run.saved is None else f", hit/miss {run.saved:.4f}"
+        shown = "; ".join(
+            f"{line.name}: {line.ratio:.4f}" for line in results([run], arguments.variants)
+        )
         busy = "" if run.others_cpus <= QUIET_CPUS else f", others used {run.others_cpus:.2f} CPUs"
         print(
-            f"run {number + 1}/{arguments.runs}, {time.monotonic() - began:.0f} s: "
-            f"with/without {run.overhead:.4f}{saved}{busy}",
+            f"run {number + 1}/{arguments.runs}, {time.monotonic() - began:.0f} s: {shown}{busy}",
             file=sys.stderr,
             flush=True,
         )
     if any(run.others_cpus > QUIET_CPUS for run in runs):
         print("this machine was busy: don't trust the last digits", file=sys.stderr)
-    lines = results(runs)
-    print(table(lines))
-    text = json.dumps(lines, indent=2)
-    print(text)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(text + "\n")
+    report.add(*results(runs, arguments.variants))
+    report.write()
     return 0
 
 
