@@ -184,22 +184,25 @@ def read_json(path: Path) -> list[Result]:
         raise ValueError(f"{path} isn't a list of results: {error}") from error
 
 
-def parser(doc: str | None, *, runs: int = RUNS) -> argparse.ArgumentParser:
+def parser(
+    doc: str | None, *, runs: int = RUNS, quick_runs: int = QUICK_RUNS
+) -> argparse.ArgumentParser:
     """The options that all programs have; ``doc`` is the program's docstring."""
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--quick", action="store_true", help="fewer runs, wider spread")
-    made.add_argument("--runs", type=int, help=f"default: {runs}, with --quick {QUICK_RUNS}")
+    made.add_argument("--runs", type=int, help=f"default: {runs}, with --quick {quick_runs}")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
-    made.set_defaults(default_runs=runs)
+    made.set_defaults(default_runs=(runs, quick_runs))
     return made
 
 
 def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line, with ``runs`` filled in."""
     arguments = options.parse_args()
-    arguments.runs = arguments.runs or (QUICK_RUNS if arguments.quick else arguments.default_runs)
+    if arguments.runs is None:
+        arguments.runs = arguments.default_runs[arguments.quick]
     if arguments.runs < 1:
         options.error(f"--runs {arguments.runs}: at least 1")
     return arguments

@@ -53,7 +53,7 @@ PROGRAMS = [
     Program("disk"),
     Program("stress", ("--seconds", "60")),
     Program("stress", ("--seconds", "15", "--tier", "filesystem"), "stress_tier"),
-    Program("ttft_vllm", ("--quick",)),
+    Program("ttft_vllm", ("--quick", "--turns", "9")),
 ]
 
 
