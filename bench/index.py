@@ -24,8 +24,10 @@ from pathlib import Path
 import numpy as np
 from measuring import Report, Result, Run, duration, parse, parser, take_turns
 
+from lmcache_core.chunk_index import NONE, ChunkState
 from lmcache_core.hashing import PrefixHasher
-from lmcache_kernels.index import ChunkIndex, prefix_digests
+from lmcache_core.keys import ChunkKey
+from lmcache_kernels.index import LRU, ChunkIndex
 
 CHUNK_TOKENS, LONG, MIDDLE, TURN = 256, 100_000, 32_768, 512
 ROOT = b"benchmark"
@@ -50,15 +52,24 @@ def measure(
     return [duration(f"{name}/p50", middles), duration(f"{name}/p99", tails)]
 
 
-def filled(chunks: int, own: list[bytes]) -> ChunkIndex:
-    """A full index that has ``own`` among its keys."""
-    index, draw = ChunkIndex(chunks), random.Random(0)
+def filled(chunks: int, own: list[ChunkKey]) -> tuple[ChunkIndex, LRU]:
+    """A full index that has ``own``, one prompt's, among its keys, and the order of its slots.
+
+    The others are prompts of as many chunks.
+    """
+    index, order, draw = ChunkIndex(chunks), LRU(), random.Random(0)
     every = max(1, chunks // (len(own) + 1))
-    waiting = list(own)
+    waiting = own[::-1]
+    before = mine_before = NONE
     for slot in range(chunks):
-        mine = waiting and slot % every == 0
-        index.insert(waiting.pop() if mine else draw.randbytes(16), slot)
-    return index
+        if waiting and slot % every == 0:
+            index.insert(waiting.pop(), slot, mine_before, ChunkState.READY)
+            mine_before = slot
+        else:
+            index.insert(draw.randbytes(16), slot, before, ChunkState.READY)
+            before = slot if slot % len(own) else NONE
+        order.added(slot)
+    return index, order
 
 
 def main() -> None:
@@ -72,10 +83,10 @@ def main() -> None:
     packed = array("I", tokens).tobytes()
     digests = PrefixHasher(ROOT, CHUNK_TOKENS).extend(tokens)
     before = resident_bytes()
-    index = filled(chunks, digests)
+    index, order = filled(chunks, digests)
     grown = resident_bytes() - before
     report = Report(arguments, "BLAKE2b")
-    per_chunk = index.nbytes / len(index)
+    per_chunk = (index.nbytes + order.nbytes) / len(index)
     ratio = round(BUDGET_BYTES / per_chunk, 3)
     report.add(Result("memory per chunk", round(per_chunk, 1), "bytes", BUDGET_BYTES, ratio, 1, 0))
     print(f"{len(index):,} chunks; the process grew by {grown / len(index):.1f} bytes for each")
@@ -85,16 +96,17 @@ def main() -> None:
         return lambda: hashlib.blake2b(part, digest_size=16).digest()
 
     hits = len(digests)
-    assert index.match(ROOT, tokens, CHUNK_TOKENS)[1] == hits
-    assert index.ready_prefix(prefix_digests(ROOT, packed, CHUNK_TOKENS)) == hits
+    assert len(index.match(ROOT, tokens, CHUNK_TOKENS)[1]) == hits
+    assert index.digests(ROOT, packed, CHUNK_TOKENS) == b"".join(digests)
+    assert len(index.ready_slots(digests)) == hits
     other = [token ^ 1 for token in tokens[:MIDDLE]]
-    assert index.match(ROOT, other, CHUNK_TOKENS)[1] == 0
+    assert not index.match(ROOT, other, CHUNK_TOKENS)[1]
     middle = digests[MIDDLE // CHUNK_TOKENS - 1]
     grown_tokens = tokens[MIDDLE : MIDDLE + TURN]
     cases: list[tuple[str, Callable[[], object], int]] = [
         ("100k hit, list", lambda: index.match(ROOT, tokens, CHUNK_TOKENS), LONG),
         ("100k hit, packed", lambda: index.match(ROOT, packed, CHUNK_TOKENS), LONG),
-        ("100k lookup only", lambda: index.ready_prefix(digests), LONG),
+        ("100k lookup only", lambda: index.ready_slots(digests), LONG),
         ("32k hit, list", lambda: index.match(ROOT, tokens[:MIDDLE], CHUNK_TOKENS), MIDDLE),
         ("32k miss, list", lambda: index.match(ROOT, other, CHUNK_TOKENS), MIDDLE),
         (
