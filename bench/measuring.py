@@ -210,9 +210,15 @@ def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
 
 def machine() -> str:
     """What figures depend on, in one line."""
-    facts = [_processor(), f"{cpus()} CPUs", f"SIMD {simd()}", platform.platform(terse=True)]
     return ", ".join(
-        [*facts, f"Python {platform.python_version()}", f"load {os.getloadavg()[0]:.1f}"]
+        [
+            _processor(),
+            f"{cpus()} CPUs",
+            f"SIMD {simd()}",
+            f"{platform.system()} {platform.release().split('-')[0]}",
+            f"Python {platform.python_version()}",
+            f"load {os.getloadavg()[0]:.1f}",
+        ]
     )
 
 
