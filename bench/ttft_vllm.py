@@ -15,7 +15,7 @@ and take turns. While one answers a few prompts, one after the other, the others
 they never compete. Each round of turns begins with another engine. A turn ends when its process is
 idle: what an engine still stores in the background may slow its own next prompt, which is part of
 its price, and never another one's turn. Each turn also measures how much CPU others used meanwhile;
-a run goes on until it has enough rounds in quiet, or has tried three times as many, and then keeps
+a run goes on until it has enough rounds in quiet, or has tried twice as many, and then keeps
 the quietest. Rounds are chosen by others' load, never by their result. The ratio of a run is that
 of the medians of its prompts, and each run has fresh processes, because where memory happens to lie
 makes two equal processes differ. With a single set of processes (``--runs 1``, ``--quick``) rounds
@@ -56,7 +56,7 @@ WARM_UP_PROMPTS = 3
 # CPUs that others may use on average during a round of turns that counts as quiet. Kernel threads
 # and the measuring process alone come to about 0.02.
 QUIET_CPUS = 0.05
-ATTEMPTS = 3
+ATTEMPTS = 2
 
 TRANSFER: dict[str, Callable[[str], dict[str, Any] | None]] = {
     "lmcache": lambda _: {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"},
