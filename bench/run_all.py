@@ -96,7 +96,7 @@ def run_all(programs: Sequence[Program], latest: Path) -> int:
         # What failed has no figures, not those of last week.
         kept[program.title] = results or []
         write_json(latest, [one for some in kept.values() for one in some])
-    (latest.parent / MACHINE.name).write_text(f"{time.strftime('%Y-%m-%d')}, {machine()}\n")
+        (latest.parent / MACHINE.name).write_text(f"{time.strftime('%Y-%m-%d')}, {machine()}\n")
     print(f"\n{latest}: {time.monotonic() - began:.0f} s in all")
     if failed:
         print(f"failed: {', '.join(failed)}")
