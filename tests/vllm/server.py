@@ -328,6 +328,8 @@ def _cores() -> str:
     By itself vLLM leaves one more core free when there is a KV connector. Another number of threads
     adds floating-point numbers up in another order, and greedy texts drift apart.
     """
+    if chosen := os.environ.get("VLLM_CPU_OMP_THREADS_BIND"):
+        return chosen
     if sys.platform != "linux":
         return "auto"
     cores = sorted(os.sched_getaffinity(0))

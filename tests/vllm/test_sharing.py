@@ -1,0 +1,224 @@
+"""Two real vLLM servers and one store: what the first computes, the second finds.
+
+With the deployment guide's configuration files, unchanged: stores listen on the guide's ports.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from server import VllmServer
+from servers import Replicated, Server, cluster, running, until
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
+
+ENGINE = Path(sys.executable)
+ROOT = Path(__file__).parents[2]
+CHECK = ROOT / "deploy" / "compose" / "check.py"
+CHUNK = 256
+PROMPTS, FRESH = 20, 4
+ARGUMENTS = [
+    "--enforce-eager",
+    *("--max-model-len", "2048", "--block-size", "32", "--dtype", "float32"),
+    "--no-enable-prefix-caching",
+    *(
+        "--kv-transfer-config",
+        '{"kv_connector":"LMCacheConnectorV1", "kv_role":"kv_both"}',
+    ),
+]
+LM_SERVER = 'chunk_size: 256\nremote_url: "lm://localhost:65432"\nremote_serde: "naive"\n'
+REDIS = 'chunk_size: 256\nremote_url: "redis://localhost:6379"\nremote_serde: "naive"\n'
+SENTINEL = """chunk_size: 256
+# 连接到 Sentinel 集群
+remote_url: "redis-sentinel://localhost:26379,localhost:26380,localhost:26381"
+remote_serde: "naive"
+"""
+
+Pair = tuple[VllmServer, VllmServer]
+
+
+def prompt(seed: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(10, 500) for _ in range(3 * CHUNK + 17)]
+
+
+@pytest.fixture(scope="module")
+def uncached(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[int]]:
+    """Greedy tokens of a server without a connector, by prompt seed."""
+    log = tmp_path_factory.mktemp("plain") / "vllm.log"
+    with VllmServer(ENGINE, tiny, log, ARGUMENTS[:-2]) as server:
+        return {seed: server.complete(prompt(seed)).token_ids for seed in range(PROMPTS)}
+
+
+@contextmanager
+def two_servers(model: Path, folder: Path, config: str, **environ: str) -> Iterator[Pair]:
+    """Started side by side, with one configuration file."""
+    file = folder / "lmcache.yaml"
+    file.write_text(config)
+    variables = {
+        "LMCACHE_CONFIG_FILE": str(file),
+        "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.2",
+        **environ,
+    }
+    pair = tuple(
+        VllmServer(ENGINE, model, folder / f"vllm{i}.log", ARGUMENTS, variables) for i in range(2)
+    )
+    with ExitStack() as stack, ThreadPoolExecutor(2) as threads:
+        for server in pair:
+            stack.callback(server.stop)
+        list(threads.map(VllmServer.start, pair))
+        yield pair[0], pair[1]
+
+
+def settled(stored: Callable[[], int]) -> None:
+    """Wait until nothing more comes into a store, ten seconds at the most."""
+    deadline = time.monotonic() + 10
+    before, since = -1, time.monotonic()
+    while time.monotonic() < deadline and time.monotonic() - since < 0.7:
+        if (now := stored()) != before:
+            before, since = now, time.monotonic()
+        time.sleep(0.05)
+
+
+def shared(
+    pair: Pair, seed: int, uncached: dict[int, list[int]], stored: Callable[[], int]
+) -> bool:
+    """Whether the second server finds what the first computes. Its tokens are right in any case."""
+    first = pair[0].complete(prompt(seed))
+    assert first.token_ids == uncached[seed]
+    assert first.cached_tokens == 0
+    settled(stored)
+    second = pair[1].complete(prompt(seed))
+    assert second.token_ids == uncached[seed]
+    return second.cached_tokens == 3 * CHUNK
+
+
+def until_shared(
+    pair: Pair, seeds: range, uncached: dict[int, list[int]], stored: Callable[[], int]
+) -> None:
+    """After a failure: ask new prompts until one is shared."""
+    for seed in seeds:
+        if shared(pair, seed, uncached, stored):
+            return
+        time.sleep(1)
+    pytest.fail("sharing didn't come back")
+
+
+# -- our own server --------------------------------------------------------------------------------
+
+
+@contextmanager
+def lmcache_server(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The guide's command."""
+    program = ENGINE.parent / "lmcache_server"
+    with (folder / "server.log").open("ab") as log:
+        process = subprocess.Popen(
+            [str(program), "localhost", "65432", "cpu"], stdout=log, stderr=log
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_lmcache_server(tiny: Path, tmp_path: Path, uncached: dict[int, list[int]]) -> None:
+    """Shares; killed and restarted empty, serving goes on, and then sharing too."""
+
+    def stored() -> int:
+        return int(pair[0].metric("vllm:lmcache_tier_store_chunks_total"))
+
+    with two_servers(tiny, tmp_path, LM_SERVER) as pair:
+        with lmcache_server(tmp_path) as process:
+            until_shared(
+                pair, range(FRESH, 10), uncached, stored
+            )  # it starts at the same time as the first request
+            checked = subprocess.run(
+                [sys.executable, str(CHECK), pair[0].url, pair[1].url, "--words", "60"],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+            assert checked.returncode == 0, checked.stdout
+            process.kill()
+        for seed in (0, 1):
+            for server in pair:
+                assert server.complete(prompt(seed)).token_ids == uncached[seed]
+        with lmcache_server(tmp_path):
+            until_shared((pair[1], pair[0]), range(10, PROMPTS), uncached, stored)
+
+
+# -- Redis -----------------------------------------------------------------------------------------
+
+
+def keys_of(*servers: Server) -> int:
+    total = 0
+    for server in servers:
+        with server.client() as client:
+            total += int(client.dbsize())
+    return total
+
+
+def test_redis(tiny: Path, tmp_path: Path, uncached: dict[int, list[int]]) -> None:
+    server = Server(tmp_path / "redis", port=6379)
+    with running(server), two_servers(tiny, tmp_path, REDIS) as pair:
+        assert shared(pair, 0, uncached, lambda: keys_of(server))
+
+
+def test_redis_cluster(tiny: Path, tmp_path: Path, uncached: dict[int, list[int]]) -> None:
+    with cluster(tmp_path / "cluster") as nodes:
+        config = f'chunk_size: 256\nremote_url: "redis-cluster://127.0.0.1:{nodes[0].port}"\n'
+        with two_servers(tiny, tmp_path, config) as pair:
+            assert shared(pair, 0, uncached, lambda: keys_of(*nodes))
+
+
+@contextmanager
+def guides_sentinels(folder: Path) -> Iterator[Replicated]:
+    """Section 4.2.3: a primary, a replica and three Sentinels on the guide's ports."""
+    primary = Server(folder / "primary", port=6379)
+    replica = Server(folder / "replica", port=6380, arguments=["--replicaof", "127.0.0.1 6379"])
+    text = (
+        "sentinel monitor mymaster 127.0.0.1 6379 1\n"
+        "sentinel down-after-milliseconds mymaster 1000\n"
+        "sentinel failover-timeout mymaster 10000\n"
+        "sentinel parallel-syncs mymaster 1\n"
+    )
+    sentinels = [
+        Server(folder / f"s{port}", port=port, sentinel=text) for port in range(26379, 26382)
+    ]
+    with running(primary, replica):
+        with replica.client() as client:
+            until(lambda: client.info("replication")["master_link_status"] == "up", "the replica")
+        with running(*sentinels):
+            topology = Replicated(primary, replica, sentinels)
+            until(lambda: topology.primary_port() == 6379, "the Sentinels")
+            time.sleep(2)  # they find each other and the replica by messages every two seconds
+            yield topology
+
+
+def test_redis_sentinel(tiny: Path, tmp_path: Path, uncached: dict[int, list[int]]) -> None:
+    """The primary is killed between requests and during them: misses for a moment, nothing else."""
+    with (
+        guides_sentinels(tmp_path) as topology,
+        two_servers(tiny, tmp_path, SENTINEL) as pair,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        assert shared(pair, 0, uncached, lambda: keys_of(topology.primary))
+
+        def ask(server: VllmServer) -> list[list[int]]:
+            return [server.complete(prompt(seed)).token_ids for seed in range(1, FRESH)]
+
+        answers = [threads.submit(ask, server) for server in pair]
+        topology.primary.kill()
+        for answer in answers:
+            assert answer.result() == [uncached[seed] for seed in range(1, FRESH)]
+        until(lambda: topology.primary_port() == 6380, "the failover")
+        until_shared(pair, range(FRESH, PROMPTS), uncached, lambda: keys_of(topology.replica))
