@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 BUILTIN_PLUGINS = tuple(
     f"lmcache_core.builtin.{name}"
-    for name in ("memory", "filesystem", "raw", "policies", "host", "reference_kernels")
+    for name in ("memory", "filesystem", "lm", "raw", "policies", "host", "reference_kernels")
 )
 DISABLE_VARIABLE = "LMCACHE_DISABLE_PLUGINS"
 TRACE_VARIABLE = "LMCACHE_TRACE_PLUGINS"

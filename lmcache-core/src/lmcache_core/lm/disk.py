@@ -1,0 +1,234 @@
+"""The server's disk tier: values that were stored go to files too, and come back from there.
+
+Writing is behind: a store is acknowledged from memory, and where the disk can't keep up, the newest
+values aren't written. Knows the ``filesystem`` backend and its loop. Knows nothing
+about connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
+from lmcache_core.errors import BackendError
+from lmcache_core.guard import LOG_EVERY_S
+from lmcache_core.io_loop import IOLoop
+from lmcache_core.keys import CacheNamespace, ChunkKey
+from lmcache_core.layout import DType, KVLayout, full_attention
+from lmcache_core.lm.arena import Arena
+from lmcache_core.lm.values import Value, Values
+from lmcache_core.metrics import Counters
+from lmcache_core.storage import MISS, BackendContext, StoreOutcome
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+WAITING_BYTES = 1 << 30
+"""Values that wait to be written stay leased, so at most this, or a quarter of the memory, may."""
+
+
+class ForeignNamespace(CacheNamespace):
+    """A namespace of which only the fingerprint is known: what it stands for stays with clients."""
+
+    def __init__(self, fingerprint: str) -> None:
+        layout = KVLayout(1, (full_attention(layers=1, heads=1, head_size=1, dtype=DType.BF16),))
+        super().__init__(model="", layout=layout)
+        self.__dict__["fingerprint"] = fingerprint
+
+
+class Disk:
+    """Files below one folder. Every method may be called from any event loop."""
+
+    def __init__(
+        self,
+        path: Path,
+        max_size_gib: float | None,
+        *,
+        values: Values,
+        arena: Arena,
+        counters: Counters,
+    ) -> None:
+        self._config = FilesystemConfig(path=path, max_size_gib=max_size_gib)
+        self._values = values
+        self._arena = arena
+        self._counters = counters
+        self._spaces: dict[str, asyncio.Task[FilesystemBackend]] = {}
+        self._loop = IOLoop("server-disk")
+        self._lock = threading.Lock()
+        self._waiting_bytes = 0
+        self._most_waiting = min(WAITING_BYTES, arena.capacity // 4)
+        self._writes: set[Any] = set()
+        self._logged_at = -LOG_EVERY_S
+
+    def check(self) -> None:
+        """Make sure that the folder can be used.
+
+        Raises:
+            BackendError: it can't.
+        """
+        self._loop.run(self._open("0" * 16), 60.0)
+
+    # -- from sessions ---------------------------------------------------------------------
+
+    async def contains(self, space: str, keys: Sequence[ChunkKey]) -> list[bool]:
+        """Which of ``keys`` have a file."""
+
+        async def ask() -> list[bool]:
+            return await (await self._open(space)).contains(keys)
+
+        return await self._run("contains", ask(), [False] * len(keys))
+
+    async def fetch(
+        self, space: str, keys: Sequence[ChunkKey], capacities: Sequence[int]
+    ) -> list[Value | None]:
+        """Bring values from files into memory, leased as by `Values.acquire`."""
+        reserved: list[Value | None] = []
+        for key, capacity in zip(keys, capacities, strict=True):
+            longest = min(capacity, self._arena.capacity)
+            value = self._values.reserve(space, key, longest, one_piece=True)
+            reserved.append(value if isinstance(value, Value) else None)
+        mine = [value for value in reserved if value is not None]
+
+        async def read() -> list[int]:
+            backend = await self._open(space)
+            into = [self._arena.views(value.parts, value.nbytes)[0] for value in mine]
+            return await backend.load([value.key for value in mine], into)
+
+        done = False
+        try:
+            # Shielded: were it cancelled, files would still be read into memory that is reused.
+            reading = asyncio.ensure_future(self._run("load", read(), [MISS] * len(mine)))
+            try:
+                sizes = await asyncio.shield(reading)
+            except asyncio.CancelledError:
+                await _patiently(reading)
+                raise
+            done = True
+        finally:
+            if not done:
+                self._values.release(mine)
+        for value, size in zip(mine, sizes, strict=True):
+            self._counters.add("server_disk_loads", result="miss" if size == MISS else "hit")
+            if size == MISS:
+                self._values.release([value])
+                reserved[reserved.index(value)] = None
+            else:
+                self._values.shrink(value, size)
+                self._values.commit(value, keep_lease=True)
+        return reserved
+
+    def write_behind(self, space: str, keys: Sequence[ChunkKey]) -> None:
+        """Write values that were just stored to files, if the disk can keep up."""
+        with self._lock:
+            room = self._most_waiting - self._waiting_bytes
+        values = self._values.acquire(space, keys, [room] * len(keys))
+        for value in values:
+            if value is None:
+                continue
+            with self._lock:
+                fits = self._waiting_bytes + value.nbytes <= self._most_waiting
+                self._waiting_bytes += value.nbytes if fits else 0
+            if not fits:
+                self._values.release([value])
+                self._counters.add("server_disk_dropped", reason="queue")
+                continue
+            try:
+                future = self._loop.submit(self._write(value))
+            except RuntimeError:  # stopping
+                self._wrote(value)
+                continue
+            self._writes.add(future)
+            future.add_done_callback(self._writes.discard)
+
+    async def delete(self, space: str, keys: Sequence[ChunkKey]) -> int:
+        """Forget files; answer how many."""
+
+        async def forget() -> int:
+            return await (await self._open(space)).delete(keys)
+
+        return await self._run("delete", forget(), 0)
+
+    async def clear(self, space: str) -> int:
+        """Forget a namespace's files; answer how many."""
+
+        async def forget() -> int:
+            return await (await self._open(space)).clear()
+
+        return await self._run("clear", forget(), 0)
+
+    def close(self, patience_s: float) -> None:
+        """Write what waits, for ``patience_s`` at most. Not on an event loop."""
+        until = time.monotonic() + patience_s
+        while self._writes and time.monotonic() < until:
+            time.sleep(0.02)
+        self._loop.close()
+
+    # -- on the disk's own loop ------------------------------------------------------------
+
+    async def _open(self, space: str) -> FilesystemBackend:
+        task = self._spaces.get(space)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = self._spaces[space] = asyncio.ensure_future(self._opened(space))
+        return await asyncio.shield(task)
+
+    async def _opened(self, space: str) -> FilesystemBackend:
+        backend = FilesystemBackend(self._config)
+        await backend.open(BackendContext("lmcache_server", ForeignNamespace(space)))
+        return backend
+
+    async def _write(self, value: Value) -> None:
+        try:
+            if not value.linked:  # forgotten meanwhile
+                return
+            backend = await self._open(value.space)
+            views = self._arena.views(value.parts, value.nbytes)
+            source = views[0] if len(views) == 1 else memoryview(b"".join(views))
+            (outcome,) = await backend.store([value.key], [source])
+            if outcome is StoreOutcome.NOT_ADMITTED:
+                self._counters.add("server_disk_dropped", reason="full")
+                self._log("the disk is full: %s takes no more values", self._config.path)
+            else:
+                self._counters.add("server_disk_stores")
+        except BackendError as error:
+            self._failed("store", error)
+        finally:
+            self._wrote(value)
+
+    def _wrote(self, value: Value) -> None:
+        with self._lock:
+            self._waiting_bytes -= value.nbytes
+        self._values.release([value])
+
+    # -- failing ---------------------------------------------------------------------------
+
+    async def _run(self, operation: str, work: Coroutine[Any, Any, _T], otherwise: _T) -> _T:
+        try:
+            return await asyncio.wrap_future(self._loop.submit(work))
+        except (BackendError, RuntimeError) as error:
+            self._failed(operation, error)
+            return otherwise
+
+    def _failed(self, operation: str, error: Exception) -> None:
+        self._counters.add("server_disk_errors", operation=operation)
+        self._log("disk: %s failed: %s", operation, error)
+
+    def _log(self, text: str, *arguments: object) -> None:
+        now = time.monotonic()
+        if now - self._logged_at >= LOG_EVERY_S:
+            self._logged_at = now
+            logger.warning(text, *arguments)
+
+
+async def _patiently(task: asyncio.Future[Any]) -> None:
+    """Wait for ``task``, whatever happens meanwhile."""
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            continue

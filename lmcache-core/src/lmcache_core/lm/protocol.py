@@ -1,0 +1,476 @@
+"""The ``lm://`` wire format, version 1. Knows bytes and their bounds; does no I/O.
+
+A connection carries messages in both directions. Each is a header, ``meta`` and ``payload``:
+
+    offset  bytes  field
+    0       2      magic     b"LM"
+    2       1      op        see `Op`; an answer repeats its request's
+    3       1      status    0 in requests; see `Status`
+    4       4      count     keys that the message is about
+    8       8      request   number chosen by the client; an answer repeats its request's
+    16      4      meta      bytes that follow the header
+    20      4      zero
+    24      8      payload   bytes that follow meta: values, one after the other
+    32
+
+All integers are little-endian. A client may send any number of requests without waiting. Answers
+may come in any order; a server of this version sends them in the order of the requests. An answer
+with another status than OK has a sentence in UTF-8 as its meta and no payload.
+
+    op        meta of the request            payload   meta of the answer            payload
+    HELLO     see below                      -         see below                     -
+    CONTAINS  names                          -         count x u8, 1: there          -
+    COUNT     names                          -         u64 leading hits              -
+    LOAD      names, count x u64 capacities  -         count x u64 sizes, MISSING    values there
+    STORE     names, count x u64 sizes       values    usage, count x u8 outcome     -
+    DELETE    names                          -         usage, u64 forgotten          -
+    CLEAR     -                              -         usage, u64 forgotten          -
+    USAGE     -                              -         usage                         -
+    SHARE     u64 bytes, u32 piece (+ fd)    -         u64 bytes, u64 offset (+ fd)  -
+    BORROW    as LOAD                        -         u64 epoch, sizes, extents     -
+    RETURN    u64 number of a BORROW         -         there is none                 -
+    STAGE     as STORE                       pieces    as STORE                      -
+    ACK       never                          -         u32 slot; see STAGE           -
+
+    names     count x u8 lengths, then the keys one after the other
+    usage     u64 values, u64 bytes of the namespace
+    extents   for each value that is there: u32 n, n x (u64 offset, u64 bytes)
+    outcome   0 stored, 1 already present, 2 not admitted
+
+HELLO comes first and once, and decides the namespace of everything that follows on this
+connection. Its first two bytes are the version in every version to come:
+
+    request   u16 version, u16 zero, 16 bytes fingerprint, u16 n, n bytes token, b"\\r\\n\\r\\n"
+    answer    u16 version, u16 flags, 16 bytes instance, u64 longest value, usage, u16 n, n bytes
+
+The request ends like a line so that servers of text protocols answer it with their own error
+instead of waiting for more. ``instance`` is made anew when a server starts. Flag 1: SHARE is
+understood here. The last field is the path of a Unix socket where the same server answers; empty:
+there is none.
+
+**Shared memory**, on Unix sockets only. SHARE carries a file descriptor each way (SCM_RIGHTS): the
+client's staging memory, cut into slots of ``piece`` bytes, and the server's arena, which the client
+can map for reading only. BORROW answers where values lie in the arena. They stay there until the
+client sends RETURN, or the server has lost patience with it and has changed the u64 at ``offset`` of
+the arena. So a client compares that number with ``epoch`` after it copied; if they differ, it read
+nothing. STAGE is a STORE whose values come through the staging memory: its payload is one u32 for
+each piece, the slot that holds it, a value's last piece being shorter. ACK, with the number of the
+STAGE, says that a slot may be used again.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from enum import IntEnum
+from itertools import accumulate
+from typing import NamedTuple
+
+from lmcache_core.keys import ChunkKey
+
+VERSION = 1
+MAGIC = b"LM"
+HEADER_BYTES = 32
+MISSING = (1 << 64) - 1
+"""The size, in an answer, of a value that isn't there or doesn't fit."""
+
+MAX_KEYS = 16384
+MAX_KEY_BYTES = 64
+MAX_VALUE_BYTES = 1 << 40
+MAX_TOKEN_BYTES = 1024
+MAX_PATH_BYTES = 256
+MAX_MESSAGE_BYTES = 1024
+MAX_EXTENTS = 64
+"""In so many parts a value may lie in the arena."""
+MAX_META_BYTES = MAX_KEYS * (1 + MAX_KEY_BYTES + 8)
+MAX_HELLO_BYTES = 2048
+
+SHARES_MEMORY = 1
+_HEADER = struct.Struct("<2sBBIQIIQ")
+_HELLO = struct.Struct("<HH16sH")
+_WELCOME = struct.Struct("<HH16sQQQH")
+_VERSION = struct.Struct("<H")
+_USAGE = struct.Struct("<QQ")
+_EXTENT = struct.Struct("<QQ")
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+_LINE = b"\r\n\r\n"
+
+Extent = tuple[int, int]
+"""Offset and length of a part of the arena, in bytes."""
+
+
+class Op(IntEnum):
+    """What a message is about."""
+
+    HELLO = 1
+    CONTAINS = 2
+    COUNT = 3
+    LOAD = 4
+    STORE = 5
+    DELETE = 6
+    CLEAR = 7
+    USAGE = 8
+    SHARE = 9
+    BORROW = 10
+    RETURN = 11
+    STAGE = 12
+    ACK = 13
+
+
+class Status(IntEnum):
+    """Why a request wasn't done. After anything but OK, the server closes the connection."""
+
+    OK = 0
+    MALFORMED = 1
+    VERSION = 2
+    DENIED = 3
+    UNSUPPORTED = 4
+    BUSY = 5
+
+
+class ProtocolError(Exception):
+    """Bytes that aren't a message of this protocol. ``status`` is what to tell their sender."""
+
+    def __init__(self, message: str, status: Status = Status.MALFORMED) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Header(NamedTuple):
+    """A message's fixed part."""
+
+    op: Op
+    status: Status
+    count: int
+    request: int
+    meta: int
+    payload: int
+
+
+class Hello(NamedTuple):
+    """What a client says first."""
+
+    version: int
+    fingerprint: str
+    token: bytes
+
+
+class Welcome(NamedTuple):
+    """What a server answers to it."""
+
+    instance: bytes
+    shares_memory: bool
+    max_value_bytes: int
+    usage: tuple[int, int]
+    unix_path: str
+
+
+# -- headers -----------------------------------------------------------------------------------
+
+
+def header(
+    op: Op,
+    request: int,
+    *,
+    count: int = 0,
+    meta: int = 0,
+    payload: int = 0,
+    status: Status = Status.OK,
+) -> bytes:
+    """The 32 bytes that a message begins with."""
+    return _HEADER.pack(MAGIC, op, status, count, request, meta, 0, payload)
+
+
+def parse_header(data: bytes | bytearray | memoryview) -> Header:
+    """Check what can be checked without knowing the request.
+
+    Raises:
+        ProtocolError: it isn't a header, or it announces more than the format allows.
+    """
+    magic, op, status, count, request, meta, zero, payload = _HEADER.unpack(data)
+    if magic != MAGIC:
+        raise ProtocolError(f"not an lm:// message: it starts with {bytes(data[:16])!r}")
+    try:
+        known = Op(op), Status(status)
+    except ValueError:
+        raise ProtocolError(
+            f"operation {op} with status {status} isn't known", Status.UNSUPPORTED
+        ) from None
+    if zero:
+        raise ProtocolError("the header's reserved bytes aren't zero")
+    if count > MAX_KEYS:
+        raise ProtocolError(f"{count} keys in a message; at most {MAX_KEYS} are allowed")
+    if meta > MAX_META_BYTES * 2:
+        raise ProtocolError(f"{meta} bytes of meta are announced; that is too many")
+    if payload > MAX_VALUE_BYTES:
+        raise ProtocolError(f"{payload} bytes of values are announced; that is too many")
+    return Header(*known, count, request, meta, payload)
+
+
+# -- names and numbers -------------------------------------------------------------------------
+
+
+def names(keys: Sequence[ChunkKey]) -> bytes:
+    """``keys`` as they travel.
+
+    Raises:
+        ProtocolError: there are too many, or one is too long.
+    """
+    if len(keys) > MAX_KEYS:
+        raise ProtocolError(f"{len(keys)} keys in a request; at most {MAX_KEYS} are allowed")
+    lengths = list(map(len, keys))
+    if keys and not 0 < min(lengths) <= max(lengths) <= MAX_KEY_BYTES:
+        raise ProtocolError(f"a key has from 1 to {MAX_KEY_BYTES} bytes")
+    return bytes(lengths) + b"".join(keys)
+
+
+def parse_names(meta: memoryview, count: int) -> tuple[list[ChunkKey], memoryview]:
+    """The keys, and what follows them.
+
+    Raises:
+        ProtocolError: they don't fit into ``meta``, or one is empty, too long, or there twice.
+    """
+    lengths = bytes(meta[:count])
+    if len(lengths) < count:
+        raise ProtocolError(f"{count} keys don't fit into {len(meta)} bytes")
+    if count and not 0 < min(lengths) <= max(lengths) <= MAX_KEY_BYTES:
+        raise ProtocolError(f"a key has from 1 to {MAX_KEY_BYTES} bytes")
+    ends = list(accumulate(lengths, initial=count))
+    if ends[-1] > len(meta):
+        raise ProtocolError(f"keys of {ends[-1]} bytes don't fit into {len(meta)} bytes")
+    packed = bytes(meta[: ends[-1]])
+    keys = [ChunkKey(packed[i:j]) for i, j in zip(ends, ends[1:], strict=False)]
+    if len(set(keys)) < count:
+        raise ProtocolError("a key is there twice in one request")
+    return keys, meta[ends[-1] :]
+
+
+def numbers(values: Sequence[int]) -> bytes:
+    """``values`` as u64."""
+    return struct.pack(f"<{len(values)}Q", *values)
+
+
+def parse_numbers(data: memoryview, count: int) -> tuple[int, ...]:
+    """Exactly ``count`` u64.
+
+    Raises:
+        ProtocolError: ``data`` is longer or shorter.
+    """
+    if len(data) != 8 * count:
+        raise ProtocolError(f"{len(data)} bytes aren't {count} numbers")
+    return struct.unpack(f"<{count}Q", data)
+
+
+def number(value: int) -> bytes:
+    """``value`` as u64."""
+    return _U64.pack(value)
+
+
+def parse_number(data: memoryview) -> int:
+    """Exactly one u64.
+
+    Raises:
+        ProtocolError: ``data`` is longer or shorter.
+    """
+    return parse_numbers(data, 1)[0]
+
+
+def slot(index: int) -> bytes:
+    """A staging slot's number."""
+    return _U32.pack(index)
+
+
+def parse_slot(data: memoryview, slots: int) -> int:
+    """A staging slot's number, below ``slots``.
+
+    Raises:
+        ProtocolError: it isn't one.
+    """
+    if len(data) != _U32.size or _U32.unpack(data)[0] >= slots:
+        raise ProtocolError(f"{bytes(data[:8])!r} isn't one of {slots} slots")
+    return int(_U32.unpack(data)[0])
+
+
+def usage(values: int, nbytes: int) -> bytes:
+    """How much a namespace holds."""
+    return _USAGE.pack(values, nbytes)
+
+
+def parse_usage(data: memoryview) -> tuple[tuple[int, int], memoryview]:
+    """Values and bytes, and what follows them.
+
+    Raises:
+        ProtocolError: ``data`` is too short.
+    """
+    if len(data) < _USAGE.size:
+        raise ProtocolError(f"{len(data)} bytes are too few for a usage")
+    values, nbytes = _USAGE.unpack_from(data)
+    return (values, nbytes), data[_USAGE.size :]
+
+
+def parse_sizes(
+    data: memoryview, capacities: Sequence[int]
+) -> tuple[tuple[int, ...], int]:
+    """What a load answered for buffers of ``capacities`` bytes, and the bytes of all values.
+
+    Raises:
+        ProtocolError: a value is longer than its buffer.
+    """
+    sizes = parse_numbers(data, len(capacities))
+    total = 0
+    for size, capacity in zip(sizes, capacities, strict=True):
+        if size == MISSING:
+            continue
+        if size > capacity:
+            raise ProtocolError(f"a value of {size} bytes for a buffer of {capacity}")
+        total += size
+    return sizes, total
+
+
+# -- shared memory -----------------------------------------------------------------------------
+
+
+def extents(parts: Sequence[Extent]) -> bytes:
+    """Where one value lies."""
+    return _U32.pack(len(parts)) + b"".join([_EXTENT.pack(*part) for part in parts])
+
+
+def parse_extents(data: memoryview, sizes: Sequence[int], bound: int) -> list[list[Extent]]:
+    """Where each value that is there lies, all of it below ``bound``.
+
+    Raises:
+        ProtocolError: parts lie outside, or don't add up to the value's size.
+    """
+    found: list[list[Extent]] = []
+    at = 0
+    for size in sizes:
+        if size == MISSING:
+            found.append([])
+            continue
+        count = _U32.unpack_from(data, at)[0] if len(data) >= at + _U32.size else 0
+        at += _U32.size
+        if not 0 < count <= MAX_EXTENTS or len(data) < at + count * _EXTENT.size:
+            raise ProtocolError(f"a value in {count} parts, which the message doesn't have")
+        parts = [_EXTENT.unpack_from(data, at + i * _EXTENT.size) for i in range(count)]
+        at += count * _EXTENT.size
+        if sum(length for _, length in parts) != size or any(o + n > bound for o, n in parts):
+            raise ProtocolError(f"the parts of a value of {size} bytes make no sense")
+        found.append(parts)
+    if at != len(data):
+        raise ProtocolError(f"{len(data) - at} bytes too many after the last value's parts")
+    return found
+
+
+_SHARE = struct.Struct("<QI")
+_SHARED = struct.Struct("<QQ")
+
+
+def share(nbytes: int, piece: int) -> bytes:
+    """Announce staging memory."""
+    return _SHARE.pack(nbytes, piece)
+
+
+def parse_share(data: memoryview) -> tuple[int, int]:
+    """Bytes of staging memory, and of a slot in it.
+
+    Raises:
+        ProtocolError: there isn't a single slot.
+    """
+    if len(data) != _SHARE.size:
+        raise ProtocolError(f"{len(data)} bytes don't announce staging memory")
+    nbytes, piece = _SHARE.unpack(data)
+    if not 0 < piece <= nbytes <= 1 << 32:
+        raise ProtocolError(f"slots of {piece} bytes in {nbytes} bytes of staging memory")
+    return nbytes, piece
+
+
+def shared(nbytes: int, offset: int) -> bytes:
+    """Describe the arena: its size, and where this connection's epoch is."""
+    return _SHARED.pack(nbytes, offset)
+
+
+def parse_shared(data: memoryview) -> tuple[int, int]:
+    """Bytes of the arena, and the offset of this connection's epoch in it.
+
+    Raises:
+        ProtocolError: the epoch lies outside.
+    """
+    if len(data) != _SHARED.size:
+        raise ProtocolError(f"{len(data)} bytes don't describe an arena")
+    nbytes, offset = _SHARED.unpack(data)
+    if offset + 8 > nbytes or offset % 8:
+        raise ProtocolError(f"the epoch lies at {offset} of {nbytes} bytes")
+    return nbytes, offset
+
+
+# -- hello -------------------------------------------------------------------------------------
+
+
+def hello(fingerprint: str, token: bytes, version: int = VERSION) -> bytes:
+    """A client's first meta."""
+    return _HELLO.pack(version, 0, fingerprint.encode("ascii"), len(token)) + token + _LINE
+
+
+def parse_hello(data: memoryview) -> Hello:
+    """What a client says first.
+
+    Raises:
+        ProtocolError: it isn't a hello, or one of another version.
+    """
+    _check_version(data, "this server")
+    if len(data) < _HELLO.size:
+        raise ProtocolError(f"{len(data)} bytes are too few for a hello")
+    version, _, name, length = _HELLO.unpack_from(data)
+    token = bytes(data[_HELLO.size : _HELLO.size + length])
+    if bytes(data[_HELLO.size + length :]) != _LINE or length > MAX_TOKEN_BYTES:
+        raise ProtocolError("the hello's length doesn't match its token")
+    try:
+        fingerprint = name.decode("ascii")
+    except UnicodeDecodeError:
+        fingerprint = ""
+    # It becomes the name of a folder.
+    if len(fingerprint) != 16 or not set(fingerprint) <= set("0123456789abcdef"):
+        raise ProtocolError(f"{name!r} is no namespace: it has 16 hexadecimal digits")
+    return Hello(version, fingerprint, token)
+
+
+def welcome(reply: Welcome) -> bytes:
+    """A server's answer to a hello."""
+    path = reply.unix_path.encode()
+    flags = SHARES_MEMORY if reply.shares_memory else 0
+    head = _WELCOME.pack(
+        VERSION, flags, reply.instance, reply.max_value_bytes, *reply.usage, len(path)
+    )
+    return head + path
+
+
+def parse_welcome(data: memoryview) -> Welcome:
+    """A server's answer to a hello.
+
+    Raises:
+        ProtocolError: it isn't one, or one of another version.
+    """
+    _check_version(data, "this client")
+    if len(data) < _WELCOME.size:
+        raise ProtocolError(f"{len(data)} bytes are too few for an answer to a hello")
+    _, flags, instance, longest, values, nbytes, length = _WELCOME.unpack_from(data)
+    try:
+        path = bytes(data[_WELCOME.size :]).decode()
+    except UnicodeDecodeError:
+        path = ""
+    if len(data) != _WELCOME.size + length or length > MAX_PATH_BYTES or (length and not path):
+        raise ProtocolError("the answer's length doesn't match the path in it")
+    return Welcome(instance, bool(flags & SHARES_MEMORY), longest, (values, nbytes), path)
+
+
+def _check_version(data: memoryview, who: str) -> None:
+    if len(data) < _VERSION.size:
+        raise ProtocolError(f"{len(data)} bytes are too few for a version")
+    (version,) = _VERSION.unpack_from(data)
+    if version != VERSION:
+        raise ProtocolError(
+            f"the other side speaks version {version} of lm://, {who} speaks version {VERSION}; "
+            "install the same version of lmcache-core on both",
+            Status.VERSION,
+        )

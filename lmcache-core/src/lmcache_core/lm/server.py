@@ -1,0 +1,400 @@
+"""``lmcache_server``: listens, spreads connections over a few threads, and stops when told.
+
+Each thread runs an event loop of its own with its share of the sessions. System calls leave the
+interpreter's lock, so copies of several clients go on at the same time.
+Knows sockets, threads and signals. What is said on a connection is
+`session`'s business, what is held is `values`'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import secrets
+import signal
+import socket
+import ssl
+import stat
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmcache_core.errors import ConfigError
+from lmcache_core.host_memory import available_bytes
+from lmcache_core.lm.arena import LEASE_BYTES, Arena
+from lmcache_core.lm.disk import Disk
+from lmcache_core.lm.http import MetricsServer
+from lmcache_core.lm.session import SCRATCH_BYTES, Leases, Service, Session
+from lmcache_core.lm.values import Values
+from lmcache_core.lm.wire import Wire
+from lmcache_core.metrics import Counters
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MEMORY_BYTES = 8 << 30
+_BACKLOG = 1024
+_CHECK_S = 1.0
+_GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What the command line says."""
+
+    host: str = "localhost"
+    port: int = 0
+    memory_bytes: int | None = None
+    """``None``: 8 GiB, or half of what is available if that is less."""
+    populate: bool = False
+    disk: Path | None = None
+    disk_size_gib: float | None = None
+    token: bytes = b""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    unix: str = "auto"
+    """A path, ``auto``, or ``none``."""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = None
+    threads: int = 0
+    """0: one for each CPU, at most 4."""
+    max_connections: int = 4096
+    stall_s: float = 30.0
+
+
+class Server:
+    """Made in `start`'s order: memory, disk, listeners, threads. `run` blocks until a signal.
+
+    Raises:
+        ConfigError: an option can't be had; the message says which.
+    """
+
+    def __init__(self, options: ServerOptions) -> None:
+        self._options = options
+        self.counters = Counters()
+        self._tls = _tls_context(options)
+        self._listeners = _listen(options.host, options.port)
+        self.port: int = self._listeners[0].getsockname()[1]
+        self._unix: socket.socket | None = None
+        self._unix_path = ""
+        self._metrics: MetricsServer | None = None
+        self._workers: list[_Worker] = []
+        arena = self._arena = Arena(_memory_bytes(options), populate=options.populate)
+        values = Values(arena, self.counters)
+        self.service = Service(
+            arena,
+            values,
+            self.counters,
+            Leases(arena, LEASE_BYTES),
+            instance=secrets.token_bytes(16),
+            token=options.token,
+            max_value_bytes=arena.capacity,
+            stall_s=options.stall_s,
+        )
+        if options.disk is not None:
+            self.service.disk = Disk(
+                options.disk,
+                options.disk_size_gib,
+                values=values,
+                arena=arena,
+                counters=self.counters,
+            )
+            self.service.disk.check()
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT."""
+        options = self._options
+        self._open_unix()
+        count = options.threads or min(4, len(os.sched_getaffinity(0)))
+        self._workers = [_Worker(self.service, index) for index in range(count)]
+        if options.metrics_port is not None:
+            self._metrics = MetricsServer(
+                options.metrics_host, options.metrics_port, self.counters, self.service.values.totals
+            )
+        try:
+            asyncio.run(self._accept())
+        finally:
+            self._close()
+
+    def _open_unix(self) -> None:
+        if self._options.unix == "none":
+            return
+        path = _unix_path(self._options.unix, self.port)
+        if path is None:
+            return
+        try:
+            self._unix = _listen_unix(path)
+        except OSError as error:
+            if self._options.unix != "auto":
+                raise ConfigError(f"--unix {path}: {error.strerror or error}") from error
+            logger.warning("no Unix socket at %s: %s", path, error)
+            return
+        self._unix_path = str(path)
+        # With TLS, clients asked for TLS; and other users may not read the socket anyway.
+        self.service.unix_path = str(path) if self._tls is None else ""
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        for listener in self._listeners:
+            loop.add_reader(listener, self._take, listener, self._tls)
+        if self._unix is not None:
+            loop.add_reader(self._unix, self._take, self._unix, None)
+        self._announce()
+        await stop.wait()
+        logger.info("stopping")
+        for listener in (*self._listeners, *((self._unix,) if self._unix else ())):
+            loop.remove_reader(listener)
+            listener.close()
+
+    def _announce(self) -> None:
+        options, arena = self._options, self._arena
+        scheme = "lm" if self._tls is None else "lm+tls"
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        logger.info(
+            "serving %s://%s:%d%s, %.2f GiB of memory%s%s",
+            scheme,
+            host,
+            self.port,
+            f" and lm+unix://{self._unix_path}" if self._unix_path else "",
+            arena.capacity / 2**30,
+            f", files in {options.disk}" if options.disk else "",
+            f", metrics on http://{self._metrics.address}/metrics" if self._metrics else "",
+        )
+        addresses = [listener.getsockname()[0] for listener in self._listeners]
+        if not options.token and not all(map(_is_loopback, addresses)):
+            logger.warning(
+                "%s is reachable from other machines, and no token is set: whoever can connect can "
+                "read and write every value. Set --token-file, or listen on localhost",
+                options.host,
+            )
+
+    def _take(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+        for _ in range(64):
+            try:
+                sock, address = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:  # out of descriptors, or gone already
+                self.service.log("accept", "can't accept a connection: %s", error)
+                return
+            if sum(worker.sessions for worker in self._workers) >= self._options.max_connections:
+                self.counters.add("server_refused", reason="too_many")
+                self.service.log(
+                    "many",
+                    "%d connections are open, no more are accepted (--max-connections)",
+                    self._options.max_connections,
+                )
+                sock.close()
+                continue
+            peer = f"{address[0]}:{address[1]}" if address else "a Unix socket's client"
+            worker = min(self._workers, key=lambda worker: worker.sessions)
+            worker.take(sock, peer, tls)
+
+    def _close(self) -> None:
+        for worker in self._workers:
+            worker.stop()
+        for worker in self._workers:
+            worker.join()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._unix_path:
+            with contextlib.suppress(OSError):
+                os.unlink(self._unix_path)
+        if self.service.disk is not None:
+            self.service.disk.close(_GRACE_S)
+        self.service.leases.close()
+        self._arena.close()
+        logger.info("stopped")
+
+
+class _Worker:
+    """A thread with an event loop and some of the sessions."""
+
+    def __init__(self, service: Service, index: int) -> None:
+        self.sessions = 0
+        """Including those that are on their way to this thread."""
+        self._service = service
+        self._scratch = memoryview(bytearray(SCRATCH_BYTES))
+        self._open: dict[asyncio.Task[None], Session] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._run, name=f"lmcache-server-{index}", daemon=True
+        )
+        self._thread.start()
+
+    def take(self, sock: socket.socket, peer: str, tls: ssl.SSLContext | None) -> None:
+        """Serve a connection. From the accepting thread."""
+        self.sessions += 1
+        self._loop.call_soon_threadsafe(self._begin, sock, peer, tls)
+
+    def stop(self) -> None:
+        """Let sessions finish what they are at, and end."""
+        self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._end()))
+
+    def join(self) -> None:
+        """Wait for that."""
+        self._thread.join(2 * _GRACE_S)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        checking = self._loop.create_task(self._check())
+        self._loop.run_forever()
+        checking.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(checking)
+        self._loop.close()
+
+    def _begin(self, sock: socket.socket, peer: str, tls: ssl.SSLContext | None) -> None:
+        try:
+            sock.setblocking(False)
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if tls is not None:
+                sock = tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            wire = Wire(sock, passes_descriptors=sock.family == socket.AF_UNIX)
+        except OSError as error:
+            logger.debug("%s: %s", peer, error)
+            sock.close()
+            self.sessions -= 1
+            return
+        session = Session(self._service, wire, peer, self._scratch)
+        task = self._loop.create_task(session.run())
+        self._open[task] = session
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self.sessions -= 1
+        del self._open[task]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a session ended with an error of ours", exc_info=error)
+
+    async def _check(self) -> None:
+        while True:
+            await asyncio.sleep(min(_CHECK_S, self._service.stall_s / 4))
+            for task, session in list(self._open.items()):
+                if not session.check():
+                    task.cancel()
+
+    async def _end(self) -> None:
+        for task, session in self._open.items():
+            session.stopping = True
+            if session.wire.idle:
+                task.cancel()
+        if self._open:
+            await asyncio.wait(list(self._open), timeout=_GRACE_S)
+        for task in list(self._open):
+            task.cancel()
+        if self._open:
+            await asyncio.wait(list(self._open), timeout=1.0)
+        self._loop.stop()
+
+
+def _memory_bytes(options: ServerOptions) -> int:
+    if options.memory_bytes is not None:
+        return options.memory_bytes
+    return min(DEFAULT_MEMORY_BYTES, available_bytes() // 2)
+
+
+def _tls_context(options: ServerOptions) -> ssl.SSLContext | None:
+    if options.tls_cert is None:
+        if options.tls_key is not None:
+            raise ConfigError("--tls-key is set without --tls-cert")
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(options.tls_cert, options.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"--tls-cert {options.tls_cert}, --tls-key {options.tls_key}: {error}"
+        ) from error
+    return context
+
+
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets on all addresses of ``host``, and one port."""
+    try:
+        found = socket.getaddrinfo(
+            host or "localhost", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except socket.gaierror as error:
+        raise ConfigError(f"host {host!r}: {error.strerror}; use an address of this machine") from (
+            error
+        )
+    listeners: list[socket.socket] = []
+    failed: OSError | None = None
+    # IPv4 first, so that where port is 0, the port is free there.
+    for family, kind, protocol, _, address in sorted(found, key=lambda one: one[0]):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            chosen = listeners[0].getsockname()[1] if listeners else port
+            sock.bind((address[0], chosen, *address[2:]))
+            sock.listen(_BACKLOG)
+            sock.setblocking(False)
+        except OSError as error:
+            sock.close()
+            failed = error
+            continue
+        listeners.append(sock)
+    if not listeners:
+        why = failed.strerror if failed else "it has no address"
+        raise ConfigError(f"can't listen on {host}:{port}: {why}")
+    return listeners
+
+
+def _unix_path(asked: str, port: int) -> Path | None:
+    """Where the Unix socket goes: below a folder that only this user can look into."""
+    if asked != "auto":
+        return Path(asked).absolute()
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    folder = Path(base, "lmcache") if base else Path(f"/tmp/lmcache-{os.getuid()}")  # noqa: S108
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        facts = folder.lstat()
+    except OSError as error:
+        logger.warning("no Unix socket: %s: %s", folder, error)
+        return None
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o077:
+        logger.warning("no Unix socket: %s isn't a folder of this user alone", folder)
+        return None
+    return folder / f"server-{port}.sock"
+
+
+def _listen_unix(path: Path) -> socket.socket:
+    if path.is_socket():
+        probe = socket.socket(socket.AF_UNIX)
+        try:
+            probe.settimeout(1.0)
+            probe.connect(str(path))
+        except OSError:
+            path.unlink()  # a server that was killed left it
+        else:
+            raise OSError(None, "another server listens there")
+        finally:
+            probe.close()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        before = os.umask(0o177)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(before)
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback

@@ -1,0 +1,154 @@
+"""Blocking byte streams for the client's threads: TCP, Unix sockets, TLS.
+
+`Plain.recv_into` asks the kernel to fill the whole buffer (MSG_WAITALL), so a value of 32 MiB costs
+one system call and takes the interpreter's lock once, however busy the engine's own
+threads keep it. Every call comes back after `TICK_S` at the latest, so that its
+caller can look at the clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+TICK_S = 0.5
+_IOV_MAX = 512
+_RECORDS_BYTES = 256 << 10
+"""Handed to OpenSSL at a time: it encrypts 16 KiB a record, and the lock is held meanwhile."""
+
+
+class Stream(Protocol):
+    """Bytes in both directions; one thread reads, another writes."""
+
+    same_host: bool
+    """The other end is on this machine."""
+
+    def recv_into(self, view: memoryview) -> int:
+        """Fill ``view`` as far as possible; 0 at the end, `BlockingIOError` after a tick."""
+
+    def send(self, views: Sequence[memoryview]) -> int:
+        """Send the beginning of ``views``; how many bytes. `BlockingIOError` after a tick."""
+
+    def shutdown(self) -> None:
+        """Wake whoever reads or writes, with an end or an error. Idempotent."""
+
+    def close(self) -> None:
+        """Give the descriptor back, once nobody uses it."""
+
+
+class Plain:
+    """A connected socket without encryption."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        sock.settimeout(None)
+        tick = struct.pack("@ll", int(TICK_S), int(TICK_S % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
+        self.same_host = _is_same_host(sock)
+
+    def recv_into(self, view: memoryview) -> int:
+        return self.sock.recv_into(view, 0, socket.MSG_WAITALL)
+
+    def send(self, views: Sequence[memoryview]) -> int:
+        return self.sock.sendmsg(views[:_IOV_MAX])
+
+    def shutdown(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class Tls:
+    """A connected socket with TLS. OpenSSL wants one call at a time, so no call waits inside it."""
+
+    same_host = False
+
+    def __init__(
+        self, sock: socket.socket, context: ssl.SSLContext, name: str, timeout_s: float
+    ) -> None:
+        sock.settimeout(timeout_s)
+        self._tls = context.wrap_socket(sock, server_hostname=name)
+        self._tls.settimeout(0)
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def recv_into(self, view: memoryview) -> int:
+        return self._attempt(self._tls.recv_into, view)
+
+    def send(self, views: Sequence[memoryview]) -> int:
+        return self._attempt(self._tls.send, views[0][:_RECORDS_BYTES])
+
+    def shutdown(self) -> None:
+        # Below TLS: a polite end would wait for its turn.
+        self._closed = True
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._tls, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._tls.close()
+
+    def _attempt(self, call: Callable[[memoryview], int], view: memoryview) -> int:
+        until = time.monotonic() + TICK_S
+        while not self._closed:
+            with self._lock:
+                try:
+                    return call(view)
+                except ssl.SSLWantReadError:
+                    events = select.POLLIN
+                except ssl.SSLWantWriteError:
+                    events = select.POLLOUT
+                except ssl.SSLEOFError:
+                    return 0
+            left = until - time.monotonic()
+            if left <= 0:
+                raise BlockingIOError
+            poll = select.poll()
+            poll.register(self._tls.fileno(), events)
+            poll.poll(left * 1000)
+        raise ConnectionError("the connection was given up")
+
+
+def dial(host: str, port: int, timeout_s: float) -> socket.socket:
+    """A TCP connection.
+
+    Raises:
+        OSError: nobody answers there.
+    """
+    sock = socket.create_connection((host, port), timeout_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return sock
+
+
+def dial_unix(path: Path | str, timeout_s: float) -> socket.socket:
+    """A connection to a Unix socket.
+
+    Raises:
+        OSError: nobody answers there, or this user may not.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect(str(path))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _is_same_host(sock: socket.socket) -> bool:
+    """Whether both ends have one address, which no other machine can have."""
+    if sock.family == socket.AF_UNIX:
+        return True
+    return bool(sock.getsockname()[0] == sock.getpeername()[0])

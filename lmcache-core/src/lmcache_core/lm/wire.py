@@ -1,0 +1,209 @@
+"""A non-blocking socket of the server, on one event loop: exact reads straight into memory.
+
+Not asyncio's streams, which copy what they receive, nor its transports, which up to
+Python 3.11 copy what they can't send at once. Works with TLS as well.
+
+Knows when a peer makes no progress. Knows nothing about messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import ssl
+from collections.abc import Callable, Sequence
+
+MIN_PROGRESS_BYTES = 64 << 10
+"""Fewer than so many bytes in a stall time-out are no progress, or a peer that sends a byte now and
+then could hold memory for ever."""
+_YIELD_BYTES = 4 << 20
+_IOV_MAX = 512
+_RECORDS_BYTES = 256 << 10
+
+
+class Wire:
+    """One connection. ``idle`` is whether it waits for the first byte of a message."""
+
+    def __init__(self, sock: socket.socket, *, passes_descriptors: bool = False) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.idle = False
+        self.received_fds: list[int] = []
+        self._passes_descriptors = passes_descriptors
+        self._loop = asyncio.get_running_loop()
+        self._fd = sock.fileno()
+        self._tls = isinstance(sock, ssl.SSLSocket)
+        self._reader: asyncio.Future[None] | None = None
+        self._reading = False
+        self._moved = 0
+        self._since_turn = 0
+        self._mark = (self._loop.time(), 0)
+
+    async def handshake(self) -> None:
+        """TLS's own greeting; nothing without TLS.
+
+        Raises:
+            OSError: the peer speaks something else.
+        """
+        if isinstance(self.sock, ssl.SSLSocket):
+            shake = self.sock.do_handshake
+
+            def step() -> int:
+                shake()
+                return 1
+
+            await self._attempt(step)
+
+    async def read(self, view: memoryview) -> None:
+        """Fill all of ``view``.
+
+        Raises:
+            EOFError: the peer ended before that.
+            OSError: the connection broke.
+        """
+        at, end = 0, view.nbytes
+        recv_into = self.sock.recv_into
+        while at < end:
+            try:
+                got = recv_into(view[at:] if at else view)
+            except BlockingIOError:
+                await self._readable()
+                continue
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wants:
+                await self._wanted(wants)
+                continue
+            if not got:
+                raise EOFError
+            at += got
+            self._moved += got
+            self._since_turn += got
+            if self._since_turn >= _YIELD_BYTES:
+                self._since_turn = 0
+                await asyncio.sleep(0)  # a fast peer may never let the socket run dry
+
+    async def read_first(self, view: memoryview) -> None:
+        """Fill ``view``, waiting for its first byte as long as it takes; keeps descriptors.
+
+        Raises:
+            EOFError, OSError: as `read`.
+        """
+        self.idle = True
+        if self._passes_descriptors:
+            got = await self._attempt(lambda: self._recv_with_fds(view))
+        else:
+            got = await self._attempt(lambda: self.sock.recv_into(view))
+        self.idle = False
+        self._mark = (self._loop.time(), self._moved)
+        if not got:
+            raise EOFError
+        await self.read(view[got:])
+
+    async def write(self, views: Sequence[memoryview | bytes]) -> None:
+        """Send all of ``views``.
+
+        Raises:
+            OSError: the connection broke.
+        """
+        left = [memoryview(view) for view in views if len(view)]
+        at = 0
+        while at < len(left):
+            try:
+                if self._tls:
+                    sent = self.sock.send(left[at][:_RECORDS_BYTES])
+                else:
+                    sent = self.sock.sendmsg(left[at : at + _IOV_MAX])
+            except BlockingIOError:
+                await self._writable()
+                continue
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wants:
+                await self._wanted(wants)
+                continue
+            self._moved += sent
+            while at < len(left) and sent >= left[at].nbytes:
+                sent -= left[at].nbytes
+                at += 1
+            if sent:
+                left[at] = left[at][sent:]
+
+    async def write_with_fd(self, data: bytes, fd: int) -> None:
+        """Send a short message with a descriptor."""
+        sent = await self._attempt(lambda: socket.send_fds(self.sock, [data], [fd]))
+        await self.write([data[sent:]])
+
+    def is_stalled(self, stall_s: float) -> bool:
+        """Whether a message is under way and hasn't moved for ``stall_s``. Asked now and then."""
+        now = self._loop.time()
+        since, moved = self._mark
+        if self.idle or self._moved - moved >= MIN_PROGRESS_BYTES:
+            self._mark = (now, self._moved)
+            return False
+        return now - since > stall_s
+
+    def close(self) -> None:
+        """End it. Whoever waits must be cancelled before."""
+        for fd in self.received_fds:
+            os.close(fd)
+        self.received_fds.clear()
+        if self._reading:
+            self._loop.remove_reader(self._fd)
+            self._reading = False
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+    # -- waiting ---------------------------------------------------------------------------
+
+    def _recv_with_fds(self, view: memoryview) -> int:
+        data, fds, _, _ = socket.recv_fds(self.sock, view.nbytes, 4, socket.MSG_CMSG_CLOEXEC)
+        self.received_fds += fds
+        view[: len(data)] = data
+        return len(data)
+
+    async def _attempt(self, call: Callable[[], int]) -> int:
+        while True:
+            try:
+                return call()
+            except BlockingIOError:
+                await self._readable()
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wants:
+                await self._wanted(wants)
+
+    async def _wanted(self, wants: ssl.SSLError) -> None:
+        if isinstance(wants, ssl.SSLWantReadError):
+            await self._readable()
+        else:
+            await self._writable()
+
+    async def _readable(self) -> None:
+        future = self._reader = self._loop.create_future()
+        if not self._reading:
+            self._loop.add_reader(self._fd, self._on_readable)
+            self._reading = True
+        self._since_turn = 0
+        try:
+            await future
+        finally:
+            self._reader = None
+
+    def _on_readable(self) -> None:
+        # Stays registered between reads: while a value streams in, that saves two system calls for
+        # each of its parts.
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+        elif self._reader is None:
+            self._loop.remove_reader(self._fd)
+            self._reading = False
+
+    async def _writable(self) -> None:
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._loop.add_writer(self._fd, _done, future)
+        try:
+            await future
+        finally:
+            self._loop.remove_writer(self._fd)
+
+
+def _done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,67 @@
+"""The ``lm`` backend keeps the storage contract against a real server, on every way to it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lm_server import RunningServer
+
+from lmcache_core.keys import CacheNamespace
+from lmcache_core.lm.backend import LmBackend
+from lmcache_core.lm.config import LmConfig
+from lmcache_core.testing.storage import LAYOUT, MakeBackend, StorageBackendTests
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    running = RunningServer("--memory-gib", "0.25")
+    yield running
+    assert running.stop() == 0
+
+
+class _OneServer(StorageBackendTests):
+    @pytest.fixture
+    def namespace(self) -> CacheNamespace:
+        return CacheNamespace(model=f"conformance {uuid.uuid4()}", layout=LAYOUT)
+
+    @pytest.fixture(autouse=True)
+    def _empty(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Some tests make namespaces of their own by name; the server outlives a test."""
+        salt = str(uuid.uuid4())
+        digest = CacheNamespace._digest
+        monkeypatch.setattr(
+            CacheNamespace,
+            "_digest",
+            lambda self, shard: digest(
+                CacheNamespace(self.model + salt, self.layout), shard
+            ),
+        )
+
+
+class TestTcp(_OneServer):
+    @pytest.fixture
+    def make_backend(self, server: RunningServer) -> MakeBackend:
+        return lambda: LmBackend(LmConfig(port=server.port, same_host=False))
+
+
+class TestUnixWithSharedMemory(_OneServer):
+    @pytest.fixture
+    def make_backend(self, server: RunningServer) -> MakeBackend:
+        return lambda: LmBackend(LmConfig(path=server.unix))
+
+
+class TestUnixWithoutSharedMemory(_OneServer):
+    @pytest.fixture
+    def make_backend(self, server: RunningServer) -> MakeBackend:
+        return lambda: LmBackend(LmConfig(path=server.unix, same_host=False))
+
+
+class TestWithDisk(StorageBackendTests):
+    @pytest.fixture
+    def make_backend(self, tmp_path: Path) -> Iterator[MakeBackend]:
+        server = RunningServer("localhost", "0", str(tmp_path), "--memory-gib", "0.25")
+        yield lambda: LmBackend(LmConfig(port=server.port))
+        assert server.stop() == 0
