@@ -16,13 +16,15 @@ READY_S = 30.0
 class RunningServer:
     """An ``lmcache_server`` on a free loopback port."""
 
-    def __init__(self, *options: str, port: int = 0, **environment: str) -> None:
+    def __init__(
+        self, *options: str, port: int = 0, wrapper: tuple[str, ...] = (), **environment: str
+    ) -> None:
         self.lines: list[str] = []
         self._ready = threading.Event()
         command = [sys.executable, "-c", "from lmcache_core.cli.server import main; exit(main())"]
         positional = [] if options and not options[0].startswith("-") else ["localhost", str(port)]
         self.process = subprocess.Popen(
-            [*command, *positional, *options],
+            [*wrapper, *command, *positional, *options],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "LMCACHE_LOG_LEVEL": "INFO", **environment},

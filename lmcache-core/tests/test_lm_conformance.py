@@ -35,9 +35,7 @@ class _OneServer(StorageBackendTests):
         monkeypatch.setattr(
             CacheNamespace,
             "_digest",
-            lambda self, shard: digest(
-                CacheNamespace(self.model + salt, self.layout), shard
-            ),
+            lambda self, shard: digest(CacheNamespace(self.model + salt, self.layout), shard),
         )
 
 

@@ -1,4 +1,4 @@
-"""Registers the ``lm`` backend: chunks on an ``lmcache_server``. Imports the client when it is used."""
+"""Registers the ``lm`` backend: chunks on an ``lmcache_server``. The client is imported on use."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ Knows nothing about deadlines, retries or what the bytes mean.
 
 from __future__ import annotations
 
-import array
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -36,7 +36,13 @@ from lmcache_core.errors import (
 from lmcache_core.lm import protocol
 from lmcache_core.lm.config import LmConfig
 from lmcache_core.lm.protocol import HEADER_BYTES, MISSING, Op, ProtocolError, Status, Welcome
-from lmcache_core.lm.shared import PIECE_BYTES, STAGING_BYTES, ReadOnlyMapping, SharedMemory, Staging
+from lmcache_core.lm.shared import (
+    PIECE_BYTES,
+    STAGING_BYTES,
+    ReadOnlyMapping,
+    SharedMemory,
+    Staging,
+)
 from lmcache_core.lm.stream import TICK_S, Plain, Stream, Tls, dial, dial_unix
 
 logger = logging.getLogger(__name__)
@@ -165,10 +171,8 @@ class Connection:
             if not self._abandon(call):
                 self._fail(BackendUnavailable(f"{self.address}: a call was cancelled half-way"))
                 while not future.done():  # until both threads have let go: they were woken
-                    try:
+                    with contextlib.suppress(asyncio.CancelledError):
                         await asyncio.wait([future])
-                    except asyncio.CancelledError:
-                        continue
                 future.exception()
             raise
         finally:
@@ -244,10 +248,8 @@ class Connection:
         for call in calls:
             call.settle(None, type(error)(str(error)))
         for loop, future in ended:
-            try:
+            with contextlib.suppress(RuntimeError):  # the loop ended before
                 loop.call_soon_threadsafe(future.set_result, None)
-            except RuntimeError:
-                logger.debug("the event loop ended before a connection did")
 
     def _explained(self, error: Exception) -> BackendError:
         """What went wrong on the wire, in a sentence."""

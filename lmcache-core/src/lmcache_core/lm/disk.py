@@ -8,6 +8,7 @@ about connections.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -54,7 +55,8 @@ class Disk:
         arena: Arena,
         counters: Counters,
     ) -> None:
-        self._config = FilesystemConfig(path=path, max_size_gib=max_size_gib)
+        options = {"path": path, "max_size_gib": max_size_gib}
+        self._config = FilesystemConfig.model_validate(options)
         self._values = values
         self._arena = arena
         self._counters = counters
@@ -167,7 +169,8 @@ class Disk:
         until = time.monotonic() + patience_s
         while self._writes and time.monotonic() < until:
             time.sleep(0.02)
-        self._loop.close()
+        self._loop.submit(self._close_all())
+        self._loop.close(patience_s)
 
     # -- on the disk's own loop ------------------------------------------------------------
 
@@ -181,6 +184,11 @@ class Disk:
         backend = FilesystemBackend(self._config)
         await backend.open(BackendContext("lmcache_server", ForeignNamespace(space)))
         return backend
+
+    async def _close_all(self) -> None:
+        for task in self._spaces.values():
+            if task.done() and not task.cancelled() and task.exception() is None:
+                await task.result().close()
 
     async def _write(self, value: Value) -> None:
         try:
@@ -228,7 +236,5 @@ class Disk:
 async def _patiently(task: asyncio.Future[Any]) -> None:
     """Wait for ``task``, whatever happens meanwhile."""
     while not task.done():
-        try:
+        with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([task])
-        except asyncio.CancelledError:
-            continue

@@ -3,19 +3,21 @@
 A connection carries messages in both directions. Each is a header, ``meta`` and ``payload``:
 
     offset  bytes  field
-    0       2      magic     b"LM"
-    2       1      op        see `Op`; an answer repeats its request's
-    3       1      status    0 in requests; see `Status`
-    4       4      count     keys that the message is about
-    8       8      request   number chosen by the client; an answer repeats its request's
-    16      4      meta      bytes that follow the header
-    20      4      zero
+    0       4      magic     b"LM\\r\\n"
+    4       1      op        see `Op`; an answer repeats its request's
+    5       1      status    0 in requests; see `Status`
+    6       2      zero
+    8       4      count     keys that the message is about
+    12      4      meta      bytes that follow the header
+    16      8      request   number chosen by the client; an answer repeats its request's
     24      8      payload   bytes that follow meta: values, one after the other
     32
 
-All integers are little-endian. A client may send any number of requests without waiting. Answers
-may come in any order; a server of this version sends them in the order of the requests. An answer
-with another status than OK has a sentence in UTF-8 as its meta and no payload.
+All integers are little-endian. The magic ends like a line so that servers of text protocols answer
+it with an error of their own instead of waiting for more. A client may send any number of requests
+without waiting. Answers may come in any order; a server of this version sends them in the order of
+the requests. An answer with another status than OK has a sentence in UTF-8 as its meta and no
+payload.
 
     op        meta of the request            payload   meta of the answer            payload
     HELLO     see below                      -         see below                     -
@@ -40,22 +42,21 @@ with another status than OK has a sentence in UTF-8 as its meta and no payload.
 HELLO comes first and once, and decides the namespace of everything that follows on this
 connection. Its first two bytes are the version in every version to come:
 
-    request   u16 version, u16 zero, 16 bytes fingerprint, u16 n, n bytes token, b"\\r\\n\\r\\n"
+    request   u16 version, u16 zero, 16 bytes fingerprint, u16 n, n bytes token
     answer    u16 version, u16 flags, 16 bytes instance, u64 longest value, usage, u16 n, n bytes
 
-The request ends like a line so that servers of text protocols answer it with their own error
-instead of waiting for more. ``instance`` is made anew when a server starts. Flag 1: SHARE is
+``instance`` is made anew when a server starts. Flag 1: SHARE is
 understood here. The last field is the path of a Unix socket where the same server answers; empty:
 there is none.
 
 **Shared memory**, on Unix sockets only. SHARE carries a file descriptor each way (SCM_RIGHTS): the
 client's staging memory, cut into slots of ``piece`` bytes, and the server's arena, which the client
 can map for reading only. BORROW answers where values lie in the arena. They stay there until the
-client sends RETURN, or the server has lost patience with it and has changed the u64 at ``offset`` of
-the arena. So a client compares that number with ``epoch`` after it copied; if they differ, it read
-nothing. STAGE is a STORE whose values come through the staging memory: its payload is one u32 for
-each piece, the slot that holds it, a value's last piece being shorter. ACK, with the number of the
-STAGE, says that a slot may be used again.
+client sends RETURN, or the server has lost patience with it and has changed the u64 at ``offset``
+of the arena. So a client compares that number with ``epoch`` after it copied; if they differ, it
+read nothing. STAGE is a STORE whose values come through the staging memory: its payload is one u32
+for each piece, the slot that holds it, a value's last piece being shorter. ACK, with the number of
+the STAGE, says that a slot may be used again.
 """
 
 from __future__ import annotations
@@ -63,13 +64,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from lmcache_core.keys import ChunkKey
 
 VERSION = 1
-MAGIC = b"LM"
+MAGIC = b"LM\r\n"
 HEADER_BYTES = 32
 MISSING = (1 << 64) - 1
 """The size, in an answer, of a value that isn't there or doesn't fit."""
@@ -86,7 +87,7 @@ MAX_META_BYTES = MAX_KEYS * (1 + MAX_KEY_BYTES + 8)
 MAX_HELLO_BYTES = 2048
 
 SHARES_MEMORY = 1
-_HEADER = struct.Struct("<2sBBIQIIQ")
+_HEADER = struct.Struct("<4sBBHIIQQ")
 _HELLO = struct.Struct("<HH16sH")
 _WELCOME = struct.Struct("<HH16sQQQH")
 _VERSION = struct.Struct("<H")
@@ -94,7 +95,6 @@ _USAGE = struct.Struct("<QQ")
 _EXTENT = struct.Struct("<QQ")
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
-_LINE = b"\r\n\r\n"
 
 Extent = tuple[int, int]
 """Offset and length of a part of the arena, in bytes."""
@@ -142,7 +142,7 @@ class Header(NamedTuple):
 
     op: Op
     status: Status
-    count: int
+    keys: int
     request: int
     meta: int
     payload: int
@@ -179,7 +179,7 @@ def header(
     status: Status = Status.OK,
 ) -> bytes:
     """The 32 bytes that a message begins with."""
-    return _HEADER.pack(MAGIC, op, status, count, request, meta, 0, payload)
+    return _HEADER.pack(MAGIC, op, status, 0, count, meta, request, payload)
 
 
 def parse_header(data: bytes | bytearray | memoryview) -> Header:
@@ -188,7 +188,7 @@ def parse_header(data: bytes | bytearray | memoryview) -> Header:
     Raises:
         ProtocolError: it isn't a header, or it announces more than the format allows.
     """
-    magic, op, status, count, request, meta, zero, payload = _HEADER.unpack(data)
+    magic, op, status, zero, count, meta, request, payload = _HEADER.unpack(data)
     if magic != MAGIC:
         raise ProtocolError(f"not an lm:// message: it starts with {bytes(data[:16])!r}")
     try:
@@ -240,7 +240,7 @@ def parse_names(meta: memoryview, count: int) -> tuple[list[ChunkKey], memoryvie
     if ends[-1] > len(meta):
         raise ProtocolError(f"keys of {ends[-1]} bytes don't fit into {len(meta)} bytes")
     packed = bytes(meta[: ends[-1]])
-    keys = [ChunkKey(packed[i:j]) for i, j in zip(ends, ends[1:], strict=False)]
+    keys = [ChunkKey(packed[i:j]) for i, j in pairwise(ends)]
     if len(set(keys)) < count:
         raise ProtocolError("a key is there twice in one request")
     return keys, meta[ends[-1] :]
@@ -309,9 +309,7 @@ def parse_usage(data: memoryview) -> tuple[tuple[int, int], memoryview]:
     return (values, nbytes), data[_USAGE.size :]
 
 
-def parse_sizes(
-    data: memoryview, capacities: Sequence[int]
-) -> tuple[tuple[int, ...], int]:
+def parse_sizes(data: memoryview, capacities: Sequence[int]) -> tuple[tuple[int, ...], int]:
     """What a load answered for buffers of ``capacities`` bytes, and the bytes of all values.
 
     Raises:
@@ -409,7 +407,7 @@ def parse_shared(data: memoryview) -> tuple[int, int]:
 
 def hello(fingerprint: str, token: bytes, version: int = VERSION) -> bytes:
     """A client's first meta."""
-    return _HELLO.pack(version, 0, fingerprint.encode("ascii"), len(token)) + token + _LINE
+    return _HELLO.pack(version, 0, fingerprint.encode("ascii"), len(token)) + token
 
 
 def parse_hello(data: memoryview) -> Hello:
@@ -423,7 +421,7 @@ def parse_hello(data: memoryview) -> Hello:
         raise ProtocolError(f"{len(data)} bytes are too few for a hello")
     version, _, name, length = _HELLO.unpack_from(data)
     token = bytes(data[_HELLO.size : _HELLO.size + length])
-    if bytes(data[_HELLO.size + length :]) != _LINE or length > MAX_TOKEN_BYTES:
+    if len(data) != _HELLO.size + length or length > MAX_TOKEN_BYTES:
         raise ProtocolError("the hello's length doesn't match its token")
     try:
         fingerprint = name.decode("ascii")

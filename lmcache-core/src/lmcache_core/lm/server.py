@@ -111,7 +111,10 @@ class Server:
         self._workers = [_Worker(self.service, index) for index in range(count)]
         if options.metrics_port is not None:
             self._metrics = MetricsServer(
-                options.metrics_host, options.metrics_port, self.counters, self.service.values.totals
+                options.metrics_host,
+                options.metrics_port,
+                self.counters,
+                self.service.values.totals,
             )
         try:
             asyncio.run(self._accept())

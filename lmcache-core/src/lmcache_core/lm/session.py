@@ -242,7 +242,7 @@ class Session:
         self._service.counters.add("server_requests", op=header.op.name.lower())
         match header.op:
             case Op.CONTAINS | Op.COUNT | Op.DELETE:
-                keys, rest = protocol.parse_names(meta, header.count)
+                keys, rest = protocol.parse_names(meta, header.keys)
                 if rest:
                     raise ProtocolError(f"{len(rest)} bytes follow the keys")
                 await self._about_keys(header, keys)
@@ -264,8 +264,8 @@ class Session:
                 raise ProtocolError(f"{header.op.name} isn't a request", Status.UNSUPPORTED)
 
     def _parsed(self, header: Header, meta: memoryview) -> tuple[list[ChunkKey], tuple[int, ...]]:
-        keys, rest = protocol.parse_names(meta, header.count)
-        return keys, protocol.parse_numbers(rest, header.count)
+        keys, rest = protocol.parse_names(meta, header.keys)
+        return keys, protocol.parse_numbers(rest, header.keys)
 
     async def _about_keys(self, header: Header, keys: list[ChunkKey]) -> None:
         values, disk, space = self._service.values, self._service.disk, self._space
@@ -404,9 +404,7 @@ class Session:
         for view in self._service.arena.views(value.parts, size):
             await self.wire.read(view)
 
-    async def _receive_staged(
-        self, header: Header, size: int, value: Value | StoreOutcome
-    ) -> None:
+    async def _receive_staged(self, header: Header, size: int, value: Value | StoreOutcome) -> None:
         staged = self._staged
         if staged is None:
             raise ProtocolError("STAGE without SHARE")
@@ -463,7 +461,7 @@ class Session:
         head = protocol.header(
             header.op,
             header.request,
-            count=header.count,
+            count=header.keys,
             meta=len(joined),
             payload=sum(view.nbytes for view in payload),
         )

@@ -161,19 +161,15 @@ class Wire:
         return len(data)
 
     async def _attempt(self, call: Callable[[], int]) -> int:
-        while True:
-            try:
-                return call()
-            except BlockingIOError:
-                await self._readable()
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wants:
-                await self._wanted(wants)
+        while isinstance(done := _now(call), OSError):
+            await self._wanted(done)
+        return done
 
-    async def _wanted(self, wants: ssl.SSLError) -> None:
-        if isinstance(wants, ssl.SSLWantReadError):
-            await self._readable()
-        else:
+    async def _wanted(self, wants: OSError) -> None:
+        if isinstance(wants, ssl.SSLWantWriteError):
             await self._writable()
+        else:
+            await self._readable()
 
     async def _readable(self) -> None:
         future = self._reader = self._loop.create_future()
@@ -207,3 +203,11 @@ class Wire:
 def _done(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
+
+
+def _now(call: Callable[[], int]) -> int | OSError:
+    """What ``call`` answers, or what it waits for."""
+    try:
+        return call()
+    except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as wants:
+        return wants

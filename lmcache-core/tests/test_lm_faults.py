@@ -1,0 +1,712 @@
+"""Everything that can go wrong between a client and a server ends as a miss, once explained."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import random
+import shutil
+import socket
+import socketserver
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_server import RunningServer
+
+from lmcache_core import Cache, ConfigError, DType, KVLayout, Plugins, full_attention, load_config
+from lmcache_core.errors import BackendError, BackendRejected, BackendTimeout, BackendUnavailable
+from lmcache_core.keys import CacheNamespace
+from lmcache_core.lm import protocol
+from lmcache_core.lm.backend import LmBackend
+from lmcache_core.lm.config import LmConfig
+from lmcache_core.lm.protocol import HEADER_BYTES, Op, Status
+from lmcache_core.storage import MISS, BackendContext, StoreOutcome
+from lmcache_core.testing.loop import Loop
+from lmcache_core.testing.storage import LAYOUT, buffers, keys, value, views
+
+CHUNK = 16
+GROUP = full_attention(layers=3, heads=2, head_size=8, dtype=DType.BF16)
+NAMESPACE = CacheNamespace("faults", LAYOUT)
+LARGE = 32 << 20
+
+
+@pytest.fixture
+def run() -> Iterator[Loop]:
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    running = RunningServer("--memory-gib", "0.5", "--metrics-port", "0", "--stall-timeout", "2")
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., RunningServer]]:
+    with ExitStack() as stack:
+
+        def start_one(*options: str, **more: Any) -> RunningServer:
+            running = RunningServer("--memory-gib", "0.25", *options, **more)
+            stack.callback(running.stop)
+            return running
+
+        yield start_one
+
+
+def open_backend(run: Loop, **options: Any) -> LmBackend:
+    backend = LmBackend(LmConfig(**options))
+    run(backend.open(BackendContext("remote", NAMESPACE)))
+    return backend
+
+
+def counted(url: str, name: str) -> float:
+    """The sum of a metric's series."""
+    text = urllib.request.urlopen(url, timeout=10).read().decode()
+    lines = [line for line in text.splitlines() if line.startswith(f"lmcache_{name}")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+# -- a cache, as a user has it -----------------------------------------------------------------
+
+
+@contextmanager
+def cache(url: str, *more: str) -> Iterator[Cache]:
+    options = [f"chunk_size={CHUNK}", "max_local_cpu_size=0.01", "local_cpu=false", *more]
+    config = load_config(Plugins(), environ={}, assignments=[*options, f"remote_url={url}"])
+    with Cache.open(model="m", layout=KVLayout(CHUNK, (GROUP,)), config=config) as opened:
+        yield opened
+
+
+def tokens(count: int) -> list[int]:
+    dice = random.Random(0)
+    return [dice.randrange(50_000) for _ in range(count)]
+
+
+def kv(count: int) -> bytearray:
+    return bytearray(random.Random(1).randbytes(GROUP.chunk_bytes(count)))
+
+
+def failures(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_two_caches_share_what_one_stored(start: Callable[..., RunningServer]) -> None:
+    url = start().url
+    with cache(url, "remote_serde=naive") as one, cache(url) as two:
+        one.store(tokens(64), kv(64))
+        assert one.flush()
+        loaded = bytearray(len(kv(64)))
+        assert two.load(tokens(64), loaded) == 64
+        assert loaded == kv(64)
+
+
+def test_no_server_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with cache(f"lm://127.0.0.1:{port}") as opened:
+        assert opened.lookup(tokens(64)) == 0
+        assert opened.load(tokens(64), bytearray(len(kv(64)))) == 0
+    said = [line for line in failures(caplog) if f"lm://127.0.0.1:{port}" in line]
+    assert len(said) == 1
+    assert "is lmcache_server running there?" in said[0]
+
+
+def test_killed_and_restarted_empty(
+    start: Callable[..., RunningServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start()
+    with cache(server.url) as opened:
+        opened.store(tokens(64), kv(64))
+        assert opened.flush()
+        assert opened.lookup(tokens(64)) == 64
+        server.kill()
+        assert opened.lookup(tokens(64)) == 0
+        assert opened.load(tokens(64), bytearray(len(kv(64)))) == 0
+        errors = [n for (name, _), n in opened.counters.snapshot().items() if "errors" in name]
+        assert sum(errors) >= 1
+        assert any(server.url in line for line in failures(caplog))
+        start(port=server.port)
+        assert opened.lookup(tokens(64)) == 0
+        opened.store(tokens(64), kv(64))
+        assert opened.flush()
+        assert opened.lookup(tokens(64)) == 64
+
+
+def test_a_value_of_another_version_is_a_miss(
+    server: RunningServer, run: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache_core.frame.VERSION", 2)
+    with cache(server.url) as writer:
+        writer.store(tokens(64), kv(64))
+        assert writer.flush()
+    monkeypatch.undo()
+    with cache(server.url) as reader:
+        assert reader.load(tokens(64), bytearray(len(kv(64)))) == 0
+        rejected = {
+            dict(labels)["reason"]
+            for (name, labels) in reader.counters.snapshot()
+            if name == "frame_rejected"
+        }
+    assert rejected == {"version"}
+
+
+# -- credentials and other protocols -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["tcp", "unix"])
+@pytest.mark.parametrize("token", [None, "wrong"])
+def test_a_wrong_token(
+    start: Callable[..., RunningServer], run: Loop, token: str | None, way: str
+) -> None:
+    server = start(LMCACHE_SERVER_TOKEN="right")
+    where: dict[str, Any] = {"port": server.port} if way == "tcp" else {"path": server.unix}
+    with pytest.raises(BackendRejected, match="token"):
+        open_backend(run, token=token, **where)
+    backend = open_backend(run, token="right", **where)
+    assert run(backend.contains(keys(1))) == [False]
+    run(backend.close())
+    eventually(lambda: "the token is wrong" in server.text or "token is needed" in server.text)
+    assert "right" not in server.text.replace("right away", "")
+
+
+def test_a_wrong_token_is_an_error_at_start(start: Callable[..., RunningServer]) -> None:
+    server = start(LMCACHE_SERVER_TOKEN="right")
+    with pytest.raises(ConfigError, match="token is needed"), cache(server.url):
+        pass
+
+
+def test_a_token_file(start: Callable[..., RunningServer], run: Loop, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("from a file\n")
+    server = start("--token-file", str(file))
+    backend = open_backend(run, port=server.port, token_file=file)
+    assert run(backend.contains(keys(1))) == [False]
+    run(backend.close())
+
+
+class _Http(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        line = self.rfile.readline()
+        self.wfile.write(b"HTTP/1.0 400 Bad request: " + line[:10] + b"\r\n\r\n")
+
+
+class _Mute(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        while self.request.recv(4096):
+            pass
+
+
+@contextmanager
+def other_server(handler: type[socketserver.BaseRequestHandler]) -> Iterator[int]:
+    class Server(socketserver.ThreadingTCPServer):
+        allow_reuse_address = True
+        daemon_threads = True
+
+    with Server(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_address[1]
+        server.shutdown()
+        thread.join()
+
+
+def test_http_on_the_port(run: Loop) -> None:
+    with (
+        other_server(_Http) as port,
+        pytest.raises(BackendRejected, match=r"starts with b'HTTP.*is it an lmcache_server\?"),
+    ):
+        open_backend(run, port=port)
+
+
+def test_a_server_that_says_nothing(run: Loop) -> None:
+    with (
+        other_server(_Mute) as port,
+        pytest.raises(BackendTimeout, match="no greeting came within"),
+    ):
+        open_backend(run, port=port, connect_timeout_s=0.3)
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server isn't installed")
+def test_redis_on_the_port(run: Loop) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    redis = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+
+        def answers() -> bool:
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", port)) == 0
+
+        eventually(answers)
+        with pytest.raises(BackendRejected, match=r"is it an lmcache_server\?"):
+            open_backend(run, port=port)
+    finally:
+        redis.terminate()
+        redis.wait(30)
+
+
+def test_another_version_of_the_protocol(
+    server: RunningServer, run: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def later(fingerprint: str, token: bytes) -> bytes:
+        return original(fingerprint, token, version=2)
+
+    original = protocol.hello
+    monkeypatch.setattr(protocol, "hello", later)
+    with pytest.raises(BackendRejected, match=r"speaks version 2 .* speaks version 1"):
+        open_backend(run, port=server.port)
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
+    subprocess.run(
+        [*command.split(), "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", cert],
+        check=True,
+        capture_output=True,
+    )
+    return cert, key
+
+
+def test_tls(start: Callable[..., RunningServer], run: Loop, tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+    server = start("--tls-cert", str(cert), "--tls-key", str(key), LMCACHE_SERVER_TOKEN="t")
+    assert server.url.startswith("lm+tls://")
+    options = {"port": server.port, "token": "t"}
+    with pytest.raises(BackendRejected, match="isn't trusted"):
+        open_backend(run, tls=True, **options)
+    with pytest.raises((BackendRejected, BackendUnavailable)):
+        open_backend(run, **options)  # no TLS
+    backend = open_backend(run, tls=True, ca_file=cert, **options)
+    stored = [value(i, 5 << 20) for i in range(4)]
+    loaded = buffers(4, 5 << 20)
+
+    async def both_ways() -> None:
+        others = [backend.store(keys(4, seed), views(stored)) for seed in range(1, 5)]
+        await asyncio.gather(backend.store(keys(4), views(stored)), *others)
+        got = await asyncio.gather(
+            backend.load(keys(4), views(loaded)), *(backend.contains(keys(4)) for _ in range(9))
+        )
+        assert got[0] == [5 << 20] * 4
+
+    run(both_ways())
+    assert loaded == stored
+    run(backend.close())
+
+
+# -- while values move -------------------------------------------------------------------------
+
+
+class Proxy:
+    """Passes bytes between one client and a server until it is told to stop half-way."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.left = 1 << 60
+        self.silent = False
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._spawn(self._accept)
+
+    def _spawn(self, target: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=target, args=args)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            upstream = socket.create_connection(("127.0.0.1", self._target))
+            self._sockets += [client, upstream]
+            self._spawn(self._pump, client, upstream)
+            self._spawn(self._pump, upstream, client)
+
+    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+        try:
+            while data := source.recv(64 << 10):
+                self.left -= len(data)
+                if self.left < 0:
+                    if self.silent:
+                        return
+                    break
+                target.sendall(data)
+        except OSError:
+            pass
+        for one in (source, target):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.left, self.silent = -1, False
+        for one in self._sockets:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(10)
+        for one in self._sockets:
+            one.close()
+
+
+@pytest.fixture
+def proxy(server: RunningServer) -> Iterator[Proxy]:
+    made = Proxy(server.port)
+    yield made
+    made.close()
+
+
+def clear(run: Loop, server: RunningServer) -> None:
+    backend = open_backend(run, port=server.port)
+    run(backend.clear())
+    run(backend.close())
+
+
+@pytest.mark.parametrize("operation", ["load", "store"])
+def test_a_connection_that_breaks_half_way(
+    server: RunningServer, proxy: Proxy, run: Loop, operation: str
+) -> None:
+    clear(run, server)
+    backend = open_backend(run, port=proxy.port, same_host=False, connections=1)
+    source, target = value(1, LARGE), bytearray(LARGE)
+    if operation == "load":
+        run(backend.store(keys(1), views([source])))
+    proxy.left = LARGE // 2
+    broken, buffer = (backend.load, target) if operation == "load" else (backend.store, source)
+    with pytest.raises(BackendUnavailable):
+        run(broken(keys(1), views([buffer])))
+    gc.collect()  # the error's traceback has frames with views in them
+    for buffer in (source, target):
+        buffer.append(0)  # nobody holds it
+        del buffer[-1]
+    proxy.left = 1 << 60
+    there = operation == "load"
+    assert run(backend.contains(keys(1))) == [there]  # half a value is none; it reconnected
+    if operation == "store":
+        assert run(backend.store(keys(1), views([source]))) == [StoreOutcome.STORED]
+    assert run(backend.load(keys(1), views([target]))) == [LARGE]
+    assert target == source
+    run(backend.close())
+
+
+def test_a_connection_that_stands_still(server: RunningServer, proxy: Proxy, run: Loop) -> None:
+    clear(run, server)
+    backend = open_backend(run, port=proxy.port, same_host=False, stall_timeout_s=1.0)
+    run(backend.store(keys(1), views([value(1, LARGE)])))
+    proxy.left, proxy.silent = LARGE // 2, True
+    with pytest.raises(BackendTimeout, match="nothing moved for"):
+        run(backend.load(keys(1), views([bytearray(LARGE)])))
+    run(backend.close())
+
+
+@pytest.mark.parametrize("moment", ["before it is sent", "half-way"])
+@pytest.mark.parametrize("operation", ["load", "store"])
+def test_a_cancelled_call(
+    server: RunningServer, proxy: Proxy, run: Loop, operation: str, moment: str
+) -> None:
+    """Its buffer is left alone afterwards, and the next call gets its own answer."""
+    clear(run, server)
+    backend = open_backend(run, port=proxy.port, same_host=False, connections=1)
+    source = value(1, LARGE)
+    if operation == "load":
+        run(backend.store(keys(1), views([source])))
+    if moment == "half-way":
+        proxy.left, proxy.silent = LARGE // 2, True
+    buffer = bytearray(LARGE) if operation == "load" else source
+
+    async def cancelled() -> None:
+        call = backend.load if operation == "load" else backend.store
+        task = asyncio.ensure_future(call(keys(1), views([buffer])))
+        await asyncio.sleep(0)
+        if moment == "half-way":
+            while proxy.left > 0:
+                await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(cancelled())
+    buffer.append(0)  # nobody holds it
+    before = bytes(buffer)
+    proxy.left = 1 << 60
+    assert run(backend.store(keys(1, 5), views([value(5)]))) == [StoreOutcome.STORED]
+    (loaded,) = buffers(1)
+    assert run(backend.load(keys(1, 5), views([loaded]))) == [len(loaded)]
+    assert loaded == value(5)
+    assert buffer == before
+    run(backend.close())
+
+
+@pytest.mark.parametrize("way", ["tcp", "shm"])
+@pytest.mark.parametrize("operation", ["load", "store"])
+def test_the_server_is_killed_meanwhile(
+    start: Callable[..., RunningServer], run: Loop, operation: str, way: str
+) -> None:
+    server = start()
+    backend = open_backend(run, port=server.port, same_host=way == "shm", stall_timeout_s=2.0)
+    size = 8 << 20
+    stored = [value(i, size) for i in range(8)]
+    run(backend.store(keys(8), views(stored)))
+    loaded = buffers(8, size)
+
+    async def meanwhile() -> list[Any]:
+        if operation == "load":
+            calls = [backend.load(keys(8), views(loaded)) for _ in range(3)]
+        else:
+            calls = [backend.store(keys(8, 10 + n), views(stored)) for n in range(3)]
+        tasks = [asyncio.ensure_future(call) for call in calls]
+        await asyncio.sleep(0.005)
+        server.process.kill()
+        return list(await asyncio.gather(*tasks, return_exceptions=True))
+
+    for answer in run(meanwhile()):
+        assert isinstance(answer, (list, BackendError)), answer
+    with pytest.raises(BackendUnavailable):
+        run(backend.contains(keys(1)))
+    start(port=server.port)
+    assert run(backend.contains(keys(8))) == [False] * 8
+    run(backend.close())
+
+
+# -- what a server must bear -------------------------------------------------------------------
+
+
+def connect(server: RunningServer, namespace: str = "0" * 16) -> socket.socket:
+    """A connection on which hello was said."""
+    sock = socket.create_connection(("127.0.0.1", server.port))
+    sock.settimeout(20)
+    hello = protocol.hello(namespace, b"")
+    sock.sendall(protocol.header(Op.HELLO, 0, meta=len(hello)) + hello)
+    head = protocol.parse_header(sock.recv(HEADER_BYTES, socket.MSG_WAITALL))
+    assert head.status is Status.OK
+    sock.recv(head.meta, socket.MSG_WAITALL)
+    return sock
+
+
+def healthy(server: RunningServer, run: Loop) -> None:
+    backend = open_backend(run, port=server.port, same_host=False)
+    assert run(backend.store(keys(1, 77), views([value(7)])))
+    (loaded,) = buffers(1)
+    assert run(backend.load(keys(1, 77), views([loaded]))) == [len(loaded)]
+    assert loaded == value(7)
+    run(backend.close())
+
+
+def store_head(size: int, payload: int | None = None) -> bytes:
+    meta = protocol.names(keys(1, 50)) + protocol.numbers([size])
+    payload = size if payload is None else payload
+    return protocol.header(Op.STORE, 1, count=1, meta=len(meta), payload=payload) + meta
+
+
+ABSURD = {
+    "payload": protocol.header(Op.STORE, 1, payload=1 << 63),
+    "meta": protocol.header(Op.CONTAINS, 1, count=1, meta=(1 << 32) - 1),
+    "count": protocol.header(Op.CONTAINS, 1, count=(1 << 32) - 1),
+    "size": store_head((1 << 64) - 1, 1 << 40),
+    "sizes that don't add up": store_head(100, 99),
+    "operation": protocol.MAGIC + b"\xff" + bytes(27),
+    "noise": bytes(range(64)),
+    "http": b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("what", ABSURD)
+def test_absurd_messages_are_refused_with_a_reason(
+    server: RunningServer, run: Loop, what: str
+) -> None:
+    refused = counted(server.metrics, "server_refused_total")
+    with connect(server) as sock:
+        sock.sendall(ABSURD[what])
+        head = protocol.parse_header(sock.recv(HEADER_BYTES, socket.MSG_WAITALL))
+        assert head.status is not Status.OK
+        assert sock.recv(head.meta, socket.MSG_WAITALL)
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(1) == b""
+    assert counted(server.metrics, "server_refused_total") == refused + 1
+    healthy(server, run)
+
+
+def test_a_value_longer_than_the_memory_is_not_admitted(server: RunningServer) -> None:
+    size = (1 << 30) + 1
+    with connect(server) as sock:
+        sock.sendall(store_head(size))
+        block = bytes(1 << 20)
+        for _ in range(size // len(block)):
+            sock.sendall(block)
+        sock.sendall(b"x")
+        head = protocol.parse_header(sock.recv(HEADER_BYTES, socket.MSG_WAITALL))
+        assert sock.recv(head.meta, socket.MSG_WAITALL)[-1] == 2
+
+
+@pytest.mark.parametrize("part", [1, HEADER_BYTES - 1, HEADER_BYTES + 5, -1000])
+def test_half_a_frame_leaves_nothing(server: RunningServer, run: Loop, part: int) -> None:
+    used = counted(server.metrics, "server_memory_used_bytes")
+    message = store_head(100_000) + bytes(100_000)
+    with connect(server) as sock:
+        sock.sendall(message[:part])
+    eventually(lambda: counted(server.metrics, "server_memory_used_bytes") == used)
+    healthy(server, run)
+    with connect(server) as sock:
+        meta = protocol.names(keys(1, 50))
+        sock.sendall(protocol.header(Op.CONTAINS, 2, count=1, meta=len(meta)) + meta)
+        answer = sock.recv(HEADER_BYTES + 1, socket.MSG_WAITALL)
+    assert answer[-1] == 0
+
+
+def test_noise_on_many_connections(server: RunningServer, run: Loop) -> None:
+    dice = random.Random(3)
+    for _ in range(150):
+        with connect(server) as sock:
+            op = dice.choice(list(Op))
+            head = protocol.header(op, dice.randrange(9), count=dice.randrange(4), meta=40)
+            sock.sendall(dice.choice([head, b""]) + dice.randbytes(dice.randrange(120)))
+    healthy(server, run)
+
+
+def test_a_client_that_stops_in_a_store_is_dropped(server: RunningServer, run: Loop) -> None:
+    used = counted(server.metrics, "server_memory_used_bytes")
+    with connect(server) as sock:
+        sock.sendall(store_head(1 << 20) + bytes(1000))
+        eventually(lambda: counted(server.metrics, "server_memory_used_bytes") > used)
+        healthy(server, run)
+        assert sock.recv(1) == b""  # the server's patience is over
+    eventually(lambda: counted(server.metrics, "server_memory_used_bytes") == used)
+
+
+def test_a_client_that_does_not_read_is_dropped_and_nobody_waits_for_it(
+    server: RunningServer, run: Loop
+) -> None:
+    backend = open_backend(run, port=server.port, same_host=False)
+    run(backend.store(keys(1), views([value(1, LARGE)])))
+    stalled = counted(server.metrics, "server_stalled_connections_total")
+    with ExitStack() as stack:
+        for _ in range(8):
+            sock = stack.enter_context(connect(server, NAMESPACE.fingerprint))
+            meta = protocol.names(keys(1)) + protocol.numbers([LARGE])
+            sock.sendall(protocol.header(Op.LOAD, 1, count=1, meta=len(meta)) + meta)
+        loaded = bytearray(LARGE)
+        for _ in range(10):
+            assert run(backend.load(keys(1), views([loaded]))) == [LARGE]
+        metric = "server_stalled_connections_total"
+        eventually(lambda: counted(server.metrics, metric) == stalled + 8)
+    run(backend.close())
+
+
+def test_a_reader_that_never_returns_its_lease_gets_a_miss(
+    server: RunningServer, run: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A value that is read directly keeps its place until the server has said that it doesn't."""
+    from lmcache_core.lm.shared import ReadOnlyMapping
+
+    backend = open_backend(run, path=server.unix)
+    run(backend.store(keys(1), views([value(1, 1 << 20)])))
+    original = ReadOnlyMapping.copy
+    revoked = counted(server.metrics, "server_revoked_leases_total")
+
+    def slow(self: ReadOnlyMapping, *arguments: Any) -> None:
+        metric = "server_revoked_leases_total"
+        eventually(lambda: counted(server.metrics, metric) > revoked)
+        original(self, *arguments)
+
+    monkeypatch.setattr(ReadOnlyMapping, "copy", slow)
+    assert run(backend.load(keys(1), views([bytearray(1 << 20)]))) == [MISS]
+    monkeypatch.undo()
+    assert run(backend.load(keys(1), views([bytearray(1 << 20)]))) == [1 << 20]
+    run(backend.close())
+
+
+def test_a_thousand_idle_connections(server: RunningServer, run: Loop) -> None:
+    with ExitStack() as stack:
+        for _ in range(1000):
+            stack.enter_context(connect(server))
+        healthy(server, run)
+
+
+def test_too_many_connections(start: Callable[..., RunningServer], run: Loop) -> None:
+    server = start("--max-connections", "3", "--metrics-port", "0")
+    with ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(connect(server))
+        with socket.create_connection(("127.0.0.1", server.port)) as sock:
+            assert sock.recv(1) == b""
+    eventually(lambda: "no more are accepted" in server.text)
+
+
+# -- the disk tier -----------------------------------------------------------------------------
+
+
+def test_the_disk_keeps_what_memory_cannot(tmp_path: Path, run: Loop) -> None:
+    options = ("localhost", "0", str(tmp_path), "--memory-gib", "0.03", "--metrics-port", "0")
+    server = RunningServer(*options)
+    size = 4 << 20
+    stored = [value(i, size) for i in range(16)]
+    backend = open_backend(run, port=server.port)
+    written = 0
+
+    def is_written() -> bool:
+        return counted(server.metrics, "server_disk_stores_total") == written
+
+    for name, source in zip(keys(16), stored, strict=True):
+        run(backend.store([name], views([source])))
+        written += 1
+        eventually(is_written)
+    assert counted(server.metrics, "server_values") < 16
+    assert run(backend.count_leading_hits(keys(16))) == 16
+    for name, source in zip(keys(16), stored, strict=True):
+        loaded = bytearray(size)
+        assert run(backend.load([name], views([loaded]))) == [size]
+        assert loaded == source
+    run(backend.close())
+    assert server.stop() == 0
+    server = RunningServer(*options)
+    backend = open_backend(run, port=server.port)
+    assert run(backend.contains(keys(16))) == [True] * 16
+    loaded = bytearray(size)
+    assert run(backend.load(keys(1), views([loaded]))) == [size]
+    assert loaded == stored[0]
+    assert run(backend.delete(keys(1))) == 1
+    assert run(backend.contains(keys(2))) == [False, True]
+    run(backend.close())
+    assert server.stop() == 0
+
+
+def test_a_full_disk(run: Loop, tmp_path: Path) -> None:
+    """A file system of 1 MiB: values stay in memory, and one line says so."""
+    mount = f'mount -t tmpfs -o size=1m tmpfs {tmp_path} && exec "$@"'
+    flags = "-m" if os.geteuid() == 0 else "-Urm"
+    wrapper = ("unshare", flags, "sh", "-c", mount, "sh")
+    options = ("localhost", "0", str(tmp_path), "--memory-gib", "0.03", "--metrics-port", "0")
+    server = RunningServer(*options, wrapper=wrapper)
+    backend = open_backend(run, port=server.port)
+    for seed in range(3):
+        assert run(backend.store(keys(1, seed), views([value(1, 2 << 20)])))[0].name == "STORED"
+    eventually(lambda: counted(server.metrics, "server_disk_dropped_total") == 3)
+    assert run(backend.load(keys(1, 2), views([bytearray(2 << 20)]))) == [2 << 20]
+    assert server.text.count("the disk is full") == 1
+    run(backend.close())
+    assert server.stop() == 0

@@ -1,0 +1,202 @@
+"""Whatever bytes come, both parsers answer with a message or a `ProtocolError`, within bounds.
+
+    python lmcache-core/tests/test_lm_protocol.py 1000000
+
+runs that many cases of each kind that hypothesis makes up, and counts them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lmcache_core.keys import ChunkKey
+from lmcache_core.lm import protocol
+from lmcache_core.lm.protocol import HEADER_BYTES, MISSING, Op, ProtocolError, Status, Welcome
+
+CASES = 300
+COUNT = st.one_of(st.integers(0, 5), st.sampled_from([protocol.MAX_KEYS, 1 << 20]))
+SIZE = st.one_of(st.integers(0, 99), st.just(MISSING), st.integers(0, MISSING))
+KEYS = st.lists(st.binary(min_size=1, max_size=64), unique=True, max_size=8)
+
+
+def numbers_or_noise() -> st.SearchStrategy[bytes]:
+    small = st.sampled_from([0, 1, 2, 16, 64, 255, 4096, 1 << 31, 1 << 40, MISSING])
+    words = st.lists(st.one_of(small, st.integers(0, MISSING)), max_size=10)
+    packed = words.map(lambda values: struct.pack(f"<{len(values)}Q", *values))
+    mixed = st.lists(
+        st.one_of(small.map(lambda n: struct.pack("<I", n & 0xFFFFFFFF)), st.binary(max_size=9)),
+        max_size=12,
+    )
+    return st.one_of(st.binary(max_size=200), packed, mixed.map(b"".join))
+
+
+def damaged(good: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
+    """Messages with a bit or a byte wrong, cut short or too long."""
+
+    def damage(args: tuple[bytes, int, int, int]) -> bytes:
+        data, at, byte, kind = args
+        if not data or kind == 0:
+            return data
+        at %= len(data)
+        if kind == 1:
+            return data[:at]
+        if kind == 2:
+            return data + bytes([byte])
+        return data[:at] + bytes([byte]) + data[at + 1 :]
+
+    numbers = st.integers(0, 1 << 16), st.integers(0, 255), st.integers(0, 3)
+    return st.tuples(good, *numbers).map(damage)
+
+
+HEADERS = st.builds(
+    lambda op, status, count, request, meta, payload: protocol.header(
+        op, request, count=count, meta=meta, payload=payload, status=status
+    ),
+    st.sampled_from(Op),
+    st.sampled_from(Status),
+    st.integers(0, (1 << 32) - 1),
+    st.integers(0, MISSING),
+    st.integers(0, (1 << 32) - 1),
+    st.integers(0, MISSING),
+)
+HELLOS = st.builds(
+    protocol.hello, st.just("0123456789abcdef"), st.binary(max_size=40), st.integers(0, 3)
+)
+WELCOMES = st.builds(
+    lambda instance, shares, longest, path: protocol.welcome(
+        Welcome(instance, shares, longest, (1, 2), path)
+    ),
+    st.binary(min_size=16, max_size=16),
+    st.booleans(),
+    st.integers(0, MISSING),
+    st.text(st.characters(min_codepoint=1, max_codepoint=0x2FF), max_size=40),
+)
+EXTENTS = st.lists(st.tuples(st.integers(0, 4096), st.integers(0, 4096)), max_size=4)
+
+EXACT = st.binary(min_size=HEADER_BYTES, max_size=HEADER_BYTES)
+
+# name → (bytes that arrive, what reads them with a number that the reader chose)
+PARSERS: dict[str, tuple[st.SearchStrategy[bytes], Callable[[memoryview, int], Any]]] = {
+    "header": (
+        st.one_of(EXACT, damaged(HEADERS).filter(lambda d: len(d) == HEADER_BYTES)),
+        lambda data, n: protocol.parse_header(data),
+    ),
+    "hello": (
+        st.one_of(damaged(HELLOS), st.binary(max_size=80)),
+        lambda data, n: protocol.parse_hello(data),
+    ),
+    "welcome": (
+        st.one_of(damaged(WELCOMES), st.binary(max_size=120)),
+        lambda data, n: protocol.parse_welcome(data),
+    ),
+    "names": (
+        st.one_of(damaged(KEYS.map(protocol.names)), st.binary(max_size=300)),
+        lambda data, n: protocol.parse_names(data, n),
+    ),
+    "sizes": (numbers_or_noise(), lambda data, n: protocol.parse_sizes(data, [50] * min(n, 9))),
+    "usage": (numbers_or_noise(), lambda data, n: protocol.parse_usage(data)),
+    "number": (numbers_or_noise(), lambda data, n: protocol.parse_number(data)),
+    "slot": (numbers_or_noise(), lambda data, n: protocol.parse_slot(data, n)),
+    "share": (numbers_or_noise(), lambda data, n: protocol.parse_share(data)),
+    "shared": (numbers_or_noise(), lambda data, n: protocol.parse_shared(data)),
+    "extents": (
+        st.one_of(damaged(EXTENTS.map(protocol.extents)), numbers_or_noise()),
+        lambda data, n: protocol.parse_extents(data, [n % 8192] * (n % 3), 4096),
+    ),
+}
+
+
+def parse(name: str, data: bytes, number: int) -> None:
+    with contextlib.suppress(ProtocolError):
+        PARSERS[name][1](memoryview(data), number)
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_any_bytes_are_a_message_or_refused(name: str) -> None:
+    @given(PARSERS[name][0], COUNT)
+    @settings(max_examples=CASES, deadline=None)
+    def run(data: bytes, number: int) -> None:
+        parse(name, data, number)
+
+    run()
+
+
+@given(KEYS)
+def test_names_come_back(keys: list[bytes]) -> None:
+    chunks = [ChunkKey(key) for key in keys]
+    packed = memoryview(protocol.names(chunks) + b"rest")
+    found, rest = protocol.parse_names(packed, len(keys))
+    assert found == chunks
+    assert bytes(rest) == b"rest"
+
+
+@given(EXTENTS.filter(bool))
+def test_extents_come_back(parts: list[tuple[int, int]]) -> None:
+    size = sum(length for _, length in parts)
+    found = protocol.parse_extents(memoryview(protocol.extents(parts)), [MISSING, size], 8192)
+    assert found == [[], parts]
+
+
+def test_a_header_comes_back() -> None:
+    packed = protocol.header(Op.STORE, 7, count=3, meta=4, payload=1 << 39)
+    assert protocol.parse_header(packed) == (Op.STORE, Status.OK, 3, 7, 4, 1 << 39)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"count": protocol.MAX_KEYS + 1}, "keys in a message"),
+        ({"meta": 1 << 31}, "bytes of meta"),
+        ({"payload": protocol.MAX_VALUE_BYTES + 1}, "bytes of values"),
+    ],
+)
+def test_absurd_lengths_are_refused(change: dict[str, int], said: str) -> None:
+    with pytest.raises(ProtocolError, match=said):
+        protocol.parse_header(protocol.header(Op.STORE, 1, **change))
+
+
+def test_a_hello_and_a_welcome_come_back() -> None:
+    hello = protocol.parse_hello(memoryview(protocol.hello("0123456789abcdef", b"secret")))
+    assert hello == (protocol.VERSION, "0123456789abcdef", b"secret")
+    reply = Welcome(bytes(16), True, 1 << 33, (3, 4), "/run/lm.sock")
+    assert protocol.parse_welcome(memoryview(protocol.welcome(reply))) == reply
+
+
+def test_a_namespace_cannot_name_another_folder() -> None:
+    with pytest.raises(ProtocolError, match="no namespace"):
+        protocol.parse_hello(memoryview(protocol.hello("../../etc/passwd", b"")))
+
+
+def _main(cases: int) -> None:
+    total = 0
+    for name, (data, _) in PARSERS.items():
+        done = 0
+
+        @given(data, COUNT)
+        @settings(
+            max_examples=cases // len(PARSERS) + 1,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        def run(data: bytes, number: int, name: str = name) -> None:
+            nonlocal done
+            done += 1
+            parse(name, data, number)
+
+        run()
+        total += done
+        print(f"{name:10} {done:9} cases", flush=True)
+    print(f"{'all':10} {total:9} cases, each a message or refused")
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]))
