@@ -286,7 +286,7 @@ class Connection:
             BackendError: for too long, or somebody gave the connection up.
         """
         if self._error is not None:
-            raise self._error
+            raise EOFError  # not that error itself: it would collect tracebacks
         quiet_s = time.monotonic() - self._moved_at
         if self._pending and quiet_s > self._config.stall_timeout_s:
             raise BackendTimeout(f"{self.address}: nothing moved for {quiet_s:.0f} s")
@@ -401,7 +401,7 @@ class Connection:
         if before is not None and before is not stream:
             before.close()
         if error is not None:
-            raise error
+            raise EOFError
 
     def _greet(self, stream: Stream) -> Welcome:
         """Say hello on ``stream``, which is used from now on."""
