@@ -61,6 +61,8 @@ class Stage(Enum):
     SENDING = auto()
     SENT = auto()
     RECEIVING = auto()
+    ANSWERED = auto()
+    """Before the writer's last system call came back: the writer settles it."""
     OVER = auto()
 
 
@@ -79,6 +81,7 @@ class Call:
     number: int = 0
     stage: Stage = Stage.QUEUED
     abandoned: bool = False
+    answer: Any = None
     capacities: list[int] = field(default_factory=list)
     future: asyncio.Future[Any] | None = None
 
@@ -207,7 +210,7 @@ class Connection:
     def _abandon(self, call: Call) -> bool:
         """Forget a call; ``False`` if its buffers are in use at this moment."""
         with self._lock:
-            if call.stage in (Stage.SENDING, Stage.RECEIVING):
+            if call.stage in (Stage.SENDING, Stage.RECEIVING, Stage.ANSWERED):
                 return False
             call.abandoned, call.payload, call.into = True, (), ()
             if call.stage is Stage.QUEUED:
@@ -297,8 +300,11 @@ class Connection:
         try:
             self._connect()
             while (call := self._queue.get()) is not None:
-                self._send_call(call)
-                del call
+                try:
+                    self._send_call(call)
+                finally:
+                    self._sent(call)
+                    del call
         except Exception as error:  # noqa: BLE001 - whatever it is ends the connection, not the process
             self._fail(self._explained(error))
         finally:
@@ -325,9 +331,15 @@ class Connection:
             self._send_staged(call.payload, shared.staging)
         else:
             self._send([memoryview(head + call.meta), *call.payload])
+
+    def _sent(self, call: Call) -> None:
+        """The writer holds nothing of ``call`` any more."""
         with self._lock:
-            if call.stage is Stage.SENDING:  # the answer may have been faster
+            answered = call.stage is Stage.ANSWERED
+            if call.stage is Stage.SENDING:
                 call.stage = Stage.SENT
+        if answered:
+            call.settle(call.answer, None)
 
     def _send_staged(self, payload: Sequence[memoryview], staging: Staging) -> None:
         for value in payload:
@@ -522,7 +534,11 @@ class Connection:
             answer = call.parse(meta)
         with self._lock:
             del self._pending[header.request]
-        call.settle(answer, None)
+            sending = call.stage is Stage.SENDING
+            if sending:  # the writer still holds the values, and settles it
+                call.stage, call.answer = Stage.ANSWERED, answer
+        if not sending:
+            call.settle(answer, None)
 
     def _begin(self, call: Call) -> Sequence[memoryview]:
         """The buffers, which are in use from now on; none if the call was abandoned."""
