@@ -88,7 +88,8 @@ class Call:
     def settle(self, answer: Any, error: BackendError | None) -> None:
         """Tell the caller, whose buffers nobody touches any more. From any thread."""
         self.stage, self.payload, self.into = Stage.OVER, (), ()
-        future = self.future
+        # Let go of: once the caller raised, its traceback leads to the buffers.
+        future, self.future = self.future, None
         if future is None or self.abandoned:
             return
 
