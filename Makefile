@@ -40,7 +40,8 @@ format: $(READY) ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 types: $(READY) ## mypy --strict on what is published
-	$(BIN)/mypy --strict lmcache-core/src/lmcache_core lmcache-connector-vllm/src kernels/src
+	$(BIN)/mypy --strict lmcache-core/src/lmcache_core lmcache-connector-vllm/src kernels/src \
+	  lmcache-backend-redis/src
 
 unit: $(READY) ## the tests that need no engine
 	@mkdir -p $(RESULTS)

@@ -1,0 +1,231 @@
+"""Options of the redis backend, and the addresses it understands. Imports no client.
+
+    redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE]          also resp:// and valkey://
+    rediss://…                                                the same over TLS
+    unix://[[USER]:PASSWORD@]/PATH/OF/SOCKET
+    redis-sentinel://[[USER]:PASSWORD@]HOST[:PORT],HOST[:PORT]…[/DATABASE]
+    redis-cluster://[[USER]:PASSWORD@]HOST[:PORT],HOST[:PORT]…
+
+A query sets other options: ``?service=cache&ttl_s=3600``. User and password are percent-encoded.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import parse_qsl, unquote
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+REDIS_PORT: Final = 6379
+SENTINEL_PORT: Final = 26379
+
+
+class Form(Enum):
+    """How the servers are arranged."""
+
+    SINGLE = "one server"
+    UNIX = "a Unix socket"
+    SENTINEL = "Sentinel"
+    CLUSTER = "a cluster"
+
+
+_FORMS: Final = {
+    "redis": Form.SINGLE,
+    "rediss": Form.SINGLE,
+    "resp": Form.SINGLE,
+    "valkey": Form.SINGLE,
+    "unix": Form.UNIX,
+    "redis-sentinel": Form.SENTINEL,
+    "redis-cluster": Form.CLUSTER,
+}
+SCHEMES: Final = tuple(_FORMS)
+_QUERY_NAMES: Final = {"db": "database"}
+"""What redis-py calls an option in addresses."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """A parsed URL without its query."""
+
+    form: Form
+    hosts: tuple[tuple[str, int], ...] = ()
+    path: str = ""
+    username: str | None = None
+    password: str | None = None
+    database: int | None = None
+    tls: bool = False
+
+
+class RedisConfig(BaseModel):
+    """What stands under ``backends: {NAME: {type: redis, …}}``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    url: str = Field(
+        description="Address of the server, the Sentinels or some nodes of the cluster, such as "
+        "`redis://host:6379`."
+    )
+    username: str | None = Field(None, description="Redis user; instead of the address's.")
+    password: SecretStr | None = Field(None, description="Its password; instead of the address's.")
+    database: int | None = Field(
+        None, ge=0, description="Number of the database; instead of the address's. A cluster has 0."
+    )
+    service: str = Field(
+        "mymaster",
+        min_length=1,
+        description="What the Sentinels call the primary and its replicas.",
+    )
+    sentinel_username: str | None = Field(None, description="User on the Sentinels themselves.")
+    sentinel_password: SecretStr | None = Field(None, description="Its password.")
+    tls: bool = Field(False, description="TLS to every server, Sentinels too; `rediss://` sets it.")
+    tls_ca_file: Path | None = Field(
+        None, description="Certificates to trust, PEM; the system's if not said."
+    )
+    tls_cert_file: Path | None = Field(None, description="This client's certificate, PEM.")
+    tls_key_file: Path | None = Field(None, description="This client's private key, PEM.")
+    tls_check_hostname: bool = Field(
+        True, description="The server's certificate must be for the host of the address."
+    )
+    ttl_s: int | None = Field(
+        None, ge=1, description="Seconds that a chunk is kept. Not said: until it is evicted."
+    )
+    piece_bytes: int = Field(
+        (1 << 20) - 128,
+        ge=64 << 10,
+        le=64 << 20,
+        description="A longer value is stored in pieces of this size. Just below 1 MiB, because "
+        "Redis's allocator rounds 1 MiB and a few bytes up to 1.25 MiB.",
+    )
+    replica_reads: bool = Field(
+        False, description="Ask and load from replicas, with Sentinel or a cluster."
+    )
+    connections: int = Field(
+        4, ge=1, le=64, description="Calls at the same time, each with a connection and a thread."
+    )
+    connect_timeout_s: float = Field(
+        1.0, gt=0, description="Seconds until a server that can't be reached is given up."
+    )
+    timeout_s: float = Field(
+        2.0, gt=0, description="Seconds that a server may be silent in the middle of a call."
+    )
+    call_timeout_s: float = Field(
+        30.0, gt=0, description="Seconds after which a call ends, whatever the server does."
+    )
+    prefix: str = Field(
+        "lmcache",
+        pattern=r"^[A-Za-z0-9._:-]{1,64}$",
+        description="How every key begins; letters, digits and `._:-`.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _options_of_the_query(cls, values: Any) -> Any:
+        """Make options of the address's query; those that are set beside it win."""
+        url = values.get("url") if isinstance(values, dict) else None
+        if not isinstance(url, str) or "?" not in url:
+            return values
+        base, _, query = url.partition("?")
+        try:
+            pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+        except ValueError:
+            raise ValueError("url: what follows '?' must look like name=value&name=value") from None
+        if repeats := {name for name, _ in pairs if [n for n, _ in pairs].count(name) > 1}:
+            raise ValueError(f"url: {', '.join(sorted(repeats))} stands in it twice")
+        options = {_QUERY_NAMES.get(name, name): value for name, value in pairs if name != "url"}
+        return {**options, **values, "url": base}
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, url: str) -> str:
+        parse_address(url)
+        return url
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RedisConfig:
+        address = self.address
+        if self.replica_reads and address.form not in (Form.SENTINEL, Form.CLUSTER):
+            raise ValueError(
+                "replica_reads needs a redis-sentinel:// or redis-cluster:// address; one server "
+                "has no replicas that we could know of"
+            )
+        if address.form is Form.CLUSTER and (self.database or address.database):
+            raise ValueError("a cluster has database 0 only; take the number out")
+        if address.form is Form.UNIX and self.tls:
+            raise ValueError("tls: a Unix socket has no TLS")
+        if self.tls_key_file and not self.tls_cert_file:
+            raise ValueError("tls_key_file needs tls_cert_file")
+        return self
+
+    @property
+    def address(self) -> Address:
+        """The address, with the options that replace parts of it."""
+        found = parse_address(self.url)
+        password = self.password.get_secret_value() if self.password else found.password
+        return Address(
+            found.form,
+            found.hosts,
+            found.path,
+            self.username if self.username is not None else found.username,
+            password,
+            self.database if self.database is not None else found.database,
+            found.tls or self.tls,
+        )
+
+
+def parse_address(url: str) -> Address:
+    """Read a URL without its query.
+
+    Raises:
+        ValueError: it isn't one of the forms above; the message never holds the password.
+    """
+    scheme, separator, rest = url.partition("://")
+    form = _FORMS.get(scheme.lower()) if separator else None
+    if form is None:
+        known = ", ".join(f"{one}://" for one in SCHEMES)
+        raise ValueError(f"isn't an address of Redis; those begin with one of {known}")
+    login, at, place = rest.rpartition("@")
+    username, colon, password = login.partition(":")
+    user = unquote(username) or None
+    secret = unquote(password) if colon else None
+    if at and not colon:
+        raise ValueError("has a user without a password before '@'; write :PASSWORD@ for one alone")
+    if form is Form.UNIX:
+        if not place.startswith("/"):
+            raise ValueError("names no socket; write unix:///PATH/OF/SOCKET")
+        return Address(form, path=unquote(place), username=user, password=secret)
+    names, _, path = place.partition("/")
+    port = SENTINEL_PORT if form is Form.SENTINEL else REDIS_PORT
+    hosts = tuple(_host(one.strip(), port) for one in names.split(","))
+    if form is Form.SINGLE and len(hosts) > 1:
+        raise ValueError(
+            "names several hosts; write redis-sentinel:// or redis-cluster:// if they are one"
+        )
+    database = _database(path.strip("/"))
+    return Address(form, hosts, "", user, secret, database, tls=scheme.lower() == "rediss")
+
+
+_HOST = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.%]+)\]|(?P<name>[^\[\]:\s/]+))(?::(?P<port>\d{1,5}))?")
+
+
+def _host(text: str, default_port: int) -> tuple[str, int]:
+    match = _HOST.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            f"has {text!r} where HOST:PORT belongs" if text else "names no host; write HOST:PORT"
+        )
+    port = int(match["port"]) if match["port"] else default_port
+    if not 0 < port < 65536:
+        raise ValueError(f"has the port {port}; ports go from 1 to 65535")
+    return match["v6"] or match["name"], port
+
+
+def _database(text: str) -> int | None:
+    if not text:
+        return None
+    if not text.isascii() or not text.isdigit():
+        raise ValueError(f"has {text!r} where the number of a database belongs, as in /0")
+    return int(text)

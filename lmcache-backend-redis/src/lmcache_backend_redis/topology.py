@@ -1,0 +1,436 @@
+"""Which server has a key, and connections to it. All use of redis-py is here.
+
+redis-py opens connections, logs in, does TLS, finds the primary with Sentinel and the node of a
+slot with a cluster, and pools what is idle. What travels on a connection afterwards is `resp`'s
+business, so the socket is taken from it for the time of a call. Its retries are switched off:
+core's guard decides about them.
+
+A connection goes back to its pool only after every reply on it was read and none was an error. Any
+failure closes it and the idle ones of the same pool, which probably share its fate; the next call
+connects anew, and so finds a new primary or a moved slot.
+
+Knows servers. Knows nothing about chunks.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+import redis
+from redis.backoff import NoBackoff
+from redis.cluster import ClusterNode, LoadBalancingStrategy, RedisCluster
+from redis.connection import (
+    Connection,
+    ConnectionPool,
+    SSLConnection,
+    UnixDomainSocketConnection,
+)
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    InvalidResponse,
+    MovedError,
+    NoPermissionError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
+from redis.retry import Retry
+from redis.sentinel import Sentinel, SentinelConnectionPool
+
+from lmcache_backend_redis.config import Address, Form, RedisConfig
+from lmcache_backend_redis.resp import ReplyError, Wire
+from lmcache_core.errors import (
+    BackendError,
+    BackendRejected,
+    BackendTimeout,
+    BackendUnavailable,
+)
+
+logger = logging.getLogger(__name__)
+
+REST_S: Final = 2.0
+"""How long a cluster's node is left alone after a failure, so that one hung node of several doesn't
+cost every call its time."""
+_REFRESH_EVERY_S: Final = 0.5
+_LATER = frozenset(
+    (
+        "LOADING",
+        "READONLY",
+        "MASTERDOWN",
+        "CLUSTERDOWN",
+        "TRYAGAIN",
+        "BUSY",
+        "MISCONF",
+        "NOREPLICAS",
+    )
+)
+_MOVED = frozenset(("MOVED", "ASK"))
+_REFUSED = frozenset(("NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE"))
+
+
+class Node:
+    """One connection pool, and whether its server is worth a try."""
+
+    def __init__(self, pool: ConnectionPool, peer: str) -> None:
+        self.pool = pool
+        self.peer = peer
+        self.rests_until = 0.0
+
+
+class Topology(ABC):
+    """Where keys live. Thread-safe."""
+
+    def __init__(self, config: RedisConfig) -> None:
+        self._config = config
+        self._lock = threading.Lock()
+        self._taken: set[socket.socket] = set()
+        self._closed = False
+
+    @abstractmethod
+    def groups(self, names: Sequence[bytes], *, read: bool) -> dict[Node, list[int]]:
+        """Positions of ``names`` by the node to ask. ``read``: a replica may answer."""
+
+    @abstractmethod
+    def primaries(self) -> list[Node]:
+        """All nodes that together hold every key."""
+
+    @abstractmethod
+    def _pools(self) -> list[ConnectionPool]: ...
+
+    @abstractmethod
+    def _failed(self, node: Node, error: BackendError, moved: bool) -> None:
+        """Learn from a failed call."""
+
+    @abstractmethod
+    def _answered(self, node: Node) -> None:
+        """Learn from a call that worked."""
+
+    @contextmanager
+    def wire(self, node: Node, until: float | None = None) -> Iterator[Wire]:
+        """A connection for one call.
+
+        Raises:
+            BackendError: whatever went wrong, inside the ``with`` too.
+        """
+        if until is None:
+            until = time.monotonic() + self._config.call_timeout_s
+        moved = False
+        try:
+            connection = self._connect(node)
+            sock = _socket(connection)
+            wire = Wire(sock, node.peer, idle_s=self._config.timeout_s, until=until)
+            fine = False
+            try:
+                self._take(sock)
+                yield wire
+                fine = not wire.broken
+            finally:
+                with self._lock:
+                    self._taken.discard(sock)
+                if not fine:
+                    connection.disconnect()
+                node.pool.release(connection)
+            self._answered(node)
+        except (BackendError, ReplyError, RedisError, OSError) as error:
+            moved = isinstance(error, MovedError) or (
+                isinstance(error, ReplyError) and error.code in _MOVED
+            )
+            told = translated(error, node.peer)
+            node.pool.disconnect(inuse_connections=False)
+            self._failed(node, told, moved)
+            if told is error:
+                raise
+            raise told from error
+
+    def abort(self) -> None:
+        """End what is under way on every connection. Doesn't block."""
+        with self._lock:
+            self._closed = True
+            for sock in self._taken:
+                # Not its own method: an SSLSocket's would pull TLS from under its reader.
+                with suppress(OSError):
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Let go of every connection."""
+        self.abort()
+        for pool in self._pools():
+            pool.disconnect()
+
+    def _connect(self, node: Node) -> Connection:
+        if self._closed:
+            raise BackendUnavailable("the backend is closed")
+        return node.pool.get_connection()
+
+    def _take(self, sock: socket.socket) -> None:
+        with self._lock:
+            if self._closed:
+                raise BackendUnavailable("the backend is closed")
+            self._taken.add(sock)
+
+
+class _Fixed(Topology):
+    """One server, or Sentinel's idea of the primary and its replicas."""
+
+    def __init__(self, config: RedisConfig, address: Address) -> None:
+        super().__init__(config)
+        self._primary = _node(config, address, primary=True)
+        self._reader = (
+            _node(config, address, primary=False) if config.replica_reads else self._primary
+        )
+
+    def groups(self, names: Sequence[bytes], *, read: bool) -> dict[Node, list[int]]:
+        return {self._reader if read else self._primary: list(range(len(names)))}
+
+    def primaries(self) -> list[Node]:
+        return [self._primary]
+
+    def _failed(self, node: Node, error: BackendError, moved: bool) -> None:
+        """Nothing: a pool of Sentinel's asks for the primary whenever it connects."""
+
+    def _answered(self, node: Node) -> None:
+        """Nothing either."""
+
+    def _pools(self) -> list[ConnectionPool]:
+        pools = [self._primary.pool, self._reader.pool]
+        managers = [p.sentinel_manager for p in pools if isinstance(p, SentinelConnectionPool)]
+        return pools + [one.connection_pool for m in managers for one in m.sentinels]
+
+
+class _Cluster(Topology):
+    """A cluster; redis-py knows the slots."""
+
+    def __init__(self, config: RedisConfig, address: Address) -> None:
+        super().__init__(config)
+        self._address = address
+        self._nodes: dict[int, Node] = {}
+        self._refreshed = 0.0
+        self._stale = False
+        options: dict[str, Any] = {**_login(config, address), **_tls(config, address)}
+        if config.replica_reads:  # connections then begin with READONLY, which replicas want
+            options["load_balancing_strategy"] = LoadBalancingStrategy.ROUND_ROBIN_REPLICAS
+        self._client = RedisCluster(
+            startup_nodes=[ClusterNode(host, port) for host, port in address.hosts],
+            require_full_coverage=False,
+            **options,
+        )
+
+    def groups(self, names: Sequence[bytes], *, read: bool) -> dict[Node, list[int]]:
+        self._refresh()
+        manager, now = self._client.nodes_manager, time.monotonic()
+        replica = read and self._config.replica_reads
+        strategy = self._client.load_balancing_strategy if replica else None
+        # One choice of replica a call and primary, not a key: a batch is one round trip to each.
+        chosen: dict[str, Node] = {}
+        groups: dict[Node, list[int]] = {}
+        for position, name in enumerate(names):
+            slot = self._client.keyslot(name)
+            try:
+                primary = manager.get_node_from_slot(slot)
+                if primary.name not in chosen:
+                    found = manager.get_node_from_slot(slot, replica, strategy)
+                    chosen[primary.name] = self._known(found)
+                node = chosen[primary.name]
+            except RedisError:
+                self._stale = True  # nobody has the slot at present: misses
+                continue
+            if node.rests_until <= now:
+                groups.setdefault(node, []).append(position)
+        return groups
+
+    def primaries(self) -> list[Node]:
+        self._refresh()
+        return [self._known(node) for node in self._client.get_primaries()]
+
+    def _failed(self, node: Node, error: BackendError, moved: bool) -> None:
+        self._stale = True
+        if moved or isinstance(error, BackendRejected):
+            return
+        if node.rests_until == 0.0:
+            logger.warning(
+                "%s; chunks on this node of the cluster are misses until it answers", error
+            )
+        node.rests_until = time.monotonic() + REST_S
+
+    def _answered(self, node: Node) -> None:
+        if node.rests_until:
+            node.rests_until = 0.0
+            logger.info("%s answers again", node.peer)
+
+    def _refresh(self) -> None:
+        """Ask the cluster who has which slot, after something failed and not too often."""
+        now = time.monotonic()
+        with self._lock:
+            if not self._stale or now - self._refreshed < _REFRESH_EVERY_S:
+                return
+            self._refreshed, self._stale = now, False
+        try:
+            self._client.nodes_manager.initialize()
+        except (RedisError, OSError) as error:
+            self._stale = True
+            raise translated(error, "the cluster") from error
+
+    def _known(self, found: ClusterNode) -> Node:
+        pool = self._client.get_redis_connection(found).connection_pool
+        with self._lock:
+            node = self._nodes.get(id(pool))
+            if node is None or node.pool is not pool:
+                node = self._nodes[id(pool)] = Node(pool, f"redis {found.name}")
+            return node
+
+    def _pools(self) -> list[ConnectionPool]:
+        nodes = self._client.get_nodes()
+        return [n.redis_connection.connection_pool for n in nodes if n.redis_connection]
+
+
+def connect(config: RedisConfig) -> Topology:
+    """Make the topology and see that it answers.
+
+    Raises:
+        BackendUnavailable: nothing answers, or nobody is the primary.
+        BackendRejected: the credentials or options are refused, or it isn't Redis.
+    """
+    address = config.address
+    shown = _shown(address)
+    try:
+        topology = (_Cluster if address.form is Form.CLUSTER else _Fixed)(config, address)
+    except (RedisError, OSError, ValueError) as error:
+        raise translated(error, shown) from error
+    try:
+        for node in topology.primaries():
+            with topology.wire(node) as wire:
+                _ping(wire)
+    except BaseException:
+        topology.close()
+        raise
+    return topology
+
+
+def _ping(wire: Wire) -> None:
+    wire.send([b"*1\r\n$4\r\nPING\r\n"])
+    reply = wire.reply()
+    if isinstance(reply, ReplyError):
+        raise reply
+    if reply != b"PONG":
+        raise BackendRejected(f"{wire.peer} answered PING with {reply!r}; it isn't Redis")
+
+
+def translated(error: Exception, peer: str) -> BackendError:
+    """What redis-py or a server said, in core's terms."""
+    if isinstance(error, BackendError):
+        return error
+    text = f"{peer}: {error or type(error).__name__}"
+    if isinstance(error, ReplyError):
+        if error.code in _REFUSED:
+            return BackendRejected(text)
+        later = error.code in _LATER or error.code in _MOVED
+        return BackendUnavailable(text) if later else BackendError(text)
+    refused = (AuthenticationError, AuthorizationError, NoPermissionError, InvalidResponse)
+    if isinstance(error, refused) or _is_refusal(error):
+        return BackendRejected(text)
+    if isinstance(error, (redis.TimeoutError, TimeoutError)):
+        return BackendTimeout(text)
+    if isinstance(error, (redis.ConnectionError, RedisClusterException, OSError)):
+        return BackendUnavailable(text)
+    return BackendError(text)
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether waiting won't help: credentials, certificates, a server that is no cluster."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, (AuthenticationError, NoPermissionError)):
+            return True
+        if isinstance(error, ResponseError) and "out of range" in text:
+            return True  # SELECT of a database that isn't there
+        if "CERTIFICATE_VERIFY_FAILED" in text or "Cluster mode is not enabled" in text:
+            return True
+        if isinstance(error, FileNotFoundError):
+            return True  # a certificate; a missing socket is told by connect() as a ConnectionError
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _node(config: RedisConfig, address: Address, *, primary: bool) -> Node:
+    """The pool for one server, or for what Sentinel says it is."""
+    options: dict[str, Any] = {**_login(config, address), "db": address.database or 0}
+    if address.form is Form.UNIX:
+        del options["socket_keepalive"]
+        pool = ConnectionPool(
+            connection_class=UnixDomainSocketConnection, path=address.path, **options
+        )
+        return Node(pool, _shown(address))
+    options |= _tls(config, address)
+    if address.form is Form.SENTINEL:
+        login = {"username": config.sentinel_username, "password": _secret(config)}
+        sentinel = Sentinel(
+            address.hosts,
+            sentinel_kwargs={
+                **_timeouts(config),
+                **login,
+                **_tls(config, address),
+            },
+        )
+        pool = SentinelConnectionPool(config.service, sentinel, is_master=primary, **options)
+        role = "primary" if primary else "replicas"
+        return Node(pool, f"the {role} of {config.service!r} at {_shown(address)}")
+    ((host, port),) = address.hosts
+    kind = SSLConnection if options.pop("ssl", False) else Connection
+    return Node(
+        ConnectionPool(connection_class=kind, host=host, port=port, **options), _shown(address)
+    )
+
+
+def _timeouts(config: RedisConfig) -> dict[str, Any]:
+    return {
+        "socket_timeout": config.timeout_s,
+        "socket_connect_timeout": config.connect_timeout_s,
+        "socket_keepalive": True,
+        "retry": Retry(NoBackoff(), 0),
+    }
+
+
+def _login(config: RedisConfig, address: Address) -> dict[str, Any]:
+    return {
+        **_timeouts(config),
+        "username": address.username,
+        "password": address.password,
+        "protocol": 2,  # no messages that nobody asked for between replies
+    }
+
+
+def _tls(config: RedisConfig, address: Address) -> dict[str, Any]:
+    if not address.tls:
+        return {}
+    files = {
+        "ssl_ca_certs": config.tls_ca_file,
+        "ssl_certfile": config.tls_cert_file,
+        "ssl_keyfile": config.tls_key_file,
+    }
+    given = {name: str(path) for name, path in files.items() if path is not None}
+    return {"ssl": True, **given, "ssl_check_hostname": config.tls_check_hostname}
+
+
+def _secret(config: RedisConfig) -> str | None:
+    return config.sentinel_password.get_secret_value() if config.sentinel_password else None
+
+
+def _socket(connection: Connection) -> socket.socket:
+    # redis-py has no public name for it; every release up to 8 has this one.
+    sock = connection._sock
+    if not isinstance(sock, socket.socket):
+        raise BackendUnavailable("redis-py gave a connection without a socket")
+    return sock
+
+
+def _shown(address: Address) -> str:
+    places = address.path or ",".join(f"{host}:{port}" for host, port in address.hosts)
+    return f"redis {places}"
