@@ -17,7 +17,7 @@ from typing import Final
 from lmcache_backend_redis import topology
 from lmcache_backend_redis.config import RedisConfig
 from lmcache_backend_redis.layout import HEAD, MAX_VALUE_BYTES, Head, Names
-from lmcache_backend_redis.resp import ProtocolError, Reply, ReplyError, Wire, command
+from lmcache_backend_redis.resp import ProtocolError, Reply, ReplyError, Wire, command, commands
 from lmcache_backend_redis.topology import Node, Topology
 from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
 from lmcache_core.keys import ChunkKey
@@ -86,10 +86,10 @@ class RedisBackend(BlockingBackend):
 
         def ask(node: Node, positions: list[int]) -> Iterator[None]:
             with self._open.wire(node, until) as wire:
-                wire.send([command(b"EXISTS", names[i]) for i in positions])
+                wire.send([commands(b"EXISTS", [names[i] for i in positions])])
                 yield
-                for i in positions:
-                    found[i] = _integer(wire) > 0
+                for i, count in zip(positions, wire.integers(len(positions)), strict=True):
+                    found[i] = count > 0
 
         # Every node is asked before any is waited for: together they cost one round trip.
         asking = [ask(*group) for group in groups.items()]
@@ -249,20 +249,19 @@ class _Load:
                 sizes[value.position] = value.nbytes
 
     def _ask(self) -> None:
-        commands: list[bytes] = []
+        asked: list[bytes] = []
         while self._waiting:
             one = self._waiting[0]
             if one.place is not None and one.value.lost:
                 self._waiting.popleft()
                 continue
             full = self._in_flight + one.expected_bytes > IN_FLIGHT_BYTES
-            if full and (self._asked or commands):
+            if full and self._asked:
                 break
             self._asked.append(self._waiting.popleft())
             self._in_flight += one.expected_bytes
-            commands.append(command(b"GET", one.name))
-        if commands:
-            self._wire.send([b"".join(commands)])
+            asked.append(one.name)
+        self._wire.send([commands(b"GET", asked)])
 
     def _read_head(self, one: _Ask) -> None:
         wire, value = self._wire, one.value
@@ -447,11 +446,11 @@ def _intact(wire: Wire, names: Sequence[bytes]) -> list[bool]:
 
     A head whose pieces were evicted, or what another version left, would keep a new value out.
     """
-    commands = [
+    asking = [
         command(b"GETRANGE", name, b"0", b"%d" % (HEAD.size - 1)) + command(b"STRLEN", name)
         for name in names
     ]
-    wire.send([b"".join(commands)])
+    wire.send([b"".join(asking)])
     heads = [(_string(wire), _integer(wire)) for _ in names]
     intact = [False] * len(names)
     pieces: list[tuple[int, bytes, int]] = []
@@ -466,8 +465,9 @@ def _intact(wire: Wire, names: Sequence[bytes]) -> list[bool]:
             continue
         for name, place in head.pieces(names[i]):
             pieces.append((i, name, place.stop - place.start))
-    wire.send([b"".join(command(b"STRLEN", name) for _, name, _ in pieces)])
-    damaged.update(i for i, _, length in pieces if _integer(wire) != length)
+    wire.send([commands(b"STRLEN", [name for _, name, _ in pieces])])
+    lengths = wire.integers(len(pieces))
+    damaged.update(i for (i, _, nbytes), got in zip(pieces, lengths, strict=True) if got != nbytes)
     for i in damaged:
         intact[i] = False
     _discard(wire, [names[i] for i in sorted(damaged)])
@@ -481,14 +481,14 @@ def _discard(wire: Wire, names: Sequence[bytes]) -> int:
     """
     if not names:
         return 0
-    commands = [
+    taking = [
         command(b"MULTI")
         + command(b"GETRANGE", name, b"0", b"%d" % (HEAD.size - 1))
         + command(b"UNLINK", name)
         + command(b"EXEC")
         for name in names
     ]
-    wire.send([b"".join(commands)])
+    wire.send([b"".join(taking)])
     count, pieces = 0, []
     for name in names:
         for _ in range(3):
@@ -507,9 +507,8 @@ def _discard(wire: Wire, names: Sequence[bytes]) -> int:
 
 def _unlink(wire: Wire, names: Sequence[bytes]) -> None:
     # One command a name: a cluster refuses a command about several slots.
-    wire.send([b"".join(command(b"UNLINK", name) for name in names)])
-    for _ in names:
-        _integer(wire)
+    wire.send([commands(b"UNLINK", names)])
+    wire.integers(len(names))
 
 
 def _clear(wire: Wire, names: Names) -> int:
@@ -525,10 +524,9 @@ def _clear(wire: Wire, names: Names) -> int:
                 raise ProtocolError(f"{wire.peer} answered SCAN with {page!r:.80}")
         # Heads first, so that nobody is sent after pieces that are gone.
         these.sort(key=Names.is_head, reverse=True)
-        wire.send([b"".join(command(b"UNLINK", name) for name in these)])
-        for name in these:
-            removed = _integer(wire)
-            count += removed if Names.is_head(name) else 0
+        wire.send([commands(b"UNLINK", these)])
+        removed = wire.integers(len(these))
+        count += sum(n for name, n in zip(these, removed, strict=True) if Names.is_head(name))
         if cursor == b"0":
             return count
 

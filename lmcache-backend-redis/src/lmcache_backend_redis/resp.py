@@ -14,7 +14,9 @@ Knows the protocol and time limits. Knows nothing about keys, chunks or how a co
 
 from __future__ import annotations
 
+import socket
 import ssl
+import struct
 import time
 from collections.abc import Sequence
 from typing import Final, Protocol, Union
@@ -31,6 +33,7 @@ MAX_BULK: Final = 512 << 20
 _BUFFER_BYTES = 16 << 10
 _AHEAD_OF_BULK = 64
 """How much may be received along with a bulk reply's first line; it is copied once more."""
+_TIMEVAL = struct.Struct("@ll")
 _PARTS_PER_CALL = 256  # below IOV_MAX, which is 1024 on Linux
 
 
@@ -54,7 +57,8 @@ class Socket(Protocol):
     """What this module needs of `socket.socket` and `ssl.SSLSocket`."""
 
     def settimeout(self, timeout: float | None, /) -> None: ...
-    def recv_into(self, buffer: memoryview, /) -> int: ...
+    def setsockopt(self, level: int, option: int, value: bytes, /) -> None: ...
+    def recv_into(self, buffer: memoryview, nbytes: int = 0, flags: int = 0, /) -> int: ...
     def send(self, data: memoryview, /) -> int: ...
     def sendmsg(self, buffers: Sequence[memoryview], /) -> int: ...
 
@@ -64,6 +68,12 @@ def command(*arguments: bytes) -> bytes:
     return b"*%d\r\n" % len(arguments) + b"".join(
         b"$%d\r\n%b\r\n" % (len(one), one) for one in arguments
     )
+
+
+def commands(verb: bytes, names: Sequence[bytes]) -> bytes:
+    """The same command about each of ``names``, in a row."""
+    start = b"*2\r\n$%d\r\n%b\r\n$" % (len(verb), verb)
+    return b"".join([b"%b%d\r\n%b\r\n" % (start, len(name), name) for name in names])
 
 
 class Wire:
@@ -81,7 +91,13 @@ class Wire:
         self._sock = sock
         self._idle_s = idle_s
         self._until = until
-        self._scatters = not isinstance(sock, ssl.SSLSocket)  # TLS has no sendmsg
+        # The kernel then waits until a buffer is full, and wakes this thread once instead of for
+        # every segment; it can also send many buffers at once. TLS does neither.
+        self._plain = not isinstance(sock, ssl.SSLSocket)
+        self._wait_all = socket.MSG_WAITALL if self._plain else 0
+        self._limit_s = 0.0
+        if self._plain:
+            sock.settimeout(None)  # SO_RCVTIMEO and SO_SNDTIMEO are for blocking sockets
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
@@ -102,7 +118,7 @@ class Wire:
     def _send_some(self, left: list[memoryview]) -> int:
         self._limit()
         try:
-            if self._scatters:
+            if self._plain:
                 return self._sock.sendmsg(left[: -_PARTS_PER_CALL - 1 : -1])
             return self._sock.send(left[-1])
         except OSError as error:
@@ -129,7 +145,7 @@ class Wire:
         target[:done] = self._view[self._start : self._start + done]
         self._start += done
         while done < target.nbytes:
-            done += self._receive(target[done:])
+            done += self._receive(target[done:], self._wait_all)
 
     def take(self, count: int) -> bytes:
         """The next ``count`` bytes of a bulk reply; for a few."""
@@ -156,6 +172,29 @@ class Wire:
     def reply(self) -> Reply:
         """Any reply whose strings are short. Error replies are returned, not raised."""
         return self._reply(MAX_DEPTH, [MAX_ELEMENTS])
+
+    def integers(self, count: int) -> list[int]:
+        """``count`` integer replies, faster than one by one.
+
+        Raises:
+            ReplyError: one of them is an error.
+        """
+        found: list[int] = []
+        while len(found) < count:
+            first = self._line(_BUFFER_BYTES)
+            end = self._buffer.rfind(b"\r\n", self._start, self._end)
+            lines = [first]
+            if end >= 0 and len(found) + 1 < count:
+                rest = bytes(self._view[self._start : end]).split(b"\r\n")
+                lines += rest[: count - len(found) - 1]
+                self._start += sum(map(len, lines)) - len(first) + 2 * (len(lines) - 1)
+            for line in lines:
+                if line[:1] == b"-":
+                    raise self._refusal(line)
+                if line[:1] != b":":
+                    raise self._nonsense(f"{line[:40]!r} where a number was expected")
+                found.append(self._number(line))
+        return found
 
     def _reply(self, depth: int, elements: list[int]) -> Reply:
         line = self._line(_BUFFER_BYTES)
@@ -209,10 +248,10 @@ class Wire:
             self._buffer.extend(bytes(unread))
             self._view = memoryview(self._buffer)
 
-    def _receive(self, into: memoryview) -> int:
+    def _receive(self, into: memoryview, flags: int = 0) -> int:
         self._limit()
         try:
-            got = self._sock.recv_into(into)
+            got = self._sock.recv_into(into, 0, flags)
         except OSError as error:
             raise self._lost(error) from error
         if not got:
@@ -225,11 +264,20 @@ class Wire:
         if left <= 0:
             self.broken = True
             raise BackendTimeout(f"{self.peer} didn't finish in time (call_timeout_s)")
-        self._sock.settimeout(min(left, self._idle_s))
+        limit_s = min(left, self._idle_s)
+        if limit_s == self._limit_s:
+            return
+        self._limit_s = limit_s
+        if self._plain:
+            value = _TIMEVAL.pack(int(limit_s), int(limit_s % 1 * 1e6) or 1)
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+        else:
+            self._sock.settimeout(limit_s)
 
     def _lost(self, error: OSError) -> BackendError:
         self.broken = True
-        if isinstance(error, TimeoutError):
+        if isinstance(error, (TimeoutError, BlockingIOError)):
             return BackendTimeout(f"{self.peer} was silent for {self._idle_s:g} s (timeout_s)")
         return BackendUnavailable(f"the connection to {self.peer} broke: {error}")
 
