@@ -7,10 +7,10 @@
 Starts a server on loopback with room for a few values, so that it evicts, as a full cache does.
 The backend's ``load`` and ``store`` are called as core calls them: with batches of eight at most.
 The calibration is a blocking socket that sends the same commands for as many values and receives
-into a prepared buffer, with nothing checked; figure and calibration take turns. `redis-py` is what a
-client does that reads replies into new objects. ``contains`` of 128 keys is compared with one PING
-on a raw socket: the ratio is that of their times, and 1 would be a batch that costs no more than
-asking whether the server is there.
+into a prepared buffer, with nothing checked; figure and calibration take turns. `redis-py` is
+what a client does that reads replies into new objects. ``contains`` of 128 keys is compared with
+one PING on a raw socket: the ratio is that of their times, and 1 would be a batch that costs no
+more than asking whether the server is there.
 """
 
 from __future__ import annotations

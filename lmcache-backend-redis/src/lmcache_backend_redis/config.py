@@ -12,13 +12,20 @@ A query sets other options: ``?service=cache&ttl_s=3600``. User and password are
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FilePath,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
 
 REDIS_PORT: Final = 6379
 SENTINEL_PORT: Final = 26379
@@ -49,13 +56,11 @@ _QUERY_NAMES: Final = {"db": "database"}
 
 @dataclass(frozen=True)
 class Address:
-    """A parsed URL without its query."""
+    """A parsed URL without its user, password and query."""
 
     form: Form
     hosts: tuple[tuple[str, int], ...] = ()
     path: str = ""
-    username: str | None = None
-    password: str | None = None
     database: int | None = None
     tls: bool = False
 
@@ -82,11 +87,11 @@ class RedisConfig(BaseModel):
     sentinel_username: str | None = Field(None, description="User on the Sentinels themselves.")
     sentinel_password: SecretStr | None = Field(None, description="Its password.")
     tls: bool = Field(False, description="TLS to every server, Sentinels too; `rediss://` sets it.")
-    tls_ca_file: Path | None = Field(
+    tls_ca_file: FilePath | None = Field(
         None, description="Certificates to trust, PEM; the system's if not said."
     )
-    tls_cert_file: Path | None = Field(None, description="This client's certificate, PEM.")
-    tls_key_file: Path | None = Field(None, description="This client's private key, PEM.")
+    tls_cert_file: FilePath | None = Field(None, description="This client's certificate, PEM.")
+    tls_key_file: FilePath | None = Field(None, description="This client's private key, PEM.")
     tls_check_hostname: bool = Field(
         True, description="The server's certificate must be for the host of the address."
     )
@@ -123,20 +128,21 @@ class RedisConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _options_of_the_query(cls, values: Any) -> Any:
-        """Make options of the address's query; those that are set beside it win."""
+    def _options_in_the_address(cls, values: Any) -> Any:
+        """Make options of the address's query, user and password; those set beside it win.
+
+        So the address can be shown: it holds no secret any more.
+        """
         url = values.get("url") if isinstance(values, dict) else None
-        if not isinstance(url, str) or "?" not in url:
+        if not isinstance(url, str):
             return values
-        base, _, query = url.partition("?")
-        try:
-            pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
-        except ValueError:
-            raise ValueError("url: what follows '?' must look like name=value&name=value") from None
-        if repeats := {name for name, _ in pairs if [n for n, _ in pairs].count(name) > 1}:
-            raise ValueError(f"url: {', '.join(sorted(repeats))} stands in it twice")
-        options = {_QUERY_NAMES.get(name, name): value for name, value in pairs if name != "url"}
-        return {**options, **values, "url": base}
+        place, mark, query = url.partition("?")
+        scheme, separator, rest = place.partition("://")
+        if "@" in query and "@" not in rest:
+            raise ValueError("url: write '?' in a password as %3F, and '@' in an option as %40")
+        login, at, host = rest.rpartition("@")
+        options = {**_query(query if mark else ""), **_login(login if at else "")}
+        return {**options, **values, "url": f"{scheme}{separator}{host}"}
 
     @field_validator("url")
     @classmethod
@@ -152,7 +158,7 @@ class RedisConfig(BaseModel):
                 "replica_reads needs a redis-sentinel:// or redis-cluster:// address; one server "
                 "has no replicas that we could know of"
             )
-        if address.form is Form.CLUSTER and (self.database or address.database):
+        if address.form is Form.CLUSTER and address.database:
             raise ValueError("a cluster has database 0 only; take the number out")
         if address.form is Form.UNIX and self.tls:
             raise ValueError("tls: a Unix socket has no TLS")
@@ -164,40 +170,55 @@ class RedisConfig(BaseModel):
     def address(self) -> Address:
         """The address, with the options that replace parts of it."""
         found = parse_address(self.url)
-        password = self.password.get_secret_value() if self.password else found.password
-        return Address(
-            found.form,
-            found.hosts,
-            found.path,
-            self.username if self.username is not None else found.username,
-            password,
-            self.database if self.database is not None else found.database,
-            found.tls or self.tls,
+        database = self.database if self.database is not None else found.database
+        return replace(found, database=database, tls=found.tls or self.tls)
+
+
+def _query(query: str) -> dict[str, str]:
+    """The options in an address's query."""
+    if not query:
+        return {}
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True)
+    except ValueError:
+        raise ValueError("url: what follows '?' must look like name=value&name=value") from None
+    options = {_QUERY_NAMES.get(name, name): value for name, value in pairs}
+    if len(options) < len(pairs):
+        raise ValueError("url: an option stands in it twice")
+    if "url" in options:
+        raise ValueError("url: it can't hold another url")
+    return options
+
+
+def _login(login: str) -> dict[str, str]:
+    """User and password of an address."""
+    if not login:
+        return {}
+    user, colon, password = login.partition(":")
+    if not colon:
+        raise ValueError(
+            "url: there is a user without a password before '@'; write USER:PASSWORD@, or "
+            ":PASSWORD@ for a password alone"
         )
+    return {"password": unquote(password), **({"username": unquote(user)} if user else {})}
 
 
 def parse_address(url: str) -> Address:
-    """Read a URL without its query.
+    """Read a URL without user, password and query.
 
     Raises:
-        ValueError: it isn't one of the forms above; the message never holds the password.
+        ValueError: it isn't one of the forms above.
     """
     scheme, separator, rest = url.partition("://")
     form = _FORMS.get(scheme.lower()) if separator else None
     if form is None:
         known = ", ".join(f"{one}://" for one in SCHEMES)
         raise ValueError(f"isn't an address of Redis; those begin with one of {known}")
-    login, at, place = rest.rpartition("@")
-    username, colon, password = login.partition(":")
-    user = unquote(username) or None
-    secret = unquote(password) if colon else None
-    if at and not colon:
-        raise ValueError("has a user without a password before '@'; write :PASSWORD@ for one alone")
     if form is Form.UNIX:
-        if not place.startswith("/"):
+        if not rest.startswith("/"):
             raise ValueError("names no socket; write unix:///PATH/OF/SOCKET")
-        return Address(form, path=unquote(place), username=user, password=secret)
-    names, _, path = place.partition("/")
+        return Address(form, path=unquote(rest))
+    names, _, path = rest.partition("/")
     port = SENTINEL_PORT if form is Form.SENTINEL else REDIS_PORT
     hosts = tuple(_host(one.strip(), port) for one in names.split(","))
     if form is Form.SINGLE and len(hosts) > 1:
@@ -205,7 +226,7 @@ def parse_address(url: str) -> Address:
             "names several hosts; write redis-sentinel:// or redis-cluster:// if they are one"
         )
     database = _database(path.strip("/"))
-    return Address(form, hosts, "", user, secret, database, tls=scheme.lower() == "rediss")
+    return Address(form, hosts, "", database, tls=scheme.lower() == "rediss")
 
 
 _HOST = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.%]+)\]|(?P<name>[^\[\]:\s/]+))(?::(?P<port>\d{1,5}))?")

@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import redis
+from pydantic import SecretStr
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, LoadBalancingStrategy, RedisCluster
 from redis.connection import (
@@ -72,6 +73,7 @@ _LATER = frozenset(
         "NOREPLICAS",
     )
 )
+_CLIENT_ERRORS = (RedisError, RedisClusterException, OSError)  # the second isn't one of the first
 _MOVED = frozenset(("MOVED", "ASK"))
 _REFUSED = frozenset(("NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE"))
 
@@ -139,7 +141,7 @@ class Topology(ABC):
                     connection.disconnect()
                 node.pool.release(connection)
             self._answered(node)
-        except (BackendError, ReplyError, RedisError, OSError) as error:
+        except (BackendError, ReplyError, *_CLIENT_ERRORS) as error:
             moved = isinstance(error, MovedError) or (
                 isinstance(error, ReplyError) and error.code in _MOVED
             )
@@ -214,7 +216,7 @@ class _Cluster(Topology):
         self._nodes: dict[int, Node] = {}
         self._refreshed = 0.0
         self._stale = False
-        options: dict[str, Any] = {**_login(config, address), **_tls(config, address)}
+        options: dict[str, Any] = {**_login(config), **_tls(config, address)}
         if config.replica_reads:  # connections then begin with READONLY, which replicas want
             options["load_balancing_strategy"] = LoadBalancingStrategy.ROUND_ROBIN_REPLICAS
         self._client = RedisCluster(
@@ -239,7 +241,7 @@ class _Cluster(Topology):
                     found = manager.get_node_from_slot(slot, replica, strategy)
                     chosen[primary.name] = self._known(found)
                 node = chosen[primary.name]
-            except RedisError:
+            except _CLIENT_ERRORS:
                 self._stale = True  # nobody has the slot at present: misses
                 continue
             if node.rests_until <= now:
@@ -274,7 +276,7 @@ class _Cluster(Topology):
             self._refreshed, self._stale = now, False
         try:
             self._client.nodes_manager.initialize()
-        except (RedisError, OSError) as error:
+        except _CLIENT_ERRORS as error:
             self._stale = True
             raise translated(error, "the cluster") from error
 
@@ -302,7 +304,7 @@ def connect(config: RedisConfig) -> Topology:
     shown = _shown(address)
     try:
         topology = (_Cluster if address.form is Form.CLUSTER else _Fixed)(config, address)
-    except (RedisError, OSError, ValueError) as error:
+    except (*_CLIENT_ERRORS, ValueError) as error:
         raise translated(error, shown) from error
     try:
         for node in topology.primaries():
@@ -353,15 +355,13 @@ def _is_refusal(error: BaseException | None) -> bool:
             return True  # SELECT of a database that isn't there
         if "CERTIFICATE_VERIFY_FAILED" in text or "Cluster mode is not enabled" in text:
             return True
-        if isinstance(error, FileNotFoundError):
-            return True  # a certificate; a missing socket is told by connect() as a ConnectionError
         error = error.__cause__ or error.__context__
     return False
 
 
 def _node(config: RedisConfig, address: Address, *, primary: bool) -> Node:
     """The pool for one server, or for what Sentinel says it is."""
-    options: dict[str, Any] = {**_login(config, address), "db": address.database or 0}
+    options: dict[str, Any] = {**_login(config), "db": address.database or 0}
     if address.form is Form.UNIX:
         del options["socket_keepalive"]
         pool = ConnectionPool(
@@ -370,7 +370,7 @@ def _node(config: RedisConfig, address: Address, *, primary: bool) -> Node:
         return Node(pool, _shown(address))
     options |= _tls(config, address)
     if address.form is Form.SENTINEL:
-        login = {"username": config.sentinel_username, "password": _secret(config)}
+        login = {"username": config.sentinel_username, "password": _plain(config.sentinel_password)}
         sentinel = Sentinel(
             address.hosts,
             sentinel_kwargs={
@@ -398,11 +398,11 @@ def _timeouts(config: RedisConfig) -> dict[str, Any]:
     }
 
 
-def _login(config: RedisConfig, address: Address) -> dict[str, Any]:
+def _login(config: RedisConfig) -> dict[str, Any]:
     return {
         **_timeouts(config),
-        "username": address.username,
-        "password": address.password,
+        "username": config.username,
+        "password": _plain(config.password),
         "protocol": 2,  # no messages that nobody asked for between replies
     }
 
@@ -419,8 +419,8 @@ def _tls(config: RedisConfig, address: Address) -> dict[str, Any]:
     return {"ssl": True, **given, "ssl_check_hostname": config.tls_check_hostname}
 
 
-def _secret(config: RedisConfig) -> str | None:
-    return config.sentinel_password.get_secret_value() if config.sentinel_password else None
+def _plain(secret: SecretStr | None) -> str | None:
+    return secret.get_secret_value() if secret else None
 
 
 def _socket(connection: Connection) -> socket.socket:
