@@ -103,7 +103,7 @@ def install(python: Path, *wheels: Path) -> None:
 
 
 def test_there_is_something_to_publish() -> None:
-    assert {"lmcache-core", "lmcache-connector-vllm"} <= FOLDERS.keys()
+    assert {"lmcache-core", "lmcache-connector-vllm", "lmcache-backend-redis"} <= FOLDERS.keys()
 
 
 def test_nobody_owns_the_lmcache_package(built: dict[str, Built]) -> None:
@@ -196,6 +196,19 @@ def test_everything_together(built: dict[str, Built], python: Path) -> None:
     # The namespace holds modules of several distributions.
     script = "import lmcache.utils, importlib.util as u; assert u.find_spec('lmcache.integration')"
     run(python, "-c", script)
+
+
+def test_redis_is_understood_once_its_package_is_installed(
+    built: dict[str, Built], python: Path
+) -> None:
+    """Nothing but ``pip install lmcache-core lmcache-backend-redis``."""
+    install(python, built["lmcache-core"].wheel, built["lmcache-backend-redis"].wheel)
+    command = python.parent / "lmcache"
+    plugins = run(command, "plugins")
+    assert re.search(r"redis +lmcache-backend-redis +\S+ +ok +storage backend redis", plugins)
+    shown = run(command, "config", "--set", "remote_url=redis://:s3cret@localhost:6379")
+    assert re.search(r"backends\.remote\.url\W+redis://localhost:6379", shown)
+    assert "s3cret" not in shown
 
 
 def test_a_package_made_from_the_template_passes_its_kit(tmp_path: Path, python: Path) -> None:
