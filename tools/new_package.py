@@ -1,7 +1,7 @@
 """Starts a new backend package from ``_template/``.
 
-    python3 tools/new_package.py redis            makes lmcache-backend-redis/
-    python3 tools/new_package.py redis --to DIR   elsewhere
+    python3 tools/new_package.py acme             makes lmcache-backend-acme/
+    python3 tools/new_package.py acme --to DIR    elsewhere
 
 The template is a working package that is called ``newthing``; this renames it. Standard library
 only.
@@ -55,7 +55,7 @@ def render(name: str, into: Path) -> Path:
 def main() -> int:
     """Render the template and say what comes next."""
     parser = argparse.ArgumentParser(description="Start a new backend package.")
-    parser.add_argument("name", help="what configurations will call it, such as redis")
+    parser.add_argument("name", help="what configurations will call it, such as acme")
     parser.add_argument("--to", type=Path, default=REPOSITORY, metavar="DIR")
     arguments = parser.parse_args()
     try:
