@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,13 @@ from lmcache_core.testing.storage import MakeBackend, StorageBackendTests
 def maker(url: str, **options: object) -> MakeBackend:
     config = RedisConfig.model_validate({"url": url, **options})
     return lambda: RedisBackend(config)
+
+
+def documented_rights() -> list[str]:
+    """What README.md says that a user must be allowed; the commands of a cluster aside."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (rights,) = re.findall(r"`(\+get [^`]*)`", text)
+    return str(rights).split()
 
 
 class TestOneServer(StorageBackendTests):
@@ -55,7 +63,7 @@ class TestPassword(TestOneServer):
     @pytest.fixture(scope="class")
     @classmethod
     def server(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-        user = ["--user", "cache on >p@ss:/word ~lmcache:* +@all"]
+        user = ["--user", "cache", "on", ">p@ss:/word", "~lmcache:*", *documented_rights()]
         server = Server(tmp_path_factory.mktemp("redis"), arguments=user)
         with running(server):
             yield server
