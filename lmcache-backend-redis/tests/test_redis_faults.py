@@ -36,7 +36,7 @@ from lmcache_core.tier import Tier
 NAMESPACE = CacheNamespace("faults", LAYOUT)
 PIECE = 64 << 10
 LONG = 5 * PIECE + 77
-FAULTS = int(os.environ.get("REDIS_FAULTS", "400"))
+FAULTS = int(os.environ.get("REDIS_FAULTS", "200"))
 QUICK: dict[str, Any] = {
     "piece_bytes": PIECE,
     "timeout_s": 0.3,
