@@ -304,10 +304,12 @@ def test_a_server_that_dribbles_is_given_up() -> None:
     with ours, theirs:
         thread.start()
         reader = Wire(ours, "peer", idle_s=5, until=time.monotonic() + 0.3)
-        with pytest.raises(BackendTimeout, match="call_timeout_s"):
-            reader.reply()
-        stop.set()
-        thread.join()
+        try:
+            with pytest.raises(BackendTimeout, match="call_timeout_s"):
+                reader.reply()
+        finally:
+            stop.set()
+            thread.join()
 
 
 def test_a_server_that_does_not_read_is_given_up() -> None:

@@ -249,6 +249,8 @@ class _Load:
                 sizes[value.position] = value.nbytes
 
     def _ask(self) -> None:
+        if self._asked and self._in_flight > IN_FLIGHT_BYTES // 2:
+            return  # soon, for several at once
         asked: list[bytes] = []
         while self._waiting:
             one = self._waiting[0]

@@ -163,9 +163,12 @@ class Wire:
             count -= part.nbytes
 
     def end_bulk(self) -> None:
-        """The line break after a bulk reply's bytes."""
-        if self.take(2) != b"\r\n":
+        """The line break after a bulk reply's bytes, and with it the next reply's first line."""
+        while self._end - self._start < 2:
+            self._fill(_AHEAD_OF_BULK)
+        if self._buffer[self._start : self._start + 2] != b"\r\n":
             raise self._nonsense("a bulk reply longer than it said")
+        self._start += 2
 
     # -- reading everything else -----------------------------------------------------------
 
@@ -231,11 +234,15 @@ class Wire:
             if self._end - self._start > MAX_LINE:
                 raise self._nonsense("a line without an end")
             searched = max(self._start, self._end - 1) - self._start
-            self._make_room()
-            self._end += self._receive(self._view[self._end : self._end + ahead])
+            self._fill(ahead)
         line = bytes(self._view[self._start : end])
         self._start = end + 2
         return line
+
+    def _fill(self, ahead: int) -> None:
+        """Receive what is there, ``ahead`` bytes at the most."""
+        self._make_room()
+        self._end += self._receive(self._view[self._end : self._end + ahead])
 
     def _make_room(self) -> None:
         """Move what is unread to the front; lines longer than the buffer double it."""
@@ -262,8 +269,7 @@ class Wire:
     def _limit(self) -> None:
         left = self._until - time.monotonic()
         if left <= 0:
-            self.broken = True
-            raise BackendTimeout(f"{self.peer} didn't finish in time (call_timeout_s)")
+            raise self._late()
         limit_s = min(left, self._idle_s)
         if limit_s == self._limit_s:
             return
@@ -278,8 +284,14 @@ class Wire:
     def _lost(self, error: OSError) -> BackendError:
         self.broken = True
         if isinstance(error, (TimeoutError, BlockingIOError)):
+            if self._limit_s < self._idle_s:
+                return self._late()
             return BackendTimeout(f"{self.peer} was silent for {self._idle_s:g} s (timeout_s)")
         return BackendUnavailable(f"the connection to {self.peer} broke: {error}")
+
+    def _late(self) -> BackendTimeout:
+        self.broken = True
+        return BackendTimeout(f"{self.peer} didn't finish in time (call_timeout_s)")
 
     def _refusal(self, line: bytes) -> ReplyError:
         self.broken = True
