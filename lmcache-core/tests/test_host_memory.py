@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +22,12 @@ from lmcache_core.host_memory import (
     PAGE_BYTES,
     HostArena,
     allocate_region,
+    attach,
     available_bytes,
     own_node,
+    share,
 )
+from lmcache_core.plugins import Plugins
 from lmcache_core.storage import HostRegion
 
 MIB = 1 << 20
@@ -120,10 +124,98 @@ def test_closing_twice_and_closing_while_in_use() -> None:
 
 
 def test_the_hook_hands_out_memory_that_lives_as_long_as_its_view() -> None:
-    view = host.lmcache_host_region(nbytes=MIB, hugepages=False, numa_mode=None).view
+    wishes = {"hugepages": False, "numa_mode": None, "populate": False, "shared": False}
+    view = host.lmcache_host_region(nbytes=MIB, **wishes).view
     gc.collect()
     view[-1] = 1
     assert view[-1] == 1
+
+
+def test_the_hook_populates_when_it_is_asked_to() -> None:
+    region = Plugins(environ={}).host_region(8 * MIB, "cpu", populate=True)
+    assert resident_kib(region) >= 8 * 1024
+    assert resident_kib(allocate_region(8 * MIB).region) < 8 * 1024
+
+
+def resident_kib(region: HostRegion) -> int:
+    """What the kernel says is there of the mapping that ``region`` lies in."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        first, _, last = line.split()[0].partition("-")
+        if last and int(first, 16) <= region.address < int(last, 16):
+            return next(int(one.split()[1]) for one in lines if one.startswith("Rss:"))
+    raise AssertionError("not mapped")
+
+
+# -- shared with other processes -----------------------------------------------------------
+
+
+def test_private_memory_has_no_descriptor() -> None:
+    assert allocate_region(MIB).region.fd is None
+
+
+def test_another_process_sees_and_changes_shared_memory() -> None:
+    region = allocate_region(MIB, shared=True, populate=True).region
+    region.view[7:10] = b"abc"
+    code = (
+        "import sys; from lmcache_core.host_memory import attach\n"
+        "view = attach(int(sys.argv[1]), 1 << 20).view\n"
+        "view[7:10] = bytes(view[7:10]).upper()"
+    )
+    command = [sys.executable, "-c", code, str(region.fd)]
+    subprocess.run(command, pass_fds=[region.fd or -1], check=True)
+    assert bytes(region.view[7:10]) == b"ABC"
+
+
+def test_a_descriptor_goes_with_its_memory() -> None:
+    owned = allocate_region(MIB, shared=True)
+    fd = owned.region.fd
+    assert fd is not None
+    view = owned.region.view[:1]
+    owned.close()
+    os.fstat(fd)
+    del owned, view
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+def test_nobody_can_shrink_shared_memory() -> None:
+    """Or a read of it would end the process with SIGBUS."""
+    region = allocate_region(MIB, shared=True).region
+    assert region.fd is not None
+    with pytest.raises(PermissionError):
+        os.ftruncate(region.fd, PAGE_BYTES)
+
+
+def test_attaching_what_is_too_short_is_an_error() -> None:
+    region = share(PAGE_BYTES)
+    assert region.fd is not None
+    fd = os.dup(region.fd)
+    with pytest.raises(ValueError, match="greater than file size"):
+        attach(fd, 2 * PAGE_BYTES)
+    os.close(fd)
+
+
+def test_shared_huge_pages_fall_back_with_notices(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real, asked = host_memory._shared_mapping, []
+
+    def mapping(nbytes: int, *, reserved: bool = False) -> Any:
+        asked.append(reserved)
+        if reserved:
+            raise OSError(12, "Cannot allocate memory")
+        return real(nbytes)
+
+    switch = tmp_path / "shmem_enabled"
+    switch.write_text("always within_size advise [never] deny force\n")
+    monkeypatch.setattr(host_memory, "_SHARED_HUGEPAGES", switch)
+    monkeypatch.setattr(host_memory, "_shared_mapping", mapping)
+    owned = allocate_region(MIB, hugepages=True, shared=True)
+    assert asked == [True, False]
+    assert owned.notices[0].startswith("no 1 reserved huge pages")
+    assert str(switch) in owned.notices[-1]
 
 
 # -- CUDA, against a stand-in --------------------------------------------------------------

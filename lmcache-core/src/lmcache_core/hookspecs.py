@@ -72,12 +72,19 @@ def lmcache_chunk_index(slots: int) -> ChunkIndex | None:
 
 @hookspec(firstresult=True)
 def lmcache_host_region(
-    nbytes: int, device: str, hugepages: bool, numa_mode: str | None
+    nbytes: int,
+    device: str,
+    hugepages: bool,
+    numa_mode: str | None,
+    populate: bool,
+    shared: bool,
 ) -> HostRegion | None:
     """Allocate the host memory that chunks live in; ``None`` passes to the next plugin.
 
-    ``hugepages`` and ``numa_mode`` are the configuration's wishes. Core's own implementation
-    allocates pageable memory and runs last.
+    ``hugepages``, ``numa_mode`` and ``populate`` (touch all of it now) are the configuration's
+    wishes. ``shared``: backends in processes of their own will map it too, so it should have an
+    ``fd``; without one, values are copied on their way there. Core's own implementation allocates
+    pageable memory and runs last.
     """
 
 

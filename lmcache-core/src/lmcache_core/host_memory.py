@@ -7,6 +7,7 @@ what a slot holds, nor about who uses it: that is the planner's business.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import logging
 import mmap
 import os
@@ -26,6 +27,12 @@ _MAP_HUGETLB = 0x40000  # asm-generic/mman.h; Python has no name for it
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 _MPOL_PREFERRED = 1  # a full node is no reason to be killed, as it would be with MPOL_BIND
 _MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235}
+# linux/memfd.h and linux/fcntl.h: Pythons built against an older libc lack os.memfd_create and
+# these names (conda's and uv's do), while the libc that they run on has the function.
+_MFD_CLOEXEC, _MFD_ALLOW_SEALING, _MFD_HUGETLB_2MB = 1, 2, 4 | 21 << 26
+_F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1, 2, 4
+_OFF = ("never", "deny")
+_SHARED_HUGEPAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
 class OwnedRegion:
@@ -101,8 +108,12 @@ def allocate_region(
     hugepages: bool = False,
     numa_mode: str | None = None,
     populate: bool = False,
+    shared: bool = False,
 ) -> OwnedRegion:
-    """Map ``nbytes`` of private memory, rounded up to whole pages and zero until written.
+    """Map ``nbytes`` of memory, rounded up to whole pages and zero until written.
+
+    It is private to this process, unless it is to be ``shared``: then it is a file that only
+    exists in memory, and ``region.fd`` is what another process maps it by (see `attach`).
 
     A page costs memory when it is first written; with ``populate`` all of it is there at once.
     ``hugepages`` asks for reserved 2 MiB pages, and where there aren't enough of them for
@@ -122,7 +133,7 @@ def allocate_region(
     nbytes = _rounded(nbytes, HUGE_PAGE_BYTES if hugepages else PAGE_BYTES)
     _refuse_more_than_there_is(nbytes)
     notices: list[str] = []
-    mapping = _map(nbytes, hugepages, notices)
+    mapping = _map(nbytes, hugepages, shared, notices)
     if numa_mode == "auto":
         _prefer_own_node(mapping, notices)
     if populate:
@@ -130,8 +141,30 @@ def allocate_region(
     mapping.register(notices)
     for notice in notices:
         logger.warning("host memory: %s", notice)
-    region = HostRegion(mapping.address, nbytes, memoryview(mapping))
-    return OwnedRegion(region, mapping, tuple(notices))
+    return OwnedRegion(mapping.region(), mapping, tuple(notices))
+
+
+def share(nbytes: int) -> HostRegion:
+    """Map ``nbytes``, rounded up to whole pages, that other processes can `attach`; no options.
+
+    Raises:
+        OSError: the system doesn't give it.
+    """
+    return _shared_mapping(_rounded(nbytes, PAGE_BYTES)).region()
+
+
+def attach(fd: int, nbytes: int) -> HostRegion:
+    """Map, in another process, a shared region that ``fd`` was inherited for. Takes over ``fd``.
+
+    The address differs from process to process; offsets are the same.
+
+    Raises:
+        OSError: ``fd`` is no such region, or shorter than ``nbytes``.
+        ValueError: the same, as `mmap` puts it.
+    """
+    mapping = _Mapping(fd, nbytes, flags=mmap.MAP_SHARED)
+    mapping.fd = fd
+    return mapping.region()
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
@@ -171,13 +204,18 @@ def own_node(sysfs: Path = Path("/sys/devices/system/node")) -> tuple[int | None
 
 
 class _Mapping(mmap.mmap):
-    """An anonymous mapping that ends its CUDA registration before it ends."""
+    """A mapping that ends its CUDA registration, and its file descriptor, before it ends."""
 
     cudart: Any = None
+    fd: int | None = None
+    """What a shared mapping was made from; closed with it."""
 
     @property
     def address(self) -> int:
         return ctypes.addressof(ctypes.c_char.from_buffer(self))
+
+    def region(self) -> HostRegion:
+        return HostRegion(self.address, len(self), memoryview(self), self.fd)
 
     def register(self, notices: list[str]) -> None:
         """Register with CUDA, if torch is in this process and has a CUDA context already.
@@ -203,20 +241,45 @@ class _Mapping(mmap.mmap):
     def __del__(self) -> None:
         # A region from the hook has no owner to close it. mmap unmaps only after this.
         self.unregister()
+        if self.fd is not None:
+            os.close(self.fd)
 
 
-def _map(nbytes: int, hugepages: bool, notices: list[str]) -> _Mapping:
+def _private_mapping(nbytes: int, *, reserved: bool = False) -> _Mapping:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return _Mapping(-1, nbytes, flags=flags | _MAP_HUGETLB if reserved else flags)
+
+
+def _shared_mapping(nbytes: int, *, reserved: bool = False) -> _Mapping:
+    """A mapped memfd, sealed: a process that got it can't shrink it under the others' feet."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = _MFD_CLOEXEC | _MFD_ALLOW_SEALING | (_MFD_HUGETLB_2MB if reserved else 0)
+    fd = libc.memfd_create(b"lmcache", ctypes.c_uint(flags))
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    try:
+        os.ftruncate(fd, nbytes)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW)
+        mapping = _Mapping(fd, nbytes, flags=mmap.MAP_SHARED)
+    except OSError:
+        os.close(fd)
+        raise
+    mapping.fd = fd
+    return mapping
+
+
+def _map(nbytes: int, hugepages: bool, shared: bool, notices: list[str]) -> _Mapping:
+    make = _shared_mapping if shared else _private_mapping
     if hugepages:
         try:
-            return _Mapping(-1, nbytes, flags=flags | _MAP_HUGETLB)
+            return make(nbytes, reserved=True)
         except OSError as error:
             notices.append(
                 f"no {nbytes // HUGE_PAGE_BYTES} reserved huge pages ({error.strerror}); "
                 "transparent ones are used where the kernel has them. See vm.nr_hugepages"
             )
     try:
-        mapping = _Mapping(-1, nbytes, flags=flags)
+        mapping = make(nbytes)
     except OSError as error:
         raise ConfigError(
             f"{_size(nbytes)} of host memory (max_local_cpu_size) can't be mapped: "
@@ -227,6 +290,11 @@ def _map(nbytes: int, hugepages: bool, notices: list[str]) -> _Mapping:
             mapping.madvise(mmap.MADV_HUGEPAGE)
         except OSError as error:
             notices.append(f"no transparent huge pages either: {error.strerror}")
+        if shared and any(f"[{off}]" in "".join(_lines(_SHARED_HUGEPAGES)) for off in _OFF):
+            notices.append(
+                "no transparent huge pages for memory that is shared with isolated backends: "
+                f"write advise to {_SHARED_HUGEPAGES}"
+            )
     return mapping
 
 

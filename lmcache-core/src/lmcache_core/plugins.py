@@ -343,11 +343,18 @@ class Plugins:
         return DictIndex(slots)
 
     def host_region(
-        self, nbytes: int, device: str, *, hugepages: bool = False, numa_mode: str | None = None
+        self,
+        nbytes: int,
+        device: str,
+        *,
+        hugepages: bool = False,
+        numa_mode: str | None = None,
+        populate: bool = False,
+        shared: bool = False,
     ) -> HostRegion:
         """Host memory for chunks: ``nbytes`` bytes that ``device`` can reach.
 
-        ``hugepages`` and ``numa_mode`` are the configuration's wishes. A plugin that fails is
+        The options are those of the hook, `hookspecs.lmcache_host_region`. A plugin that fails is
         passed over.
 
         Raises:
@@ -360,6 +367,8 @@ class Plugins:
             device=device,
             hugepages=hugepages,
             numa_mode=numa_mode,
+            populate=populate,
+            shared=shared,
         )
         for plugin, answer in answers:
             if isinstance(answer, HostRegion):

@@ -18,7 +18,7 @@ from lmcache_core.errors import PluginError
 from lmcache_core.serde import SerdeDescriptor
 from lmcache_core.storage import StorageBackendDescriptor
 
-RESERVED_OPTIONS = frozenset({"type", "serde", "deadline_s"})
+RESERVED_OPTIONS = frozenset({"type", "serde", "deadline_s", "isolated", "isolated_memory_gib"})
 """Options of every ``backends:`` section, so that no backend can have its own of these names."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

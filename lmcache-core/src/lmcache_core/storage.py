@@ -55,6 +55,8 @@ class HostRegion:
     address: int
     nbytes: int
     view: memoryview
+    fd: int | None = None
+    """What other processes can map this memory by, while ``view`` lives; ``None``: they can't."""
 
 
 @dataclass(frozen=True)
@@ -252,3 +254,6 @@ class StorageBackendDescriptor:
     """Turns such a URL into options."""
     extra_config_keys: Mapping[str, str] = field(default_factory=dict)
     """LMCache ``extra_config`` names that this backend honours, and its own names for them."""
+    isolated: bool = False
+    """Its client library may crash or hang: unless the user says otherwise, run it in a process of
+    its own. ``create`` is then called there. See `lmcache_core.isolation`."""

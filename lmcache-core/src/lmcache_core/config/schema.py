@@ -55,6 +55,9 @@ class CoreConfig(BaseModel):
         description="Take that memory from reserved 2 MiB huge pages; where there aren't enough, "
         "from transparent ones.",
     )
+    local_cpu_populate: bool = Field(
+        False, description="Touch all of that memory at the start instead of on first use."
+    )
     numa_mode: Literal["auto"] | None = Field(
         None, description="`auto` binds that memory to the NUMA node of this process's CPUs."
     )
@@ -141,6 +144,18 @@ class SectionHead(BaseModel):
         gt=0,
         description="Deadline in seconds for one call; `blocking_timeout_secs` if not said.",
     )
+    isolated: bool | None = Field(
+        None,
+        description="Run the backend in a process of its own, so that a client library that "
+        "crashes, hangs or leaks takes nothing else with it. What the plugin asks for, if not "
+        "said.",
+    )
+    isolated_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="Restart that process when it takes more memory than this, in GiB, host "
+        "memory for chunks not counted.",
+    )
 
 
 @dataclass(frozen=True)
@@ -154,6 +169,8 @@ class BackendSection:
     """``None``: `CoreConfig.serde`."""
     deadline_s: float | None = None
     """``None``: `CoreConfig.blocking_timeout_secs`."""
+    isolated: bool = False
+    isolated_memory_gib: float | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +184,11 @@ class Config:
     """What the user should know: keys without effect, renamed keys. To be logged once."""
     origins: Mapping[str, str] = field(default_factory=dict)
     """Dotted option → where it was set, for every option in `rows`."""
+
+    @property
+    def isolates(self) -> bool:
+        """Whether a backend runs in a process of its own, so that host memory must be shared."""
+        return any(section.isolated for section in self.backends)
 
     def rows(self) -> Iterator[tuple[str, Any, str]]:
         """Every effective option as (dotted name, plain value with secrets hidden, origin)."""
@@ -184,6 +206,9 @@ def _options(
         yield (*here, "type"), section.type
         yield (*here, "serde"), section.serde or core.serde
         yield (*here, "deadline_s"), section.deadline_s or core.blocking_timeout_secs
+        yield (*here, "isolated"), section.isolated
+        if section.isolated:
+            yield (*here, "isolated_memory_gib"), section.isolated_memory_gib
         yield from _fields(section.options, here)
 
 
@@ -314,13 +339,22 @@ class _Validation:
             self._serde((*here, "serde"), head.serde)
         if kind is None:
             return None
-        model = self.plugins.storage_backend(kind).config
+        descriptor = self.plugins.storage_backend(kind)
+        model = descriptor.config
         checked = self._check(
             model, options, here, (*model.model_fields, *SectionHead.model_fields)
         )
         if checked is None:
             return None
-        return BackendSection(name, kind, checked, head.serde, head.deadline_s)
+        return BackendSection(
+            name,
+            kind,
+            checked,
+            head.serde,
+            head.deadline_s,
+            descriptor.isolated if head.isolated is None else head.isolated,
+            head.isolated_memory_gib,
+        )
 
     def _inherited(self, section: BackendSection, origins: dict[str, str]) -> None:
         """A section's origin isn't that of what it takes over from the top level."""
