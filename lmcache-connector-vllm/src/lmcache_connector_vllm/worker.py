@@ -55,6 +55,8 @@ class WorkerSide:
             "cpu",
             hugepages=core.local_cpu_use_hugepages,
             numa_mode=core.numa_mode,
+            populate=core.local_cpu_populate,
+            shared=settings.config.isolates,
         )
         self._arena = HostArena(region, slot_bytes(namespace))
         if not self._arena.slots:
