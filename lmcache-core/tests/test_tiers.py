@@ -96,6 +96,8 @@ class Section:
     options: Any = None
     serde: str | None = None
     deadline_s: float | None = None
+    isolated: bool = False
+    isolated_memory_gib: float | None = None
 
 
 class Index:

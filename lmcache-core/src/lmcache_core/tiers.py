@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from importlib import metadata
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
+from lmcache_core.creation import NotCreated, created
 from lmcache_core.errors import (
     BackendRejected,
     BackendTimeout,
@@ -20,9 +20,8 @@ from lmcache_core.errors import (
     ConfigError,
     LMCacheError,
     PluginError,
-    PluginLoadError,
 )
-from lmcache_core.guard import Answer, Guard, attempt
+from lmcache_core.guard import Answer, Guard
 from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.metrics import Counters
@@ -39,7 +38,6 @@ from lmcache_core.tier import LoadAnswer, StoreAnswer, Tier
 __all__ = ["LoadAnswer", "StoreAnswer", "Tier", "Tiers"]
 
 logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 
 class Section(Protocol):
@@ -55,6 +53,10 @@ class Section(Protocol):
     def serde(self) -> str | None: ...
     @property
     def deadline_s(self) -> float | None: ...
+    @property
+    def isolated(self) -> bool: ...
+    @property
+    def isolated_memory_gib(self) -> float | None: ...
 
 
 class PluginIndex(Protocol):
@@ -103,8 +105,8 @@ class Tiers:
         openings = []
         for section in sections:
             serde = _serde(plugins.serde(section.serde or default_serde), section)
-            make = _maker(plugins.storage_backend(section.type), section)
             deadline_s = section.deadline_s or default_deadline_s
+            make = _maker(plugins.storage_backend(section.type), section, deadline_s, counters)
             guard = Guard(section.name, deadline_s=deadline_s, counters=counters)
             tier = Tier(
                 section.name, make(), serde, guard=guard, counters=counters, deadline_s=deadline_s
@@ -208,6 +210,8 @@ class _Opening:
         if error is None:
             return None
         where = f"backends.{self._context.name}"
+        if isinstance(error, NotCreated):
+            return error.problem
         if isinstance(error, (BackendUnavailable, BackendTimeout)):
             logger.warning(
                 "%s isn't available: %s. Going on without it; %s",
@@ -268,7 +272,7 @@ class _Opening:
 
 def _serde(descriptor: SerdeDescriptor, section: Section) -> Serde:
     where = f"serde {descriptor.name!r} of backends.{section.name}"
-    return _created(
+    return created(
         lambda: descriptor.create(descriptor.config()),
         Serde,  # type: ignore[type-abstract]
         where,
@@ -276,11 +280,24 @@ def _serde(descriptor: SerdeDescriptor, section: Section) -> Serde:
     )
 
 
-def _maker(descriptor: StorageBackendDescriptor, section: Section) -> Callable[[], StorageBackend]:
+def _maker(
+    descriptor: StorageBackendDescriptor, section: Section, deadline_s: float, counters: Counters
+) -> Callable[[], StorageBackend]:
     where = f"backends.{section.name} (type {section.type})"
+    if section.isolated:
+        from lmcache_core.isolation.backend import IsolatedBackend
+
+        return lambda: IsolatedBackend(
+            descriptor.name,
+            section.options,
+            where=where,
+            deadline_s=deadline_s,
+            counters=counters,
+            memory_gib=section.isolated_memory_gib,
+        )
 
     def make() -> StorageBackend:
-        return _created(
+        return created(
             lambda: descriptor.create(section.options),
             StorageBackend,  # type: ignore[type-abstract]
             where,
@@ -288,36 +305,3 @@ def _maker(descriptor: StorageBackendDescriptor, section: Section) -> Callable[[
         )
 
     return make
-
-
-def _created(
-    call: Callable[[], _T], kind: type[_T], where: str, source: Callable[..., object]
-) -> _T:
-    """What a descriptor's ``create`` makes, or an error that says what to do."""
-    made: list[_T] = []
-    error = attempt(lambda: made.append(call()))
-    if error is None and isinstance(made[0], kind):
-        return made[0]
-    if isinstance(error, (ConfigError, BackendRejected)):
-        raise ConfigError(f"{where}: {error}") from error
-    distribution = _distribution(source)
-    if error is None:
-        raise PluginLoadError(
-            f"{where}: create() answered {made[0]!r}, not a {kind.__name__}; this is a mistake in "
-            f"{distribution}"
-        )
-    if isinstance(error, ImportError):
-        raise PluginLoadError(
-            f"{where}: {error}. Install what it needs: pip install {distribution}"
-        ) from error
-    raise PluginLoadError(
-        f"{where} can't be created: {type(error).__name__}: {error}; correct its options or "
-        f"report this to the authors of {distribution}"
-    ) from error
-
-
-def _distribution(source: Callable[..., object]) -> str:
-    """The name to give to pip for the code of ``source``."""
-    package = getattr(source, "__module__", "").partition(".")[0]
-    names = metadata.packages_distributions().get(package)
-    return names[0] if names else package.replace("_", "-")

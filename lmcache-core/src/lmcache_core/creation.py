@@ -1,0 +1,62 @@
+"""Makes the objects that descriptors describe.
+
+Knows how a plugin's ``create`` may fail and what its user should do then.
+Knows nothing about what is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import metadata
+from typing import TypeVar
+
+from lmcache_core.errors import BackendRejected, ConfigError, LMCacheError, PluginLoadError
+from lmcache_core.guard import attempt
+
+_T = TypeVar("_T")
+
+
+class NotCreated(LMCacheError):
+    """A backend that is made where it is opened can't be made; ``problem`` is for the user."""
+
+    def __init__(self, problem: LMCacheError) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+
+
+def created(
+    call: Callable[[], _T], kind: type[_T], where: str, source: Callable[..., object]
+) -> _T:
+    """What a descriptor's ``create`` makes. ``where`` says which; ``source`` is that ``create``.
+
+    Raises:
+        ConfigError: the options are refused.
+        PluginLoadError: it can't be made; the message says what to do.
+    """
+    made: list[_T] = []
+    error = attempt(lambda: made.append(call()))
+    if error is None and isinstance(made[0], kind):
+        return made[0]
+    if isinstance(error, (ConfigError, BackendRejected)):
+        raise ConfigError(f"{where}: {error}") from error
+    distribution = _distribution(source)
+    if error is None:
+        raise PluginLoadError(
+            f"{where}: create() answered {made[0]!r}, not a {kind.__name__}; this is a mistake in "
+            f"{distribution}"
+        )
+    if isinstance(error, ImportError):
+        raise PluginLoadError(
+            f"{where}: {error}. Install what it needs: pip install {distribution}"
+        ) from error
+    raise PluginLoadError(
+        f"{where} can't be created: {type(error).__name__}: {error}; correct its options or "
+        f"report this to the authors of {distribution}"
+    ) from error
+
+
+def _distribution(source: Callable[..., object]) -> str:
+    """The name to give to pip for the code of ``source``."""
+    package = getattr(source, "__module__", "").partition(".")[0]
+    names = metadata.packages_distributions().get(package)
+    return names[0] if names else package.replace("_", "-")

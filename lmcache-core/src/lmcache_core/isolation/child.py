@@ -1,0 +1,212 @@
+"""The process of one isolated backend: makes it, calls it as asked, answers.
+
+    python -m lmcache_core.isolation.child NAME CONTROL_FD PARENT_PID
+
+Started by `process`, never by hand; NAME is for whoever lists processes. Dies with its parent.
+Knows nothing about deadlines: the parent kills a process that it is tired of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lmcache_core.creation import NotCreated, created
+from lmcache_core.errors import BackendUnavailable, LMCacheError, PluginError
+from lmcache_core.guard import attempt
+from lmcache_core.host_memory import PAGE_BYTES, attach
+from lmcache_core.isolation.wire import (
+    ARENA,
+    Channel,
+    Message,
+    context_from_plain,
+    error_to_plain,
+)
+from lmcache_core.keys import ChunkKey
+from lmcache_core.plugins import Plugins
+from lmcache_core.storage import (
+    BackendCapabilities,
+    HostRegion,
+    ReportsUsage,
+    StorageBackend,
+    StoreOutcome,
+    SupportsClear,
+    SupportsDelete,
+    SupportsPrefixLookup,
+)
+
+_PR_SET_PDEATHSIG = 1
+_KILL_FIRST = "1000"
+"""oom_score_adj: if memory runs out, this process can be replaced, the engine can't."""
+
+OPTIONAL_METHODS: dict[str, type] = {
+    "count_leading_hits": SupportsPrefixLookup,
+    "delete": SupportsDelete,
+    "clear": SupportsClear,
+    "usage": ReportsUsage,
+}
+
+SYSLOG_LEVELS = {7: logging.DEBUG, 6: logging.INFO, 4: logging.WARNING, 3: logging.ERROR}
+"""As in sd-daemon(3), ``<4>text`` on standard error is a warning."""
+
+
+class Service:
+    """Answers requests, each in a task of its own. Lives on the process's one event loop."""
+
+    def __init__(self) -> None:
+        self.channel = Channel(self._asked, lambda _: os._exit(0))
+        self._backend: StorageBackend | None = None
+        self._memory: list[HostRegion | None] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def _asked(self, request: Message) -> None:
+        task = asyncio.get_running_loop().create_task(self._do(request))
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._answer, request["id"]))
+
+    def _answer(self, number: int, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        error: BaseException | None
+        if task.cancelled():
+            error = BackendUnavailable("the call was cancelled")
+        else:
+            error = task.exception()
+        if error is None:
+            answer = {"id": number, "ok": task.result(), "usage": self._usage()}
+            error = attempt(self.channel.send, answer)  # a backend may answer whatever it likes
+        if error is not None:
+            self.channel.send({"id": number, "error": error_to_plain(error)})
+
+    async def _do(self, request: Message) -> Any:
+        what = request["do"]
+        if what == "open":
+            return await self._open(request)
+        if what == "ping":
+            return private_bytes()
+        backend: Any = self._backend
+        if backend is None:
+            raise BackendUnavailable("the backend isn't open")
+        if what in ("close", "clear"):
+            return await getattr(backend, what)()
+        keys = [ChunkKey(bytes.fromhex(key)) for key in request["keys"]]
+        if what not in ("load", "store"):
+            return await getattr(backend, what)(keys)
+        buffers = [self._buffer(*place) for place in request["places"]]
+        if what == "load":
+            return await backend.load(keys, buffers)
+        return [_named(outcome) for outcome in await backend.store(keys, buffers)]
+
+    def _buffer(self, space: int, start: int, nbytes: int) -> memoryview:
+        region = self._memory[space]
+        if region is None:
+            raise ValueError(f"no memory is shared that {nbytes} bytes at {start} could lie in")
+        return region.view[start : start + nbytes]
+
+    async def _open(self, request: Message) -> dict[str, Any]:
+        sys.path[:] = request["sys_path"]
+        _log_to_stderr(request["log_level"])
+        self._memory = [None if one is None else _attached(*one) for one in request["memory"]]
+        try:
+            backend = _make(request["type"], request["where"], request["options"])
+        except LMCacheError as error:
+            raise NotCreated(error) from error
+        await backend.open(context_from_plain(request["context"], self._memory[ARENA]))
+        capabilities = backend.capabilities
+        if not isinstance(capabilities, BackendCapabilities):
+            raise TypeError(f"capabilities are {capabilities!r}, not BackendCapabilities")
+        self._backend = backend
+        methods = [name for name, one in OPTIONAL_METHODS.items() if isinstance(backend, one)]
+        return {"capabilities": asdict(capabilities), "methods": methods}
+
+    def _usage(self) -> list[int] | None:
+        """What `usage` says, which the parent has to know before it is asked."""
+        backend, usage = self._backend, list[int]()
+        if not isinstance(backend, ReportsUsage):
+            return None
+        failed = attempt(lambda: usage.extend(map(int, backend.usage())))
+        return None if failed else usage
+
+
+def _attached(fd: int, nbytes: int) -> HostRegion:
+    os.set_inheritable(fd, False)
+    return attach(fd, nbytes)
+
+
+def _named(outcome: object) -> str:
+    return outcome.name if isinstance(outcome, StoreOutcome) else repr(outcome)[:80]
+
+
+def _make(kind: str, where: str, plain: dict[str, Any]) -> StorageBackend:
+    # The parent has told what is wrong with other plugins.
+    logging.getLogger("lmcache_core.plugins").setLevel(logging.ERROR)
+    descriptor = Plugins().storage_backend(kind)
+    try:
+        options = descriptor.config.model_validate(plain)
+    except ValidationError as error:
+        raise PluginError(
+            f"{where}: its options were valid, but aren't after being written as plain data and "
+            f"read again, so it can't be isolated; this is a mistake in the plugin: {error}"
+        ) from None
+    return created(
+        lambda: descriptor.create(options),
+        StorageBackend,  # type: ignore[type-abstract]
+        where,
+        descriptor.create,
+    )
+
+
+def private_bytes() -> int:
+    """Resident memory of this process that isn't shared with others, nor read from files."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    return (int(resident) - int(shared)) * PAGE_BYTES
+
+
+class _Formatter(logging.Formatter):
+    """Lines that the parent can log at their own level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        mark = next((m for m, level in SYSLOG_LEVELS.items() if level >= record.levelno), 3)
+        return f"<{mark}>{super().format(record)}"
+
+
+def _log_to_stderr(level: int) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(message)s (%(name)s)"))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+def _die_with(parent: int) -> None:
+    """End this process when ``parent`` does, even while a client library blocks everything."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)  # it died before that
+
+
+async def _serve(control: socket.socket) -> None:
+    service = Service()
+    await asyncio.get_running_loop().create_connection(lambda: service.channel, sock=control)
+    await asyncio.Event().wait()  # until the channel is lost, which ends the process
+
+
+def main() -> None:
+    """Serve until the parent hangs up."""
+    _, control, parent = sys.argv[1:]
+    _die_with(int(parent))
+    attempt(Path("/proc/self/oom_score_adj").write_text, _KILL_FIRST)
+    os.set_inheritable(int(control), False)
+    asyncio.run(_serve(socket.socket(fileno=int(control))))
+
+
+if __name__ == "__main__":
+    main()

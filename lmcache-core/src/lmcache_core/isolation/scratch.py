@@ -1,0 +1,89 @@
+"""Shared memory for values that don't lie in the host arena, such as compressed frames.
+
+Knows ranges of one bounded region and who waits for one. Knows nothing about
+what is in them, or why somebody keeps one for long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+
+from lmcache_core.host_memory import PAGE_BYTES
+from lmcache_core.storage import HostRegion
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A range of the region that belongs to one call until it is given back."""
+
+    start: int
+    nbytes: int
+
+
+class Scratch:
+    """Hands out ranges, first come first served. Lives on one event loop.
+
+    The lowest range that is long enough is taken, so that memory beyond what is really used at one
+    time is never touched, and costs nothing.
+    """
+
+    def __init__(self, region: HostRegion) -> None:
+        self.region = region
+        self._free = [Extent(0, region.nbytes)]
+        self._waiting: deque[tuple[int, asyncio.Future[Extent]]] = deque()
+
+    async def take(self, nbytes: int) -> Extent:
+        """A range of at least ``nbytes``, which are rounded up to whole pages; may have to wait.
+
+        Raises:
+            ValueError: the region is smaller than that.
+        """
+        nbytes = rounded(nbytes)
+        if nbytes > self.region.nbytes:
+            raise ValueError(f"{nbytes} bytes of scratch memory: there are {self.region.nbytes}")
+        extent = None if self._waiting else self._cut(nbytes)
+        if extent is not None:
+            return extent
+        turn: asyncio.Future[Extent] = asyncio.get_running_loop().create_future()
+        self._waiting.append((nbytes, turn))
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.give_back(turn.result())
+            raise
+
+    def give_back(self, extent: Extent) -> None:
+        """End a lease. Nobody may touch the range any more."""
+        ranges = sorted([*self._free, extent], key=lambda one: one.start)
+        merged = ranges[:1]
+        for one in ranges[1:]:
+            last = merged[-1]
+            if last.start + last.nbytes == one.start:
+                merged[-1] = Extent(last.start, last.nbytes + one.nbytes)
+            else:
+                merged.append(one)
+        self._free = merged
+        while self._waiting:
+            nbytes, turn = self._waiting[0]
+            if not turn.done():
+                found = self._cut(nbytes)
+                if found is None:
+                    return
+                turn.set_result(found)
+            self._waiting.popleft()
+
+    def _cut(self, nbytes: int) -> Extent | None:
+        for index, free in enumerate(self._free):
+            if free.nbytes >= nbytes:
+                rest = Extent(free.start + nbytes, free.nbytes - nbytes)
+                self._free[index : index + 1] = [rest] if rest.nbytes else []
+                return Extent(free.start, nbytes)
+        return None
+
+
+def rounded(nbytes: int) -> int:
+    """``nbytes`` as whole pages, at least one: ranges start where O_DIRECT wants them to."""
+    return max(-(-nbytes // PAGE_BYTES), 1) * PAGE_BYTES
