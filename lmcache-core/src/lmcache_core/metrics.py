@@ -17,6 +17,8 @@
     backend_errors    backend, operation, kind  calls that failed or were refused
     backend_timeouts  backend, operation        calls that missed their deadline
     breaker_open      backend                   circuit breakers that are open now (a gauge)
+    isolated_restarts backend, reason           processes of isolated backends that died or were
+                                                killed (died, hung, memory) and are replaced
 
 Knows names and numbers. Imports no metrics library: an exporter reads
 `Counters.snapshot`, or serves what `render_prometheus` makes of it.
