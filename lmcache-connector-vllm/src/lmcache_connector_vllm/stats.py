@@ -29,6 +29,10 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "backend_errors": ("Failed calls to backends", ("backend", "operation", "kind")),
     "backend_timeouts": ("Calls to backends that missed their deadline", ("backend", "operation")),
     "breaker_open": ("Times a backend was given a rest after failures", ("backend",)),
+    "isolated_restarts": (
+        "Processes of isolated backends that were lost and replaced",
+        ("backend", "reason"),
+    ),
     "evicted_chunks": ("Chunks evicted", ("tier",)),
     "frame_rejected": ("Stored chunks that failed verification", ("reason",)),
 }
