@@ -18,6 +18,8 @@ import pytest
 from lmcache_core.builtin.filesystem import FilesystemConfig
 from lmcache_core.builtin.memory import MemoryConfig
 from lmcache_core.builtin.raw import RawSerde
+from lmcache_core.cache import Cache
+from lmcache_core.config import load_config
 from lmcache_core.errors import BackendUnavailable, ConfigError, PluginError
 from lmcache_core.guard import Guard
 from lmcache_core.host_memory import PAGE_BYTES, HostArena, allocate_region
@@ -26,6 +28,7 @@ from lmcache_core.isolation import backend as isolated_backend
 from lmcache_core.isolation import process
 from lmcache_core.isolation.backend import IsolatedBackend
 from lmcache_core.keys import CacheNamespace
+from lmcache_core.layout import DType, KVLayout, full_attention
 from lmcache_core.metrics import Counters
 from lmcache_core.plugins import Plugins
 from lmcache_core.storage import MISS, BackendContext, HostRegion, StoreOutcome
@@ -420,6 +423,7 @@ def test_a_child_dies_with_its_parent(options: Callable[..., Any], busy: bool) -
     code = f"""
 import asyncio, sys
 from lmcache_core.isolation.backend import IsolatedBackend
+from lmcache_core.layout import DType, KVLayout, full_attention
 from lmcache_core.metrics import Counters
 from lmcache_core.plugins import Plugins
 from lmcache_core.storage import BackendContext
@@ -675,3 +679,33 @@ def test_the_kernel_kills_the_child_first(run: Loop) -> None:
     score = int(Path(f"/proc/{backend._child.pid}/oom_score_adj").read_text())
     assert score == 1000
     run(backend.close())
+
+
+def test_a_cache_over_an_isolated_tier(tmp_path: Path) -> None:
+    """Through the public API, without a copy; the process is killed in the middle."""
+    plugins = Plugins(environ={})
+    settings = ["chunk_size=16", "local_cpu=false", "max_local_cpu_size=0.01"]
+    settings += [f"backends.filesystem.path={tmp_path}", "backends.filesystem.min_free_gib=0"]
+    settings += ["backends.filesystem.isolated=true", "local_cpu_populate=true"]
+    config = load_config(plugins, environ={}, assignments=settings)
+    layout = KVLayout(16, (full_attention(layers=2, heads=1, head_size=64, dtype=DType.BF16),))
+    tokens = list(range(64))
+    kv = bytearray(os.urandom(4 * layout.chunk_bytes()))
+    with Cache.open(model="m", layout=layout, config=config, plugins=plugins) as cache:
+        assert cache.store(tokens, kv) == 64
+        assert cache.flush()
+        tiers, loop = cache._tiers, cache._loop
+        assert tiers is not None
+        assert loop is not None
+        backend = tiers.tiers[0].backend
+        assert isinstance(backend, IsolatedBackend)
+        for _ in range(2):
+            loaded = bytearray(len(kv))
+            assert cache.load(tokens, loaded) == 64
+            assert loaded == kv
+            first = backend._child
+            assert first is not None
+            os.kill(first.pid or 0, signal.SIGKILL)
+            loop.run(until(lambda child=first: child.gone.done() and runs(backend)), LONG_S)
+        assert backend._scratch is not None
+        assert not any(backend._scratch.region.view[: 64 * PAGE_BYTES])

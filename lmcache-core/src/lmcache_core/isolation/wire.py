@@ -52,7 +52,7 @@ class Channel(asyncio.Protocol):
     """Both ends of the socket. Lives on one event loop.
 
     ``on_message`` gets each message; ``on_lost`` is called once, when nothing more will come, with
-    what was wrong or "".
+    what was wrong with the last one, or "".
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class Channel(asyncio.Protocol):
                 del self._received[:end]
                 self._message(body)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._on_lost(self._wrong or (str(exc) if exc else ""))
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        self._on_lost(self._wrong)
 
     def _message(self, body: bytes) -> None:
         try:
