@@ -131,20 +131,18 @@ def test_the_hook_hands_out_memory_that_lives_as_long_as_its_view() -> None:
     assert view[-1] == 1
 
 
-def test_the_hook_populates_when_it_is_asked_to() -> None:
-    region = Plugins(environ={}).host_region(8 * MIB, "cpu", populate=True)
-    assert resident_kib(region) >= 8 * 1024
-    assert resident_kib(allocate_region(8 * MIB).region) < 8 * 1024
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_hook_populates_when_it_is_asked_to(shared: bool) -> None:
+    for populate in (False, True):
+        region = Plugins(environ={}).host_region(8 * MIB, "cpu", populate=populate, shared=shared)
+        assert resident_pages(region) == (8 * MIB // PAGE_BYTES if populate else 0)
 
 
-def resident_kib(region: HostRegion) -> int:
-    """What the kernel says is there of the mapping that ``region`` lies in."""
-    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
-    for line in lines:
-        first, _, last = line.split()[0].partition("-")
-        if last and int(first, 16) <= region.address < int(last, 16):
-            return next(int(one.split()[1]) for one in lines if one.startswith("Rss:"))
-    raise AssertionError("not mapped")
+def resident_pages(region: HostRegion) -> int:
+    pages = (ctypes.c_ubyte * (region.nbytes // PAGE_BYTES))()
+    address, nbytes = ctypes.c_void_p(region.address), ctypes.c_size_t(region.nbytes)
+    assert ctypes.CDLL(None).mincore(address, nbytes, pages) == 0
+    return sum(page & 1 for page in pages)
 
 
 # -- shared with other processes -----------------------------------------------------------

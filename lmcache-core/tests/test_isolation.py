@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -416,6 +417,45 @@ def test_opening_that_is_cancelled_leaves_no_process(
     run(cancelled())
     assert len(children) == 2
     assert all(child.pid is None or is_dead(child.pid) for child in children)
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.15, 0.4])
+def test_closing_ends_a_restart(run: Loop, options: Callable[..., Any], pause_s: float) -> None:
+    """While it waits, while the new process starts, or after that."""
+    backend = isolated(options())
+
+    async def close_meanwhile() -> None:
+        await backend.open(context())
+        first = backend._child
+        os.kill(first.pid, signal.SIGKILL)
+        await asyncio.shield(first.gone)
+        await asyncio.sleep(pause_s)
+        await backend.close()
+        assert backend._restarting.done()
+
+    run(close_meanwhile())
+    assert backend._child is None
+
+
+def test_restarts_leak_no_descriptor_and_no_thread(
+    run: Loop, options: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolated_backend, "FIRST_DELAY_S", 0.01)
+    backend = isolated(options())
+
+    async def die_and_come_back() -> None:
+        child = backend._child
+        os.kill(child.pid, signal.SIGKILL)
+        await until(lambda: child.gone.done() and runs(backend))
+        child.join()
+
+    run(backend.open(context()))
+    run(die_and_come_back())
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for _ in range(3):
+        run(die_and_come_back())
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    run(backend.close())
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "loop blocked"])

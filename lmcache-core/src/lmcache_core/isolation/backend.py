@@ -210,7 +210,8 @@ class IsolatedBackend(StorageBackend):
             methods: list[str] = facts["methods"]
         except BaseException as error:
             await _finish(child)
-            if child.reason != "closed":  # it didn't wait for us to end it
+            if isinstance(error, BackendUnavailable) and child.reason != "closed":
+                # Now that it is read, with the last that it printed.
                 raise BackendUnavailable(f"{self._name}: {_obituary(child)}") from error
             raise
         self._child, self._started_at = child, time.monotonic()
