@@ -1,220 +1,154 @@
-"""Load and store through an isolated backend: how far from the same backend in process?
+"""A backend in a process of its own: how far from the same backend in this process?
 
-    python3 bench/isolated.py            about 2 minutes
+    python3 bench/isolated.py            two minutes
     python3 bench/isolated.py --quick    some seconds, wider spread
 
-The `memory` and `filesystem` backends (the latter on /dev/shm, where nothing but copying is left)
-are opened twice: in this process, which is the calibration, and in a child that shares the arena.
-Each figure is bytes of values per second; figure and calibration take turns, batch after batch, so
-that whatever else the machine does hits both. The ratio of a run is that of its medians; the
-reported ratio is the median of the runs.
+Stores and loads 32 MiB a call, in one value or in sixteen. The calibration is the same call to the
+same kind of backend, here. Both use the same host memory, which the child maps too; `filesystem`
+writes to /dev/shm, where nothing but copying is left, so that isolation shows as much as it can.
 
-    arena      buffers lie in shared host memory: nothing is copied on the way
-    outside    they don't, as with compressing serdes: one copy through scratch memory
-    call       `contains` of one key, in microseconds: what a round trip costs
+    arena      buffers lie in that memory: nothing is copied on the way
+    outside    they don't, as with serdes that compress: one copy more, through scratch memory
+    call       `contains` of one key: what a round trip costs
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
-import os
-import shutil
 import statistics
 import tempfile
-import time
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from measuring import Report, Run, duration, parse, parser, runs_of, take_turns, throughput
 
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
 from lmcache_core.builtin.memory import MemoryBackend, MemoryConfig
 from lmcache_core.host_memory import allocate_region
 from lmcache_core.isolation.backend import IsolatedBackend
-from lmcache_core.keys import CacheNamespace, ChunkKey, chunk_key
+from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import DType, KVLayout, full_attention
 from lmcache_core.metrics import Counters
-from lmcache_core.storage import BackendContext, StorageBackend, StoreOutcome
+from lmcache_core.storage import BackendContext, HostRegion, StorageBackend, StoreOutcome
 
-MIB = 1 << 20
-RUNS = 9
-ROUNDS = 8
-BATCHES = {32 * MIB: 1, 2 * MIB: 16}
-"""Values a call: 32 MiB of bytes, in one value or in many."""
+SHAPES = {"1 x 32 MiB": (1, 32 << 20), "16 x 2 MiB": (16, 2 << 20)}
+CALL_BYTES = 32 << 20
+KINDS = ("memory", "filesystem")
+TURNS = 8
 CALLS = 300
-LAYOUT = KVLayout(256, (full_attention(layers=1, heads=1, head_size=8, dtype=DType.BF16),))
+SHM = Path("/dev/shm")  # noqa: S108 - memory, on purpose
+LAYOUT = KVLayout(256, (full_attention(layers=32, heads=8, head_size=128, dtype=DType.BF16),))
+_T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Result:
-    """One line of the table; ``ratio`` is ``value`` by ``calibration``."""
+class Side:
+    """One open backend, with room for what a call stores and loads."""
 
-    name: str
-    value: float
-    unit: str
-    calibration: float
-    ratio: float
-    runs: int
-    spread: float
-    """Half the distance between the quartiles of the runs' ratios, by their median."""
+    def __init__(self, loop: asyncio.AbstractEventLoop, backend: StorageBackend) -> None:
+        self._loop = loop
+        self._backend: Any = backend
 
+    def open(self, region: HostRegion) -> None:
+        context = BackendContext("bench", CacheNamespace("bench", LAYOUT), region, CALL_BYTES)
+        self.run(self._backend.open(context))
 
-Work = Callable[[], Awaitable[object]]
+    def use(self, memory: memoryview, values: int, nbytes: int) -> None:
+        """Store from the first half of ``memory``, load into the second."""
+        cut = [memory[i * nbytes : (i + 1) * nbytes] for i in range(2 * values)]
+        self._sources, self._into = cut[:values], cut[values:]
+        self._nbytes = nbytes
 
+    def store(self, turn: int) -> None:
+        outcomes = self.run(self._backend.store(self._keys(turn), self._sources))
+        assert outcomes == [StoreOutcome.STORED] * len(outcomes), outcomes
 
-async def timed(work: Work) -> float:
-    began = time.perf_counter()
-    await work()
-    return time.perf_counter() - began
+    def load(self, turn: int) -> None:
+        sizes = self.run(self._backend.load(self._keys(turn), self._into))
+        assert sizes == [self._nbytes] * len(sizes), sizes
 
+    def forget(self, turn: int) -> None:
+        self.run(self._backend.delete(self._keys(turn)))
 
-async def compare(isolated: list[Work], plain: list[Work]) -> tuple[float, float]:
-    """Median seconds of each, taking turns and the lead."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn, pair in enumerate(zip(isolated, plain, strict=True)):
-        for side in (0, 1) if turn % 2 else (1, 0):
-            times[side].append(await timed(pair[side]))
-    return statistics.median(times[0]), statistics.median(times[1])
+    def call(self, turn: int) -> None:
+        self.run(self._backend.contains([ChunkKey(turn.to_bytes(16, "big"))]))
 
+    def close(self) -> None:
+        self.run(self._backend.close())
 
-def result(name: str, seconds: list[tuple[float, float]], nbytes: int) -> Result:
-    """``nbytes`` 0: the figure is microseconds, not a throughput."""
-    ratios = [plain / isolated for isolated, plain in seconds]
-    middle = [statistics.median(one) for one in zip(*seconds, strict=True)]
-    figures = [nbytes / one / 2**30 if nbytes else one * 1e6 for one in middle]
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    ratio = statistics.median(ratios)
-    return Result(
-        name,
-        round(figures[0], 2),
-        "GiB/s" if nbytes else "us",
-        round(figures[1], 2),
-        round(ratio, 3),
-        len(seconds),
-        round((quartiles[2] - quartiles[0]) / 2 / ratio, 3),
-    )
+    def run(self, work: Awaitable[_T]) -> _T:
+        async def awaited() -> _T:
+            return await work
+
+        return self._loop.run_until_complete(awaited())
+
+    def _keys(self, turn: int) -> list[ChunkKey]:
+        values = range(len(self._sources))
+        return [ChunkKey(bytes([index]) * 8 + turn.to_bytes(8, "big")) for index in values]
 
 
-class Pair:
-    """One kind of backend, isolated and in process, both open."""
-
-    def __init__(self, kind: str, folder: Path, region: Any) -> None:
-        self.kind = kind
-        self.region = region
-        self._folder = folder
-        self._number = 0
-        self.both: list[StorageBackend] = []
-
-    async def open(self) -> None:
-        for side in ("isolated", "plain"):
-            options: Any = MemoryConfig(max_size_gib=2)
-            here: StorageBackend = MemoryBackend(options)
-            if self.kind == "filesystem":
-                options = FilesystemConfig(path=self._folder / side, min_free_gib=0)
-                here = FilesystemBackend(options)
-            if side == "isolated":
-                here = IsolatedBackend(
-                    self.kind, options, where="", deadline_s=60.0, counters=Counters()
-                )
-            namespace = CacheNamespace("bench", LAYOUT)
-            await here.open(BackendContext(side, namespace, self.region, 32 * MIB))
-            self.both.append(here)
-
-    async def close(self) -> None:
-        for backend in self.both:
-            await backend.close()
-
-    def keys(self, count: int) -> list[ChunkKey]:
-        """Never used before: a value that is there already isn't stored again."""
-        self._number += count
-        return [chunk_key((self._number - i).to_bytes(16, "little")) for i in range(1, count + 1)]
+@contextmanager
+def opened(kind: str, region: HostRegion) -> Iterator[tuple[Side, Side]]:
+    """The isolated backend and the one here."""
+    loop = asyncio.new_event_loop()
+    with tempfile.TemporaryDirectory(dir=SHM if SHM.is_dir() else None) as folder:
+        options: list[Any] = [MemoryConfig(max_size_gib=2)] * 2
+        here: StorageBackend = MemoryBackend(options[1])
+        if kind == "filesystem":
+            options = [FilesystemConfig(path=Path(folder) / side) for side in ("there", "here")]
+            here = FilesystemBackend(options[1])
+        there = IsolatedBackend(kind, options[0], where=kind, deadline_s=60.0, counters=Counters())
+        sides = Side(loop, there), Side(loop, here)
+        for side in sides:
+            side.open(region)
+        yield sides
+        for side in sides:
+            side.close()
+    loop.close()
 
 
-async def throughput(pair: Pair, place: str, nbytes: int, runs: int, rounds: int) -> list[Result]:
-    """Store and load of batches of 32 MiB."""
-    count = BATCHES[nbytes]
-    total = count * nbytes
-    outside = bytearray(2 * total)
-    memory = pair.region.view if place == "arena" else memoryview(outside)
-    memory[: 2 * total] = bytes(range(256)) * (2 * total // 256)
-    cut = [memory[i * nbytes : (i + 1) * nbytes] for i in range(2 * count)]
-    sources, into = cut[:count], cut[count:]
-    stores: list[tuple[float, float]] = []
-    loads: list[tuple[float, float]] = []
-
-    def work(backend: StorageBackend, names: list[ChunkKey], *, store: bool) -> Work:
-        async def storing() -> None:
-            assert await backend.store(names, sources) == [StoreOutcome.STORED] * count
-
-        async def loading() -> None:
-            assert await backend.load(names, into) == [nbytes] * count
-
-        return storing if store else loading
-
-    for run in range(runs + 1):
-        batches = [pair.keys(count) for _ in range(rounds)]
-        for store, figures in ((True, stores), (False, loads)):
-            works = [[work(b, names, store=store) for names in batches] for b in pair.both]
-            seconds = await compare(*works)
-            if run:  # the first one maps pages and fills caches
-                figures.append(seconds)
-        for backend in pair.both:
-            for names in batches:
-                await backend.delete(names)  # type: ignore[attr-defined]
-    title = f"{pair.kind}/{place}/{nbytes // MIB}MiB"
-    return [result(f"{title}/store", stores, total), result(f"{title}/load", loads, total)]
-
-
-async def round_trips(pair: Pair, runs: int) -> Result:
-    names = pair.keys(1)
-    works = [[lambda b=b: b.contains(names) for _ in range(CALLS)] for b in pair.both]
-    seconds = [await compare(*works) for _ in range(runs)]  # type: ignore[arg-type]
-    return result(f"{pair.kind}/call", seconds, 0)
-
-
-async def measure(arguments: argparse.Namespace) -> list[Result]:
-    runs = 3 if arguments.quick else RUNS
-    rounds = 4 if arguments.quick else ROUNDS
-    region = allocate_region(2 * 32 * MIB, shared=True, populate=True).region
-    shm = Path("/dev/shm")  # noqa: S108 - memory, so that no disk is measured
-    folder = Path(tempfile.mkdtemp(dir=shm if shm.is_dir() else None))
-    results: list[Result] = []
-    try:
-        for kind in ("memory", "filesystem"):
-            pair = Pair(kind, folder, region)
-            await pair.open()
-            for place in ("arena", "outside"):
-                for nbytes in BATCHES:
-                    for one in await throughput(pair, place, nbytes, runs, rounds):
-                        results.append(one)
-                        show(one)
-            results.append(await round_trips(pair, runs))
-            show(results[-1])
-            await pair.close()
-    finally:
-        shutil.rmtree(folder)
-    return results
-
-
-def show(one: Result) -> None:
-    print(
-        f"{one.name:32} {one.value:8.2f} {one.unit:5}   in process {one.calibration:8.2f}   "
-        f"ratio {one.ratio:5.2f} ± {one.spread:4.0%}",
-        flush=True,
-    )
+def measure(sides: tuple[Side, Side], runs: int) -> dict[str, list[Run]]:
+    """Some turns of store, then of load, a run."""
+    found: dict[str, list[Run]] = {"store": [], "load": []}
+    for number in range(-1, runs):  # the first one maps pages, and doesn't count
+        first = (number + 1) * TURNS
+        for what, done in found.items():
+            jobs = [getattr(side, what) for side in sides]
+            seconds = take_turns(*jobs, TURNS, first=first)
+            if number >= 0:
+                done.append(Run(*map(statistics.median, seconds)))
+        for turn in range(first, first + TURNS):
+            for side in sides:
+                side.forget(turn)
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter runs")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    print(f"{len(os.sched_getaffinity(0))} CPUs, load {os.getloadavg()[0]:.1f}")
-    results = asyncio.run(measure(arguments))
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(one) for one in results], indent=1))
+    options = parser(__doc__)
+    options.add_argument("--only", default="", help="names that contain this")
+    arguments = parse(options)
+    report = Report(arguments, "in process")
+    region = allocate_region(2 * CALL_BYTES, shared=True, populate=True).region
+    outside = memoryview(bytearray(2 * CALL_BYTES))
+    for kind in KINDS:
+        with opened(kind, region) as sides:
+            for place, memory in (("arena", region.view), ("outside", outside)):
+                memory[:CALL_BYTES] = bytes(range(256)) * (CALL_BYTES // 256)
+                for shape, (values, nbytes) in SHAPES.items():
+                    title = f"{kind}/{place}/{shape}"
+                    if arguments.only not in title:
+                        continue
+                    for side in sides:
+                        side.use(memory, values, nbytes)
+                    for what, runs in measure(sides, arguments.runs).items():
+                        report.add(throughput(f"{title}/{what}", CALL_BYTES, runs))
+                    assert memory[:CALL_BYTES] == memory[CALL_BYTES:]
+            if arguments.only in f"{kind}/call":
+                there, here = sides
+                calls = runs_of(there.call, here.call, runs=arguments.runs, turns=CALLS)
+                report.add(duration(f"{kind}/call", calls))
+    report.write()
 
 
 if __name__ == "__main__":

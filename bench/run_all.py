@@ -51,6 +51,7 @@ PROGRAMS = [
     Program("public_api"),
     Program("index"),
     Program("disk"),
+    Program("isolated"),
     Program("stress", ("--seconds", "60")),
     Program("stress", ("--seconds", "15", "--tier", "filesystem"), "stress_tier"),
     Program("ttft_vllm", ("--quick", "--turns", "9")),

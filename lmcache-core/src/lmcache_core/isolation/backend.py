@@ -7,7 +7,6 @@ child is and how it is told apart from a hanging one is `process`' business.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import sys
 import time
@@ -26,7 +25,7 @@ from lmcache_core.errors import (
 )
 from lmcache_core.host_memory import share
 from lmcache_core.isolation.process import Child
-from lmcache_core.isolation.scratch import Extent, Scratch, rounded
+from lmcache_core.isolation.scratch import Scratch, address, copy_all, loaded, placed, rounded
 from lmcache_core.isolation.wire import (
     ARENA,
     SCRATCH,
@@ -279,7 +278,7 @@ class IsolatedBackend(StorageBackend):
         """Where each buffer lies in shared memory; ``None`` for those that don't."""
         places: list[Place | None] = []
         for buffer in buffers:
-            start, nbytes = _address(buffer), buffer.nbytes
+            start, nbytes = address(buffer), buffer.nbytes
             if not nbytes:
                 places.append((SCRATCH, 0, 0))
             elif self._arena_start <= start and start + nbytes <= self._arena_end:
@@ -335,12 +334,12 @@ class IsolatedBackend(StorageBackend):
         try:
             if asyncio.get_running_loop().time() > until:
                 raise BackendTimeout(f"{self._name}: {what} waited too long for scratch memory")
-            placed, copies = _placed(extent, buffers, places, scratch.region.view)
+            places, copies = placed(extent, buffers, places, scratch.region.view)
             if what == "store":
                 await self._copy([(there, here) for here, there in copies.values()])
-            answers = await self._ask_about(what, keys, places=placed)
+            answers = await self._ask_about(what, keys, places=places)
             if what == "load":
-                await self._copy(_loaded(copies, answers))
+                await self._copy(loaded(copies, answers))
         finally:
             scratch.give_back(extent)
         if not isinstance(answers, list) or len(answers) != len(keys):
@@ -353,7 +352,7 @@ class IsolatedBackend(StorageBackend):
     async def _copy(self, pairs: list[tuple[memoryview, memoryview]]) -> None:
         """Copy each second to the first, off the loop and without the interpreter's lock."""
         if self._copies is not None and pairs:
-            await asyncio.wrap_future(self._copies.submit(_copy_all, pairs))
+            await asyncio.wrap_future(self._copies.submit(copy_all, pairs))
 
     async def _shelter(self, call: Coroutine[Any, Any, _T]) -> _T:
         """Await ``call``, which goes on when its caller is cancelled: it leases scratch memory."""
@@ -368,53 +367,6 @@ class IsolatedBackend(StorageBackend):
             for ended in pool.shutdown():
                 await asyncio.wrap_future(ended)
             pool.join(1.0)
-
-
-def _placed(
-    extent: Extent,
-    buffers: Sequence[memoryview],
-    places: Sequence[Place | None],
-    scratch: memoryview,
-) -> tuple[list[Place], dict[int, tuple[memoryview, memoryview]]]:
-    """A place for every buffer; for those in ``extent`` also (buffer, its stand-in) by position."""
-    placed: list[Place] = []
-    copies: dict[int, tuple[memoryview, memoryview]] = {}
-    start = extent.start
-    for position, (buffer, place) in enumerate(zip(buffers, places, strict=True)):
-        if place is None:
-            place = (SCRATCH, start, buffer.nbytes)
-            copies[position] = buffer, scratch[start : start + buffer.nbytes]
-            start += rounded(buffer.nbytes)
-        placed.append(place)
-    return placed, copies
-
-
-def _loaded(
-    copies: dict[int, tuple[memoryview, memoryview]], sizes: Any
-) -> list[tuple[memoryview, memoryview]]:
-    """What has to be copied back; sizes that make no sense are left to whoever asked."""
-    pairs: list[tuple[memoryview, memoryview]] = []
-    for position, (buffer, stand_in) in copies.items():
-        size = sizes[position] if isinstance(sizes, list) and position < len(sizes) else MISS
-        if isinstance(size, int) and 0 < size <= buffer.nbytes:
-            pairs.append((buffer[:size], stand_in[:size]))
-    return pairs
-
-
-def _copy_all(pairs: list[tuple[memoryview, memoryview]]) -> None:
-    while pairs:
-        target, source = pairs.pop()
-        if source.readonly or not source.nbytes:
-            target[: source.nbytes] = source
-        else:
-            ctypes.memmove(_address(target), _address(source), source.nbytes)
-
-
-def _address(buffer: memoryview) -> int:
-    """Where ``buffer`` starts; 0 where Python doesn't say, as for read-only memory."""
-    if buffer.readonly or not buffer.nbytes:
-        return 0
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 async def _finish(child: Child) -> None:

@@ -1,17 +1,21 @@
 """Shared memory for values that don't lie in the host arena, such as compressed frames.
 
-Knows ranges of one bounded region and who waits for one. Knows nothing about
-what is in them, or why somebody keeps one for long.
+Knows ranges of one bounded region, who waits for one, and copies to and from
+it. Knows nothing about why somebody keeps a range for long.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lmcache_core.host_memory import PAGE_BYTES
-from lmcache_core.storage import HostRegion
+from lmcache_core.isolation.wire import SCRATCH, Place
+from lmcache_core.storage import MISS, HostRegion
 
 
 @dataclass(frozen=True)
@@ -87,3 +91,51 @@ class Scratch:
 def rounded(nbytes: int) -> int:
     """``nbytes`` as whole pages, at least one: ranges start where O_DIRECT wants them to."""
     return max(-(-nbytes // PAGE_BYTES), 1) * PAGE_BYTES
+
+
+def placed(
+    extent: Extent,
+    buffers: Sequence[memoryview],
+    places: Sequence[Place | None],
+    scratch: memoryview,
+) -> tuple[list[Place], dict[int, tuple[memoryview, memoryview]]]:
+    """A place for every buffer; for those in ``extent`` also (buffer, its stand-in) by position."""
+    found: list[Place] = []
+    copies: dict[int, tuple[memoryview, memoryview]] = {}
+    start = extent.start
+    for position, (buffer, place) in enumerate(zip(buffers, places, strict=True)):
+        if place is None:
+            place = (SCRATCH, start, buffer.nbytes)
+            copies[position] = buffer, scratch[start : start + buffer.nbytes]
+            start += rounded(buffer.nbytes)
+        found.append(place)
+    return found, copies
+
+
+def loaded(
+    copies: dict[int, tuple[memoryview, memoryview]], sizes: Any
+) -> list[tuple[memoryview, memoryview]]:
+    """What has to be copied back; sizes that make no sense are left to whoever asked."""
+    pairs: list[tuple[memoryview, memoryview]] = []
+    for position, (buffer, stand_in) in copies.items():
+        size = sizes[position] if isinstance(sizes, list) and position < len(sizes) else MISS
+        if isinstance(size, int) and 0 < size <= buffer.nbytes:
+            pairs.append((buffer[:size], stand_in[:size]))
+    return pairs
+
+
+def copy_all(pairs: list[tuple[memoryview, memoryview]]) -> None:
+    """Copy each second to the first, without the interpreter's lock where Python lets us."""
+    while pairs:
+        target, source = pairs.pop()
+        if source.readonly or not source.nbytes:
+            target[: source.nbytes] = source
+        else:
+            ctypes.memmove(address(target), address(source), source.nbytes)
+
+
+def address(buffer: memoryview) -> int:
+    """Where ``buffer`` starts; 0 where Python doesn't say, as for read-only memory."""
+    if buffer.readonly or not buffer.nbytes:
+        return 0
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
