@@ -299,4 +299,5 @@ NB_MODULE(_native, module) {
   module.def("xxh3_64", &xxh3_of, nb::arg("data"), nb::arg("simd") = nb::none());
   module.def("simd_levels", &levels);
   bind_index(module);
+  bind_codec(module);
 }

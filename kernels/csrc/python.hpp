@@ -42,5 +42,6 @@ inline int64_t integer(nb::handle object) {
 [[noreturn]] inline void out_of_range(const std::string& why) { throw nb::index_error(why.c_str()); }
 
 void bind_index(nb::module_& module);
+void bind_codec(nb::module_& module);
 
 }  // namespace lmcache
