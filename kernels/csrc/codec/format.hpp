@@ -68,10 +68,11 @@ struct Plan {
         payload(directory + sections * sizeof(Section)) {}
 };
 
-// As many heads as 128 channels have room for.
+// About as many heads as make 128 channels, so that sections are of nearly the same size.
 inline uint32_t block_heads(const Shape& shape) {
-  const uint32_t heads = shape.head_size < 128 ? 128 / shape.head_size : 1;
-  return heads < shape.heads ? heads : shape.heads;
+  const uint32_t few = shape.head_size < 128 ? 128 / shape.head_size : 1;
+  const uint32_t blocks = shape.heads > few ? shape.heads / few : 1;
+  return (shape.heads + blocks - 1) / blocks;
 }
 
 // One section's place in a chunk: rows of `channels` elements, `stride` bytes apart.
