@@ -16,6 +16,36 @@ from pydantic import BaseModel
 from lmcache_core.layout import LayerGroup
 
 
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (arXiv 2104.09864) as a model applies it to keys.
+
+    Element pair j of a head is turned by ``position * frequencies[j]`` radians. Pairs are
+    ``(j, j + n)`` for n frequencies, or ``(2 j, 2 j + 1)`` if ``interleaved``; elements behind the
+    last pair aren't turned. Scaled variants differ in their frequencies only, if these are the
+    same at every position.
+    """
+
+    frequencies: tuple[float, ...]
+    interleaved: bool = False
+
+    @classmethod
+    def of(cls, *, theta: float, rotary_size: int, interleaved: bool = False) -> Rope:
+        """The unscaled variant: frequencies ``theta ** (-2 j / rotary_size)``."""
+        pairs = rotary_size // 2
+        return cls(tuple(theta ** (-2 * j / rotary_size) for j in range(pairs)), interleaved)
+
+
+@dataclass(frozen=True)
+class SerdeFacts:
+    """What doesn't change while a tier is open. Anything may be unknown."""
+
+    fingerprint: str = ""
+    """The namespace's: model, layout, shard, tenant."""
+    rope: Rope | None = None
+    """``None``: unknown, none, or of a kind that isn't one angle for each pair and position."""
+
+
 class Serde(ABC):
     """Turns one chunk into bytes to store, and back. Pure, thread-safe, no I/O.
 
@@ -40,6 +70,14 @@ class Serde(ABC):
     def in_place(self) -> bool:
         """Whether the encoded bytes *are* the chunk's bytes, so that core needn't copy them."""
         return False
+
+    def bound(self, facts: SerdeFacts) -> Serde:  # noqa: ARG002  for those who want to know
+        """This serde for a tier of which ``facts`` hold; asked once, before anything is encoded."""
+        return self
+
+    def for_chunk(self, key: bytes) -> Serde:  # noqa: ARG002
+        """This serde for the one chunk that is called ``key``. Cheap: asked for every chunk."""
+        return self
 
     @abstractmethod
     def max_encoded_bytes(self, group: LayerGroup, tokens: int) -> int:

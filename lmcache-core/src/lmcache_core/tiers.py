@@ -25,7 +25,8 @@ from lmcache_core.guard import Answer, Guard
 from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.metrics import Counters
-from lmcache_core.serde import Serde, SerdeDescriptor
+from lmcache_core.serde import Serde, SerdeDescriptor, SerdeFacts
+from lmcache_core.serde_chain import chain
 from lmcache_core.storage import (
     BackendCapabilities,
     BackendContext,
@@ -104,7 +105,7 @@ class Tiers:
         """
         openings = []
         for section in sections:
-            serde = _serde(plugins.serde(section.serde or default_serde), section)
+            serde = _serde(plugins, section, default_serde).bound(SerdeFacts(namespace.fingerprint))
             deadline_s = section.deadline_s or default_deadline_s
             make = _maker(plugins.storage_backend(section.type), section, deadline_s, counters)
             guard = Guard(section.name, deadline_s=deadline_s, counters=counters)
@@ -270,7 +271,14 @@ class _Opening:
         return BackendUnavailable("opening was cancelled") if task.cancelled() else task.exception()
 
 
-def _serde(descriptor: SerdeDescriptor, section: Section) -> Serde:
+def _serde(plugins: PluginIndex, section: Section, default: str) -> Serde:
+    """The serde that ``section`` names, or the chain of them."""
+    return chain(
+        [_link(plugins.serde(n.strip()), section) for n in (section.serde or default).split("+")]
+    )
+
+
+def _link(descriptor: SerdeDescriptor, section: Section) -> Serde:
     where = f"serde {descriptor.name!r} of backends.{section.name}"
     return created(
         lambda: descriptor.create(descriptor.config()),
