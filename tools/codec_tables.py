@@ -8,7 +8,7 @@ This program says where the numbers come from. It isn't run by builds, because `
 differ in the last place between mathematical libraries.
 
 Tables 0-31 are for quantised values: symbol q + 64 for q = -63 ... 63, symbol 0 for what doesn't
-fit. Table k is a generalised normal distribution (shape 1.4) of standard deviation 0.12 * 2^(0.26 k)
+fit. Table k is a generalised normal distribution (shape 1.4) of deviation 0.12 * 2^(0.26 k)
 steps. Tables 32-95 are for exponents: symbol d for an exponent d below a channel's reference,
 symbol 15 for what doesn't fit. They are the exponents of normal distributions of eight ratios of
 mean to deviation, in eight positions of the reference.
@@ -117,9 +117,7 @@ def thresholds(tables: list[list[int]]) -> list[int]:
 
 
 def rows(table: Sequence[int]) -> str:
-    lines = [
-        ", ".join(map(str, table[i : i + 16])) + "," for i in range(0, len(table), 16)
-    ]
+    lines = [", ".join(map(str, table[i : i + 16])) + "," for i in range(0, len(table), 16)]
     return "{" + "\n ".join(lines).rstrip(",") + "},"
 
 
@@ -130,9 +128,7 @@ def text() -> str:
     for ratio in ratios:
         # The largest of a few hundred is some deviations from the mean.
         top = math.log2(ratio + (2.8 if ratio < 8 else 1.5))
-        exponents += [
-            exponent_table(ratio, top - 1 + (i + 0.5) * (1.6 / 8)) for i in range(8)
-        ]
+        exponents += [exponent_table(ratio, top - 1 + (i + 0.5) * (1.6 / 8)) for i in range(8)]
     assert all(sum(t) == SLOTS and max(t) < SLOTS for t in values + exponents)
     body = [
         "// Made by tools/codec_tables.py. Part of the format: never changed, only added to.",

@@ -200,7 +200,14 @@ size_t encode(const Machine& machine, const Shape& shape, const Options& options
   const bool turns = options.kind == Kind::values && shape.planes == 2;
   const Plan plan(shape, turns ? options.turns.size() / 2 : 0, block_heads(shape));
   const Angles angles(options.turns.data(), plan.pairs, shape.tokens);
-  const Job job{machine.codec, plan, &options, options.profile, angles, options.interleaved};
+  Survey survey(shape.layers);
+  const Job job{machine.codec, plan, &options, options.profile, angles, options.interleaved,
+                &survey};
+  if (options.kind == Kind::values && shape.dtype != DType::u8) {
+    run_all(machine.pool, shape.layers,
+            [&](size_t layer) { survey.look(job, static_cast<uint32_t>(layer), chunk); });
+    survey.conclude(options.first_raw);
+  }
   std::vector<Block> blocks;
   blocks.reserve(plan.sections);
   for (size_t i = 0; i < plan.sections; ++i) blocks.emplace_back(plan, i);
@@ -263,7 +270,7 @@ void decode(const Machine& machine, const Shape& shape, Kind kind, const Profile
   options.key_step = read.header.key_step;
   options.value_step = read.header.value_step;
   const Job job{machine.codec, plan,   &options, read.header.profile != 0 ? profile : nullptr,
-                angles,        (read.header.flags & kInterleaved) != 0};
+                angles,        (read.header.flags & kInterleaved) != 0, nullptr};
   const size_t each = size_t{shape.planes} * plan.blocks, from = first * each;
   std::vector<Block> blocks;
   blocks.reserve(count * each);

@@ -10,6 +10,8 @@
 
 namespace lmcache::codec {
 
+struct Survey;
+
 struct Job {
   const CodecSimd& codec;
   const Plan& plan;
@@ -17,10 +19,22 @@ struct Job {
   const Profile* profile;
   const Angles& angles;
   bool interleaved;
+  const Survey* survey;  // when encoding values
 
   Rotation rotation() const {
     return {angles.cosines.data(), angles.sines.data(), plan.pairs, interleaved};
   }
+};
+
+// What is found out about a chunk before its sections are encoded.
+struct Survey {
+  std::vector<float> key_rms;   // of each layer, around its channels' means
+  std::vector<uint8_t> drained;  // layers in which the first token's values are much smaller
+  bool first_raw = false;
+
+  explicit Survey(uint32_t layers);
+  void look(const Job& job, uint32_t layer, const uint8_t* chunk);
+  void conclude(int wish);
 };
 
 // Memory that keeps its size, and isn't cleared.
@@ -79,7 +93,6 @@ class Coder {
 
   bool prepare_values(const uint8_t* chunk);
   bool widen_rows(const uint8_t* chunk);
-  bool stands_out() const;
   bool key_steps();
   bool token_steps();
   bool quantise_rows();

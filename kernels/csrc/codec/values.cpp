@@ -12,6 +12,9 @@ constexpr float kLeast = 8.67e-19f, kMost = 1.15e18f;  // 2^-60 and 2^60: steps 
 constexpr int kLevels = 120;                           // of token steps, either way: 2^30
 constexpr int kFiner = 24, kCoarser = 12;              // than the middle one: by 2^6 and 2^3
 
+constexpr float kFinest = 0.25f, kCoarsest = 4.0f;     // a head's step, by what it would be alone
+constexpr size_t kSample = 32;                         // tokens that a survey looks at
+
 uint32_t bits(float value) {
   uint32_t u;
   std::memcpy(&u, &value, 4);
@@ -47,6 +50,51 @@ bool trusted(float step) { return step >= kLeast && step <= kMost; }
 
 }  // namespace
 
+Survey::Survey(uint32_t layers) : key_rms(layers), drained(layers) {}
+
+// What a layer's sections must agree on, from tokens spread over the chunk.
+void Survey::look(const Job& job, uint32_t layer, const uint8_t* chunk) {
+  const Shape& shape = job.plan.shape;
+  const size_t channels = size_t{shape.heads} * shape.head_size, rows = shape.tokens;
+  const size_t sample = std::min(kSample, rows);
+  std::vector<float> row(channels), sums(channels), squares(channels);
+  const uint8_t* plane = chunk + layer * shape.layer_bytes();
+  if (shape.planes == 2) {
+    for (size_t i = 0; i < sample; ++i) {
+      const size_t t = (i + 1) * rows / sample - 1;
+      job.codec.widen(shape.dtype, plane + t * shape.row_bytes(), row.data(), channels);
+      if (job.plan.pairs != 0)
+        job.codec.rotate(row.data(), shape.heads, shape.head_size, job.rotation(), t, true);
+      for (size_t c = 0; c < channels; ++c) {
+        sums[c] += row[c];
+        squares[c] += row[c] * row[c];
+      }
+    }
+    const float count = static_cast<float>(sample);
+    float variance = 0;
+    for (size_t c = 0; c < channels; ++c) {
+      const float mean = sums[c] / count;
+      variance += std::max(squares[c] / count - mean * mean, 0.0f);
+    }
+    key_rms[layer] = std::sqrt(variance / static_cast<float>(channels));
+  }
+  plane += (shape.planes - 1) * rows * shape.row_bytes();
+  const auto energy = [&](size_t t) {
+    job.codec.widen(shape.dtype, plane + t * shape.row_bytes(), row.data(), channels);
+    return job.codec.energy(row.data(), channels);
+  };
+  float others = 0;
+  for (size_t i = 0; i < sample; ++i) others += energy((i + 1) * rows / sample - 1);
+  drained[layer] = 4 * energy(0) < others / static_cast<float>(sample);
+}
+
+// The first token of a sequence draws attention that means nothing (arXiv 2309.17453), and so has
+// small values nearly everywhere. Whatever is wrong with it weighs heavily: it is stored as it is.
+void Survey::conclude(int wish) {
+  const auto many = std::count(drained.begin(), drained.end(), uint8_t{1});
+  first_raw = wish >= 0 ? wish == 1 : 2 * static_cast<size_t>(many) >= drained.size();
+}
+
 // Elements as numbers. What isn't finite is 0 here, and a patch.
 bool Coder::widen_rows(const uint8_t* chunk) {
   const Block& b = *block_;
@@ -70,21 +118,8 @@ bool Coder::widen_rows(const uint8_t* chunk) {
   return true;
 }
 
-// Whether the first token is as far from the mean as an attention sink is (arXiv 2309.17453).
-bool Coder::stands_out() const {
-  if (job_->options->first_raw >= 0 || !block_->keys || block_->rows < 8)
-    return job_->options->first_raw == 1;
-  const float count = static_cast<float>(block_->rows);
-  float first = 0, mean = 0;
-  for (size_t c = 0; c < block_->channels; ++c) {
-    const float middle = sums_[c] / count;
-    first += (rows_[c] - middle) * (rows_[c] - middle);
-    mean += squares_[c] / count - middle * middle;
-  }
-  return first > 4 * mean;
-}
-
-// A step for each head from its deviation, or a profile's for each channel.
+// A step for each head: the layer's share, but neither too coarse nor too fine for the head. Or a
+// profile's for each channel.
 bool Coder::key_steps() {
   const Block& b = *block_;
   if (flags_ & kProfileSteps) {
@@ -103,7 +138,10 @@ bool Coder::key_steps() {
         variance += std::max(squares_[c] / count - mean * mean, 0.0f);
       }
       variance /= static_cast<float>(b.head_size);
-      const float step = variance > 0 ? job_->options->key_step * std::sqrt(variance) : 1.0f;
+      const float own = job_->options->key_step * std::sqrt(variance);
+      const float layer = job_->options->key_step * job_->survey->key_rms[b.layer];
+      float step = std::min(std::max(layer, own * kFinest), own * kCoarsest);
+      if (variance == 0) step = 1.0f;
       if (!trusted(step)) return false;
       steps_.push_back(step);
       std::fill_n(inverse_.begin() + static_cast<ptrdiff_t>(h * b.head_size), b.head_size, step);
@@ -209,7 +247,7 @@ void Coder::collect_escapes() {
 
 bool Coder::prepare_values(const uint8_t* chunk) {
   const Block& b = *block_;
-  if (!widen_rows(chunk)) return false;
+  if (job_->plan.shape.dtype == DType::u8 || !widen_rows(chunk)) return false;
   if (b.keys && job_->plan.pairs != 0) {
     flags_ |= kRotated;
     const Rotation rotation = job_->rotation();
@@ -222,7 +260,7 @@ bool Coder::prepare_values(const uint8_t* chunk) {
   for (auto* each : {&sums_, &squares_, &means_, &inverse_}) each->resize(b.width);
   means16_.resize(b.channels);
   job_->codec.columns(rows_, b.rows, b.width, sums_.data(), squares_.data());
-  if (b.rows > 1 && stands_out()) {
+  if (b.rows > 1 && job_->survey->first_raw) {
     flags_ |= kFirstRaw;
     first_ = 1;
     raw_row_ = chunk + b.offset;

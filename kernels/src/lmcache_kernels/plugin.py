@@ -13,6 +13,8 @@ from lmcache_core.connector import Kernels
 from lmcache_core.errors import ConfigError
 from lmcache_core.eviction import CachePolicyDescriptor
 from lmcache_core.hookspecs import hookimpl
+from lmcache_core.serde import SerdeDescriptor
+from lmcache_kernels.codec import descriptors
 from lmcache_kernels.cpu import CpuKernels
 from lmcache_kernels.index import FIFO, LRU, MRU, ChunkIndex
 
@@ -62,6 +64,11 @@ def lmcache_cache_policies() -> Sequence[CachePolicyDescriptor]:
         CachePolicyDescriptor(name="FIFO", summary="first stored goes first", create=FIFO),
         CachePolicyDescriptor(name="MRU", summary="most recently used goes first", create=MRU),
     ]
+
+
+@hookimpl
+def lmcache_serdes() -> Sequence[SerdeDescriptor]:
+    return descriptors.all_of(lambda: threads_from(os.environ))
 
 
 @hookimpl

@@ -1,0 +1,159 @@
+// What libFuzzer runs: decode any bytes as a stream of some chunk, at every level of this CPU.
+//
+// The first six bytes choose codec and shape, the rest is the stream. Checksums aren't looked at
+// (FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION), so that changed bytes get past them; if the first byte
+// asks for it, header and directory are made to fit, too. Levels must agree on whether a stream is good, and on what it says.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../csrc/codec/format.hpp"
+
+using namespace lmcache;
+using namespace lmcache::codec;
+
+namespace {
+
+constexpr size_t kChoice = 6;
+
+uint32_t in_range(uint8_t byte, uint32_t most) { return 1 + byte % most; }
+
+Shape shape_of(const uint8_t* choice) {
+  static constexpr uint32_t sizes[] = {1, 2, 8, 16, 24, 32, 40, 64};
+  return {static_cast<DType>(choice[1] % 4), in_range(choice[2], 2), in_range(choice[2] >> 4, 2),
+          in_range(choice[3], 3), sizes[choice[4] % 8], in_range(choice[5], 10)};
+}
+
+Profile profile_of(const Shape& shape) {
+  const size_t channels = size_t{shape.layers} * shape.heads * shape.head_size;
+  return {1, std::vector<float>(channels, 0.5f), std::vector<uint16_t>(channels, 0x3F00)};
+}
+
+// Make header and directory of a changed stream agree with its shape and length, so that most runs
+// get as far as sections.
+void repair(uint8_t* stream, size_t bytes, const Shape& shape, Kind kind) {
+  if (bytes < sizeof(Header)) return;
+  Header header;
+  std::memcpy(&header, stream, sizeof(header));
+  std::memcpy(header.magic, kMagic, sizeof(kMagic));
+  header.version = kVersion;
+  header.kind = static_cast<uint8_t>(kind);
+  header.dtype = static_cast<uint8_t>(shape.dtype);
+  header.layers = shape.layers;
+  header.planes = static_cast<uint16_t>(shape.planes);
+  header.flags &= kInterleaved;
+  header.heads = shape.heads;
+  header.head_size = shape.head_size;
+  header.tokens = shape.tokens;
+  header.pairs %= shape.head_size / 2 + 1;
+  header.table_set = kTableSet;
+  header.block_heads = static_cast<uint16_t>(1 + header.block_heads % shape.heads);
+  header.profile = header.profile != 0 && shape.planes == 2;
+  header.reserved = 0;
+  const Plan plan(shape, header.pairs, header.block_heads);
+  header.sections = static_cast<uint32_t>(plan.sections);
+  std::memcpy(stream, &header, sizeof(header));
+  if (bytes < plan.payload) return;
+  uint64_t at = 0;
+  const uint64_t room = bytes - plan.payload;
+  for (size_t i = 0; i < plan.sections; ++i) {
+    Section section;
+    std::memcpy(&section, stream + plan.directory + i * sizeof(section), sizeof(section));
+    section.offset = at;
+    section.reserved = 0;
+    if (i + 1 == plan.sections || section.bytes > room - at)
+      section.bytes = static_cast<uint32_t>(room - at);
+    at += section.bytes;
+    std::memcpy(stream + plan.directory + i * sizeof(section), &section, sizeof(section));
+  }
+}
+
+struct Levels {
+  Pool pool{1};
+  std::vector<std::pair<const CodecSimd*, const Simd*>> found;
+  Levels() {
+    for (const char* name : {"base", "avx2", "avx512"})
+      if (codec_simd(name) != nullptr) found.emplace_back(codec_simd(name), simd(name));
+  }
+};
+
+Levels& levels() {
+  static Levels all;
+  return all;
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  if (size < kChoice) return 0;
+  const Shape shape = shape_of(data);
+  const Kind kind = static_cast<Kind>(1 + data[0] % 4);
+  const Profile profile = profile_of(shape);
+  // In memory of exactly its size, so that the sanitizer sees every byte too far.
+  const size_t bytes = size - kChoice;
+  const std::unique_ptr<uint8_t[]> stream(new uint8_t[bytes]);
+  std::memcpy(stream.get(), data + kChoice, bytes);
+  if (data[0] & 0x80) repair(stream.get(), bytes, shape, kind);
+  std::vector<uint8_t> first;
+  int verdict = -1;
+  for (const auto& [codec, simd] : levels().found) {
+    std::vector<uint8_t> into(shape.bytes(), 0x55);
+    int good = 1;
+    try {
+      decode({*codec, *simd, levels().pool}, shape, kind, shape.planes == 2 ? &profile : nullptr,
+             stream.get(), bytes, into.data(), 0, shape.layers);
+    } catch (const BadStream&) {
+      good = 0;
+    }
+    if (verdict < 0) verdict = good, first = into;
+    if (good != verdict || (good && into != first)) std::abort();
+  }
+  return 0;
+}
+
+#if defined(MAKE_CORPUS)
+// Streams to start from: each codec, of chunks of different shapes. Usage: corpus DIRECTORY
+int main(int, char** arguments) {
+  uint32_t state = 1;
+  const auto draw = [&state] { return state = state * 1664525 + 1013904223, state >> 8; };
+  for (int number = 0; number < 400; ++number) {
+    uint8_t choice[kChoice];
+    for (uint8_t& byte : choice) byte = static_cast<uint8_t>(draw());
+    const Shape shape = shape_of(choice);
+    std::vector<uint8_t> chunk(shape.bytes());
+    const bool noise = draw() % 8 == 0;
+    for (size_t i = 0; i < chunk.size() / shape.itemsize(); ++i) {
+      const float value = (static_cast<float>(draw() % 2001) - 1000.0f) / 250.0f *
+                          (draw() % 500 == 0 ? 100.0f : 1.0f);
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      if (noise) bits = draw() * 2654435761u;
+      if (shape.dtype == DType::bf16) bits >>= 16;
+      if (shape.dtype == DType::f16) bits = 0x3000 + draw() % 0x1000 + (draw() % 2 << 15);
+      std::memcpy(chunk.data() + i * shape.itemsize(), &bits, shape.itemsize());
+    }
+    Options options;
+    options.kind = static_cast<Kind>(1 + choice[0] % 4);
+    const size_t pairs = number % 3 == 0 ? 0 : shape.head_size / 2;
+    for (size_t j = 0; j < pairs; ++j) options.turns.insert(options.turns.end(), {0.8, 0.6});
+    options.interleaved = number % 2 == 0;
+    options.first_raw = number % 3 - 1;
+    const Profile profile = profile_of(shape);
+    if (number % 4 == 0 && shape.planes == 2 && options.kind == Kind::values)
+      options.profile = &profile;
+    std::vector<uint8_t> into(max_encoded(shape, pairs));
+    Levels& all = levels();
+    const size_t bytes = encode({*all.found[0].first, *all.found[0].second, all.pool}, shape,
+                                options, chunk.data(), into.data());
+    std::ofstream file(std::string(arguments[1]) + "/" + std::to_string(number),
+                       std::ios::binary);
+    file.write(reinterpret_cast<const char*>(choice), kChoice);
+    file.write(reinterpret_cast<const char*>(into.data()), static_cast<std::streamsize>(bytes));
+  }
+}
+#endif
