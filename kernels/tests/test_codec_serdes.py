@@ -345,5 +345,5 @@ def test_steps_that_cannot_be(step: float) -> None:
 
 
 def test_unknown_names_are_refused_with_those_there_are() -> None:
-    with pytest.raises(UnknownPluginError, match="cachegen.*lossless"):
+    with pytest.raises(UnknownPluginError, match=r"cachegen.*lossless"):
         Plugins().serde("cachegn")
