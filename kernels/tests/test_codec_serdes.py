@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 
+from lmcache_core.cache import Cache
+from lmcache_core.config import load_config
 from lmcache_core.errors import ConfigError, UnknownPluginError
-from lmcache_core.layout import AttentionKind, DType, LayerGroup, full_attention, mla
+from lmcache_core.layout import AttentionKind, DType, KVLayout, LayerGroup, full_attention, mla
 from lmcache_core.plugins import Plugins
 from lmcache_core.serde import Rope, Serde, SerdeFacts
 from lmcache_core.serde_chain import chain
@@ -347,3 +350,38 @@ def test_steps_that_cannot_be(step: float) -> None:
 def test_unknown_names_are_refused_with_those_there_are() -> None:
     with pytest.raises(UnknownPluginError, match=r"cachegen.*lossless"):
         Plugins().serde("cachegn")
+
+
+@pytest.mark.parametrize(
+    ("name", "exact"), [("lossless", True), ("cachegen", False), ("cachegen+aesgcm", False)]
+)
+def test_a_cache_stores_and_loads_with_it(
+    name: str, exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through core's files, from one cache to another."""
+    monkeypatch.setenv("LMCACHE_AESGCM_KEYS", "1 " + "5a" * 32)
+    plugins = Plugins()
+    config = load_config(
+        plugins,
+        environ={},
+        assignments=[
+            "chunk_size=64",
+            "max_local_cpu_size=0.01",
+            f"backends.disk.path={tmp_path}",
+            "backends.disk.type=filesystem",
+            f"backends.disk.serde={name}",
+        ],
+    )
+    layout = KVLayout(64, (GROUP,))
+    tokens = list(range(128))
+    chunk = kv(GROUP, 128, ROPE)
+    with Cache.open(model="m", layout=layout, config=config, plugins=plugins) as cache:
+        cache.store(tokens, chunk)
+        cache.flush()
+    stored = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    assert stored < 0.8 * len(chunk)
+    with Cache.open(model="m", layout=layout, config=config, plugins=plugins) as cache:
+        into = bytearray(len(chunk))
+        assert cache.load(tokens, into) == 128
+    assert (into == chunk) is exact
+    assert error(chunk, into) < 0.1
