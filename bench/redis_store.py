@@ -7,32 +7,30 @@
 Starts a server on loopback with room for a few values, so that it evicts, as a full cache does.
 The backend's ``load`` and ``store`` are called as core calls them: with batches of eight at most.
 The calibration is a blocking socket that sends the same commands for as many values and receives
-into a prepared buffer, with nothing checked; figure and calibration take turns. `redis-py` is
-what a client does that reads replies into new objects. ``contains`` of 128 keys is compared with
-one PING on a raw socket: the ratio is that of their times, and 1 would be a batch that costs no
-more than asking whether the server is there.
+into a prepared buffer, with nothing checked; figure and calibration take turns. `redis-py` is a
+client that reads replies into new objects, against the same calibration. ``contains`` of 128 keys
+is compared with one PING on a raw socket.
+
+    1 x 32 MiB, 8 x 2 MiB, 1 x 2 MiB    values in one call
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
-import json
 import os
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import redis
+from measuring import Report, duration, parse, parser, runs_of, throughput
 
 from lmcache_backend_redis.backend import IN_FLIGHT_BYTES, RedisBackend
 from lmcache_backend_redis.config import RedisConfig
@@ -45,24 +43,10 @@ from lmcache_core.storage import BackendContext
 
 MIB = 1 << 20
 VALUES = 8  # of each size, used in turn
-RUNS = 9
+SHAPES = {"1 x 32 MiB": (1, 32 * MIB), "8 x 2 MiB": (8, 2 * MIB), "1 x 2 MiB": (1, 2 * MIB)}
 NAMESPACE = CacheNamespace(
     "bench", KVLayout(16, (full_attention(layers=1, heads=1, head_size=8, dtype=DType.BF16),))
 )
-
-
-@dataclass(frozen=True)
-class Result:
-    """One line of the table."""
-
-    name: str
-    value: float
-    unit: str
-    calibration: float
-    ratio: float
-    runs: int
-    spread: float
-    """Half the distance between the quartiles of the runs' ratios, by their median."""
 
 
 @contextmanager
@@ -170,175 +154,111 @@ class Raw:
                 left[0] = left[0][sent:]
 
 
-class Bench:
-    """One server, one open backend, one raw socket."""
+class Values:
+    """One shape of values in one server: what is stored and loaded, by whom."""
 
-    def __init__(self, port: int, runs: int) -> None:
-        self.runs = runs
+    def __init__(self, port: int, raw: Raw, count: int, nbytes: int) -> None:
+        framed = nbytes + HEADER_BYTES
+        self.nbytes = count * framed
         self.client = redis.Redis(port=port)
-        config = RedisConfig(url=f"redis://127.0.0.1:{port}")
-        self.backend = RedisBackend(config)
-        self.loop = asyncio.new_event_loop()
-        self.loop.run_until_complete(self.backend.open(BackendContext("bench", NAMESPACE)))
-        names = Names(config.prefix, NAMESPACE.fingerprint)
-        self.raw = Raw(port, config.piece_bytes, names)
+        self._raw = raw
+        self._sources = [memoryview(bytearray(os.urandom(framed))) for _ in range(VALUES)]
+        self._into = [memoryview(bytearray(framed)) for _ in range(count)]
         self._turns = itertools.count()
+        self._stored: dict[str, list[ChunkKey]] = {}
 
-    def compared(
-        self, ours: Callable[[], float], theirs: Callable[[], float], rounds: int
-    ) -> list[tuple[float, float]]:
-        """Medians of both for each run."""
-        pairs = []
-        for _ in range(self.runs):
-            took = [(ours(), theirs()) for _ in range(rounds)]
-            pairs.append(
-                (statistics.median(o for o, _ in took), statistics.median(t for _, t in took))
-            )
-        return pairs
+    def raw_store(self, _turn: int) -> None:
+        self._raw.store(*self._fresh("raw"))
 
-    def values(self, mebibytes: int, batch: int) -> list[Result]:
-        each = mebibytes * MIB + HEADER_BYTES
-        sources = [memoryview(bytearray(os.urandom(each))) for _ in range(VALUES)]
-        into = [memoryview(bytearray(each)) for _ in range(batch)]
-        stored: dict[str, list[ChunkKey]] = {}
-        loaded: list[int] = []
+    def raw_load(self, _turn: int) -> None:
+        self._raw.load(self._stored["raw"], self._into)
 
-        def fresh(whose: str) -> tuple[list[ChunkKey], list[memoryview]]:
-            keys = stored[whose] = [chunk_key(os.urandom(16)) for _ in range(batch)]
-            return keys, [sources[next(self._turns) % VALUES] for _ in keys]
+    def client_store(self, _turn: int) -> None:
+        pipe = self.client.pipeline(transaction=False)
+        for key, value in zip(*self._fresh("redis-py"), strict=True):
+            pipe.set(key, value)
+        pipe.execute()
 
-        def our_store() -> float:
-            call = self.backend.store(*fresh("ours"))
-            return seconds(lambda: self.loop.run_until_complete(call))
+    def client_load(self, _turn: int) -> None:
+        pipe = self.client.pipeline(transaction=False)
+        for key in self._stored["redis-py"]:
+            pipe.get(key)
+        assert len(pipe.execute()[0]) == self._into[0].nbytes
 
-        def raw_store() -> float:
-            keys, values = fresh("raw")
-            return seconds(lambda: self.raw.store(keys, values))
+    def our_store(self, bench: Bench) -> None:
+        bench.call(bench.backend.store(*self._fresh("ours")))
 
-        def our_load() -> float:
-            call = self.backend.load(stored["ours"], into)
-            took = seconds(lambda: loaded.extend(self.loop.run_until_complete(call)))
-            assert loaded == [each] * batch
-            loaded.clear()
-            return took
+    def our_load(self, bench: Bench) -> None:
+        sizes = bench.call(bench.backend.load(self._stored["ours"], self._into))
+        assert sizes == [one.nbytes for one in self._into]
 
-        def raw_load() -> float:
-            return seconds(lambda: self.raw.load(stored["raw"], into))
+    def _fresh(self, whose: str) -> tuple[list[ChunkKey], list[memoryview]]:
+        """Keys that nobody had, and values for them."""
+        keys = self._stored[whose] = [chunk_key(os.urandom(16)) for _ in self._into]
+        return keys, [self._sources[next(self._turns) % VALUES] for _ in keys]
 
-        def client_store() -> float:
-            keys, values = fresh("redis-py")
-            pipe = self.client.pipeline(transaction=False)
-            for key, value in zip(keys, values, strict=True):
-                pipe.set(key, value)
-            return seconds(pipe.execute)
 
-        def client_load() -> float:
-            pipe = self.client.pipeline(transaction=False)
-            for key in stored["redis-py"]:
-                pipe.get(key)
-            return seconds(pipe.execute)
+class Bench:
+    """An open backend and a raw socket."""
 
-        rounds = max(4, 64 // mebibytes // batch)
-        what = f"{batch} × {mebibytes} MiB" if batch > 1 else f"{mebibytes} MiB"
-        calls = {
-            f"store {what}": (our_store, raw_store),
-            f"load {what}": (our_load, raw_load),
-            f"store {what}, redis-py": (client_store, raw_store),
-            f"load {what}, redis-py": (client_load, raw_load),
-        }
-        size = each * batch
-        results = []
-        for name, (ours, theirs) in calls.items():
-            if name.startswith("load"):  # in a server that has room: nothing may be evicted
-                self.client.flushall()
-                for store in (our_store, raw_store, client_store):
-                    store()
-            results.append(self.throughput(name, size, ours, theirs, rounds))
-        return results
+    def __init__(self, port: int) -> None:
+        config = RedisConfig(url=f"redis://127.0.0.1:{port}")
+        self.port = port
+        self.backend = RedisBackend(config)
+        self._loop = asyncio.new_event_loop()
+        self.call(self.backend.open(BackendContext("bench", NAMESPACE)))
+        self.raw = Raw(port, config.piece_bytes, Names(config.prefix, NAMESPACE.fingerprint))
 
-    def throughput(
-        self,
-        name: str,
-        size: int,
-        ours: Callable[[], float],
-        theirs: Callable[[], float],
-        rounds: int,
-    ) -> Result:
-        pairs = self.compared(ours, theirs, rounds)
-        ratios = [their / our for our, their in pairs]
-        return Result(
-            name,
-            statistics.median(size / our for our, _ in pairs) / 1e9,
-            "GB/s",
-            statistics.median(size / their for _, their in pairs) / 1e9,
-            statistics.median(ratios),
-            self.runs,
-            spread(ratios),
-        )
+    def call(self, work: Awaitable[Any]) -> Any:
+        return self._loop.run_until_complete(work)
 
-    def lookups(self) -> Result:
+    def values(self, report: Report, shape: str, runs: int) -> None:
+        values = Values(self.port, self.raw, *SHAPES[shape])
+        turns = max(4, 64 * MIB // values.nbytes)
+        stores = {"": lambda _: values.our_store(self), ", redis-py": values.client_store}
+        loads = {"": lambda _: values.our_load(self), ", redis-py": values.client_load}
+        for who, job in stores.items():
+            seconds = runs_of(job, values.raw_store, runs=runs, turns=turns)
+            report.add(throughput(f"{shape}/store{who}", values.nbytes, seconds))
+        values.client.flushall()  # so that nothing of what is loaded is evicted
+        for store in (values.raw_store, *stores.values()):
+            store(0)
+        for who, job in loads.items():
+            seconds = runs_of(job, values.raw_load, runs=runs, turns=turns)
+            report.add(throughput(f"{shape}/load{who}", values.nbytes, seconds))
+
+    def lookups(self, report: Report, runs: int) -> None:
         keys = [chunk_key(os.urandom(16)) for _ in range(128)]
-
-        def ours() -> float:
-            call = self.backend.contains(keys)
-            return seconds(lambda: self.loop.run_until_complete(call))
-
-        pairs = self.compared(ours, lambda: seconds(self.raw.ping), 200)
-        ratios = [our / ping for our, ping in pairs]
-        return Result(
-            "contains of 128 keys ÷ PING",
-            statistics.median(our for our, _ in pairs) * 1e6,
-            "µs",
-            statistics.median(ping for _, ping in pairs) * 1e6,
-            statistics.median(ratios),
-            self.runs,
-            spread(ratios),
+        seconds = runs_of(
+            lambda _: self.call(self.backend.contains(keys)),
+            lambda _: self.raw.ping(),
+            runs=runs,
+            turns=200,
         )
+        report.add(duration("contains of 128 keys, against one PING", seconds))
 
     def close(self) -> None:
-        self.loop.run_until_complete(self.backend.close())
-        self.loop.close()
-
-
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def spread(ratios: list[float]) -> float:
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return (high - low) / 2 / middle
+        self.call(self.backend.close())
+        self._loop.close()
 
 
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--binary", default="redis-server", help="the server to start")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--binary", default="redis-server", help="the server to start")
+    arguments = parse(options)
     binary = shutil.which(arguments.binary)
     if binary is None:
         print(f"there is no {arguments.binary}; apt-get install -y redis-server", file=sys.stderr)
         return 1
+    report = Report(arguments, "raw socket")
     with server(binary) as port:
-        bench = Bench(port, 3 if arguments.quick else RUNS)
-        results = [
-            *bench.values(32, 1),
-            *bench.values(2, 8),
-            *bench.values(2, 1),
-            bench.lookups(),
-        ]
+        bench = Bench(port)
+        for shape in SHAPES:
+            bench.values(report, shape, arguments.runs)
+        bench.lookups(report, arguments.runs)
         bench.close()
-    print(f"{'':28} {'value':>8} {'':6} {'calibration':>12} {'ratio':>6} {'spread':>7}")
-    for one in results:
-        print(
-            f"{one.name:28} {one.value:8.2f} {one.unit:6} {one.calibration:12.2f} "
-            f"{one.ratio:6.2f} {one.spread:7.1%}"
-        )
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(one) for one in results], indent=2))
+    report.write()
     return 0
 
 

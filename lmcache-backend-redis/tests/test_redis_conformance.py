@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from servers import Replicated, Server, certificate, cluster, replicated, running, valkey_binary
+from redis_servers import (
+    Replicated,
+    Server,
+    certificate,
+    cluster,
+    replicated,
+    running,
+    valkey_binary,
+)
 
 from lmcache_backend_redis.backend import RedisBackend
 from lmcache_backend_redis.config import RedisConfig
