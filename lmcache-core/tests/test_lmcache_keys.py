@@ -57,8 +57,8 @@ def lmcache_serdes():
 @pytest.fixture
 def plugins(distribution: MakeDistribution) -> Plugins:
     distribution("lmcache-toys", TOYS)
-    # Not the built-in filesystem, because the toy is called toys; and Redis as if it weren't there.
-    return Plugins(["filesystem", "redis"], environ={})
+    # Not the built-in filesystem, because the toy is called toys; others as if they weren't there.
+    return Plugins(["filesystem", "redis", "kernels"], environ={})
 
 
 def load(plugins: Plugins, *assignments: str, **more: Any) -> Config:

@@ -15,13 +15,14 @@ lock. Everything it does, an engine connector does too; see `planner` and
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmcache_core.connector import BlockSpan, EngineConnector
 from lmcache_core.errors import ConfigError, LayoutError
@@ -43,6 +44,13 @@ if TYPE_CHECKING:
 
     from lmcache_core.config import Config
     from lmcache_core.plugins import Plugins
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_LATE_S = 1.0
+"""How late the I/O loop may be, above a deadline that it keeps itself."""
 
 
 @dataclass(frozen=True)
@@ -196,8 +204,10 @@ class Cache:
         ready = len(hasher.find(sequence))
         keys = hasher.digests if self._tiers is None else hasher.extend(sequence)
         if self._tiers is not None and self._loop is not None and ready < len(keys):
-            found = self._loop.run(
-                self._tiers.locate(keys[ready:], self._lookup_deadline_s), self._lookup_deadline_s
+            found = self._in_time(
+                self._tiers.locate(keys[ready:], self._lookup_deadline_s),
+                self._lookup_deadline_s,
+                [],
             )
             ready += next((i for i, tier in enumerate(found) if tier < 0), len(found))
         whole = _count(tokens) // self._chunk_tokens * self._chunk_tokens
@@ -277,7 +287,7 @@ class Cache:
             self._settle()
             count = self._planner.clear()
         if self._tiers is not None and self._loop is not None:
-            self._loop.run(self._tiers.clear(), self._deadline_s)
+            self._in_time(self._tiers.clear(), self._deadline_s, 0)
         return count
 
     def flush(self, timeout_s: float = 60.0) -> bool:
@@ -344,6 +354,16 @@ class Cache:
             tokens=self._chunk_tokens,
             chunk_tokens=self._chunk_tokens,
         )
+
+    def _in_time(self, asked: Coroutine[Any, Any, T], deadline_s: float, otherwise: T) -> T:
+        """What the tiers answer. They keep their deadline; if the loop itself is late, not that."""
+        if self._loop is None:
+            raise RuntimeError("no slow tiers to ask")
+        try:
+            return self._loop.run(asked, deadline_s + _LATE_S)
+        except TimeoutError as error:
+            logger.warning("Slow tiers didn't answer: %s", error)
+            return otherwise
 
     def _find(self, keys: list[ChunkKey]) -> PrefixLookup:
         """Go down the tiers for ``keys`` and wait until that is over."""
