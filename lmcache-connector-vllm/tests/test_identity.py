@@ -17,6 +17,7 @@ interface = pytest.importorskip("vllm.v1.kv_cache_interface")
 from lmcache_connector_vllm import identity  # noqa: E402
 from lmcache_core.errors import ConfigError, LayoutError  # noqa: E402
 from lmcache_core.layout import AttentionKind, DType  # noqa: E402
+from lmcache_core.serde import Rope  # noqa: E402
 
 
 def vllm_config(**parallel: int) -> Any:
@@ -178,3 +179,51 @@ def test_a_folder_is_named_by_what_it_holds(tmp_path: Path) -> None:
     )
     assert one == copy
     assert one != other
+
+
+# -- RoPE ------------------------------------------------------------------------------------------
+
+
+def rope_of(head_size: int = 64, **facts: Any) -> Rope | None:
+    model = SimpleNamespace(
+        hf_text_config=SimpleNamespace(**facts), use_mla=False, get_head_size=lambda: head_size
+    )
+    return identity.rope(SimpleNamespace(model_config=model))
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ],
+    ids=lambda facts: facts["rope_type"],
+)
+def test_rope_is_that_of_transformers(facts: dict[str, Any]) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    parameters = {"rope_theta": 500000.0, **facts}
+    config = LlamaConfig(
+        hidden_size=256, num_attention_heads=4, head_dim=64, rope_parameters=parameters
+    )
+    expected = LlamaRotaryEmbedding(config).inv_freq.tolist()
+    found = rope_of(rope_parameters=parameters)
+    assert found is not None
+    assert found.frequencies == pytest.approx(expected, rel=1e-6)
+    assert not found.interleaved
+
+
+def test_rope_that_is_not_known() -> None:
+    assert rope_of() is None
+    assert rope_of(rope_theta=1e4, rope_scaling={"rope_type": "yarn", "factor": 2.0}) is None
+    partial = rope_of(rope_theta=1e4, partial_rotary_factor=0.5)
+    assert partial is not None
+    assert len(partial.frequencies) == 16

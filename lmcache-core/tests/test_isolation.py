@@ -515,7 +515,6 @@ def open_tiers() -> Iterator[Callable[..., Tiers]]:
         facts: dict[str, Any] = {
             "namespace": NAMESPACE,
             "region": None,
-            "max_value_bytes": None,
             "loop": loop,
             "counters": Counters(),
             "default_deadline_s": LONG_S,
@@ -583,7 +582,7 @@ def test_a_scheduler_sees_what_its_workers_stored(
     section = Section(FilesystemConfig(path=tmp_path, min_free_gib=0), True, "filesystem")
     asking = open_tiers(section, lookup_only=True)
     region = allocate_region(MIB, shared=True).region
-    working = open_tiers(section, region=region, max_value_bytes=PAGE_BYTES)
+    working = open_tiers(section, region=region)
     run = working._loop.run
     assert run(asking.locate(keys(2)), LONG_S) == [-1, -1]
     answer = run(working.tiers[0].store(keys(1), [region.view[:PAGE_BYTES]]), LONG_S)

@@ -20,6 +20,7 @@ from lmcache_core.errors import (
     PluginError,
     PluginLoadError,
 )
+from lmcache_core.frame import HEADER_BYTES
 from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import AttentionKind, DType, KVLayout, LayerGroup
@@ -125,6 +126,9 @@ class Index:
         )
 
 
+LONGEST = HEADER_BYTES + NAMESPACE.layout.chunk_bytes()
+
+
 @pytest.fixture
 def loop() -> Iterator[IOLoop]:
     loop = IOLoop("test")
@@ -143,7 +147,6 @@ def open_tiers(loop: IOLoop) -> Iterator[Callable[..., Tiers]]:
             plugins,
             namespace=NAMESPACE,
             region=None,
-            max_value_bytes=99,
             loop=loop,
             counters=Counters(),
             **options,
@@ -182,7 +185,7 @@ def test_tiers_come_in_order_and_know_their_context(open_tiers: OpenTiers) -> No
     ]
     assert isinstance(tiers.tiers[0].serde, RawSerde)
     context = tiers.tiers[1].backend.context
-    assert context == BackendContext("slow", NAMESPACE, None, 99, lookup_only=True)
+    assert context == BackendContext("slow", NAMESPACE, None, LONGEST, lookup_only=True)
 
 
 def test_a_backend_is_made_from_its_sections_options(open_tiers: OpenTiers) -> None:

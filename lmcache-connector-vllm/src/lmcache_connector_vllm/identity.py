@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from lmcache_core.errors import ConfigError, LayoutError
 from lmcache_core.hashing import request_root
 from lmcache_core.keys import CacheNamespace
 from lmcache_core.layout import AttentionKind, DType, KVLayout, LayerGroup
+from lmcache_core.serde import Rope
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -220,3 +222,36 @@ def media(request: Request, chunk_tokens: int) -> dict[int, bytes]:
             entry = f"{feature.identifier}@{where.offset - chunk * chunk_tokens};".encode()
             extras[chunk] = extras.get(chunk, b"") + len(entry).to_bytes(4, "little") + entry
     return extras
+
+
+def rope(vllm_config: VllmConfig) -> Rope | None:
+    """How the model turns its keys, for serdes that compress better when they turn them back.
+
+    ``None`` where that isn't one angle a pair and position, or isn't known. Being wrong would cost
+    compression, not correctness: what is stored says how it was turned.
+    """
+    model = vllm_config.model_config.hf_text_config
+    facts = getattr(model, "rope_parameters", None) or getattr(model, "rope_scaling", None) or {}
+    theta = facts.get("rope_theta") or getattr(model, "rope_theta", None)
+    if theta is None or vllm_config.model_config.use_mla:
+        return None
+    size = vllm_config.model_config.get_head_size()
+    share = facts.get("partial_rotary_factor") or getattr(model, "partial_rotary_factor", 1.0)
+    plain = Rope.of(theta=float(theta), rotary_size=int(size * share))
+    kind = facts.get("rope_type") or facts.get("type") or "default"
+    if kind == "default":
+        return plain
+    if kind == "linear":
+        return Rope(tuple(f / facts["factor"] for f in plain.frequencies))
+    if kind == "llama3":
+        return Rope(tuple(_llama3(f, facts) for f in plain.frequencies))
+    return None
+
+
+def _llama3(frequency: float, facts: Mapping[str, Any]) -> float:
+    """Llama 3.1's scaling: low frequencies are divided, those in between partly (its release)."""
+    original = float(facts["original_max_position_embeddings"])
+    low, high = float(facts["low_freq_factor"]), float(facts["high_freq_factor"])
+    turns = original * frequency / (2 * math.pi)
+    part = min(max((turns - low) / (high - low), 0.0), 1.0)
+    return (1 - part) * frequency / float(facts["factor"]) + part * frequency

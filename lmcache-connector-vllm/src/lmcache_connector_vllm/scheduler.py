@@ -25,7 +25,7 @@ from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.logging import init_logger
 from lmcache_core.lookup import PrefixLookup
 from lmcache_core.metrics import Counters
-from lmcache_core.mover import slot_bytes, slots_in
+from lmcache_core.mover import slots_in
 from lmcache_core.plan import FetchOp, LoadOp, StoreOp
 from lmcache_core.planner import Hold, Planner
 from lmcache_core.tiers import Tiers
@@ -119,7 +119,6 @@ class SchedulerSide:
                     self._settings.plugins,
                     namespace=self._namespace.for_shard(shard),
                     region=None,
-                    max_value_bytes=slot_bytes(self._namespace),
                     loop=self._loop,
                     counters=self.counters,
                     lookup_only=True,

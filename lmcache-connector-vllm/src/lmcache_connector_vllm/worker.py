@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lmcache_connector_vllm import kv_memory
+from lmcache_connector_vllm import identity, kv_memory
 from lmcache_connector_vllm.metadata import RequestLoad, StepPlan
 from lmcache_connector_vllm.settings import Settings
 from lmcache_core.errors import ConfigError
@@ -74,12 +74,12 @@ class WorkerSide:
                 settings.plugins,
                 namespace=namespace,
                 region=region,
-                max_value_bytes=self._arena.slot_bytes,
                 loop=self._loop,
                 counters=self.counters,
                 lookup_only=False,
                 default_deadline_s=core.blocking_timeout_secs,
                 default_serde=core.serde,
+                rope=identity.rope(vllm_config),
             )
         self._mover: Mover | None = None
         self._background = ThreadPoolExecutor(1, thread_name_prefix="lmcache-load")

@@ -135,7 +135,6 @@ class Cache:
                 plugins,
                 namespace=namespace,
                 region=region,
-                max_value_bytes=self._arena.slot_bytes,
                 loop=self._loop,
                 counters=self.counters,
                 lookup_only=False,

@@ -21,11 +21,13 @@ from lmcache_core.errors import (
     LMCacheError,
     PluginError,
 )
+from lmcache_core.frame import HEADER_BYTES
 from lmcache_core.guard import Answer, Guard
 from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
+from lmcache_core.layout import KVLayout
 from lmcache_core.metrics import Counters
-from lmcache_core.serde import Serde, SerdeDescriptor, SerdeFacts
+from lmcache_core.serde import Rope, Serde, SerdeDescriptor, SerdeFacts
 from lmcache_core.serde_chain import chain
 from lmcache_core.storage import (
     BackendCapabilities,
@@ -84,7 +86,6 @@ class Tiers:
         *,
         namespace: CacheNamespace,
         region: HostRegion | None,
-        max_value_bytes: int | None,
         loop: IOLoop,
         counters: Counters,
         lookup_only: bool = False,
@@ -92,28 +93,32 @@ class Tiers:
         default_serde: str = "raw",
         open_deadline_s: float = 10.0,
         reopen_after_s: float = 10.0,
+        rope: Rope | None = None,
     ) -> Tiers:
         """Open every backend, all at the same time, and wait for ``open_deadline_s`` at most.
 
         A backend that can't be reached yet is kept as a tier that misses everything. It is tried
         again every ``reopen_after_s`` in the background, each time with a fresh instance. One that
-        is only slow to open (it may be reading its index) joins when it has finished.
+        is only slow to open (it may be reading its index) joins when it has finished. ``rope`` is
+        for serdes that know what to do with it.
 
         Raises:
             ConfigError: a backend refused its options or credentials.
             PluginError: a plugin is missing, lacks what it needs, or is broken.
         """
         openings = []
+        facts = SerdeFacts(namespace.fingerprint, rope)
         for section in sections:
-            serde = _serde(plugins, section, default_serde).bound(SerdeFacts(namespace.fingerprint))
+            serde = _serde(plugins, section, default_serde).bound(facts)
             deadline_s = section.deadline_s or default_deadline_s
             make = _maker(plugins.storage_backend(section.type), section, deadline_s, counters)
             guard = Guard(section.name, deadline_s=deadline_s, counters=counters)
             tier = Tier(
                 section.name, make(), serde, guard=guard, counters=counters, deadline_s=deadline_s
             )
+            longest = _longest_value(serde, namespace.layout)
             context = BackendContext(
-                section.name, namespace, region, max_value_bytes, lookup_only=lookup_only
+                section.name, namespace, region, longest, lookup_only=lookup_only
             )
             openings.append(_Opening(tier, make, context, open_deadline_s, reopen_after_s))
         tiers = cls([opening.tier for opening in openings], loop)
@@ -269,6 +274,12 @@ class _Opening:
             raise
         self._slow = None
         return BackendUnavailable("opening was cancelled") if task.cancelled() else task.exception()
+
+
+def _longest_value(serde: Serde, layout: KVLayout) -> int:
+    """Bytes of the longest frame: a chunk that doesn't shrink grows a little."""
+    tokens = layout.tokens_per_chunk
+    return HEADER_BYTES + max(serde.max_encoded_bytes(group, tokens) for group in layout.groups)
 
 
 def _serde(plugins: PluginIndex, section: Section, default: str) -> Serde:
