@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import json
 import os
@@ -495,3 +496,31 @@ def test_an_unusable_disk_folder_stops_the_start(start: Start, tmp_path: Path) -
     refusal = pytest.raises(Exception, match=str(tmp_path / "file"))
     with refusal, start({"LMCACHE_LOCAL_DISK": str(tmp_path / "file")}):
         pass
+
+
+# -- serdes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("serde", ["lossless", "cachegen", "cachegen+aesgcm"])
+def test_compressed_chunks(start: Start, tmp_path: Path, serde: str) -> None:
+    """In bfloat16, from a disk tier alone: lossless gives the same tokens, the others all hits."""
+    file = tmp_path / "lmcache.yaml"
+    file.write_text(
+        "local_cpu: false\n"
+        f"backends: {{disk: {{type: filesystem, path: {tmp_path / 'disk'}, serde: {serde}}}}}\n"
+    )
+    environ = {
+        "LMCACHE_CONFIG_FILE": str(file),
+        "LMCACHE_AESGCM_KEYS": "1 " + base64.b64encode(bytes(range(32))).decode(),
+    }
+    with start(environ, dtype="bfloat16") as engine:
+        raw = 12 * engine.worker.mover._namespace.layout.chunk_bytes()
+        first = engine.tokens(prompt())
+        assert engine.worker.mover.flush(30)
+        again = engine.ask(prompt())
+        assert again.num_cached_tokens == 192
+        if serde == "lossless":
+            assert list(again.outputs[0].token_ids) == first
+        assert engine.counter("frame_rejected") == 0
+    stored = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert 0 < stored < (0.8 if serde == "lossless" else 0.6) * raw
