@@ -431,3 +431,14 @@ def test_unknown_engine_keys_are_mistakes(plugins: Plugins) -> None:
     assert "(vLLM extra config lmcache.chunk_sise)" in message
     assert "did you mean 'chunk_size'?" in message
     assert "write 'lmcache.chunk_size'" in message
+
+
+def test_variables_that_a_plugin_reads_are_no_mistake(distribution: MakeDistribution) -> None:
+    distribution(
+        "lmcache-vault",
+        TOYS.replace('name="squeeze"', 'name="vault", environment=("LMCACHE_VAULT_KEY",)'),
+    )
+    environ = {"LMCACHE_VAULT_KEY": "secret"}
+    assert load_config(Plugins(environ={}), environ=environ) is not None
+    with pytest.raises(ConfigError, match="LMCACHE_VAULT_KEY"):
+        load_config(Plugins(["lmcache-vault"], environ={}), environ=environ)

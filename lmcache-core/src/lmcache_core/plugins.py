@@ -221,6 +221,11 @@ class Plugins:
         """Every serde, in the order of discovery."""
         return [offer.descriptor for offer in self._serdes]
 
+    def environment(self) -> set[str]:
+        """``LMCACHE_…`` variables that backends and serdes read themselves."""
+        backends = {n for descriptor in self.storage_backends() for n in descriptor.environment}
+        return backends | {n for descriptor in self.serdes() for n in descriptor.environment}
+
     # -- finding by name: each raises PluginLoadError, UnknownPluginError, or PluginError when two
     # -- plugins claim the name
 

@@ -107,3 +107,5 @@ class SerdeDescriptor:
     create: Callable[[Any], Serde]
     aliases: tuple[str, ...] = ()
     """Other names that configurations use for it, such as LMCache's ``naive``."""
+    environment: tuple[str, ...] = ()
+    """``LMCACHE_…`` variables that it reads itself; others that nobody knows are errors."""

@@ -254,6 +254,8 @@ class StorageBackendDescriptor:
     """Turns such a URL into options."""
     extra_config_keys: Mapping[str, str] = field(default_factory=dict)
     """LMCache ``extra_config`` names that this backend honours, and its own names for them."""
+    environment: tuple[str, ...] = ()
+    """``LMCACHE_…`` variables that it reads itself; others that nobody knows are errors."""
     isolated: bool = False
     """Its client library may crash or hang: unless the user says otherwise, run it in a process of
     its own. ``create`` is then called there. See `lmcache_core.isolation`."""

@@ -63,5 +63,6 @@ def all_of(threads: Threads) -> list[SerdeDescriptor]:
             lossless=True,
             config=AesGcmConfig,
             create=aesgcm,
+            environment=("LMCACHE_AESGCM_KEYS", "LMCACHE_AESGCM_KEY_FILE"),
         ),
     ]

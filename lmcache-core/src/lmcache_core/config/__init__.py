@@ -52,7 +52,7 @@ def load_config(
         found.append(layers.file_layer(Path(file), problems))
     elif path := environ.get(FILE_VARIABLE):
         found.append(layers.file_layer(Path(path), problems, f" ({FILE_VARIABLE})"))
-    own, foreign = lmcache_keys.split_environment(environ)
+    own, foreign = lmcache_keys.split_environment(environ, plugins.environment())
     found.append(layers.env_layer(own))
     if foreign:
         notices.append(f"{', '.join(foreign)}: not an option of this version; not read")

@@ -43,12 +43,17 @@ _SERVICE_LINK = re.compile(
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 
 
-def split_environment(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The ``LMCACHE_…`` variables that set options, and those of LMCache's that don't."""
+def split_environment(
+    environ: Mapping[str, str], others: Collection[str] = ()
+) -> tuple[dict[str, str], list[str]]:
+    """The ``LMCACHE_…`` variables that set options, and those of LMCache's that don't.
+
+    ``others`` are read by plugins, and neither.
+    """
     own: dict[str, str] = {}
     foreign: list[str] = []
     for name, value in environ.items():
-        if not name.startswith(ENV_PREFIX) or name in ENVIRONMENT:
+        if not name.startswith(ENV_PREFIX) or name in ENVIRONMENT or name in others:
             continue
         if _SERVICE_LINK.search(name) or (name.endswith("_PORT") and _SERVICE_ADDRESS.match(value)):
             continue
