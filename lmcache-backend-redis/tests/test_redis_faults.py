@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from redis_servers import FaultyLink, Server, cluster, free_port, replicated, running, until
+from faulty_link import FaultyLink
+from redis_servers import Server, cluster, free_port, replicated, running, until
 
 from lmcache_backend_redis import backend as backend_module
 from lmcache_backend_redis.backend import RedisBackend

@@ -15,8 +15,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from redis_servers import Replicated, Server, cluster, running, until
 from server import VllmServer
-from servers import Replicated, Server, cluster, running, until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 

@@ -1,0 +1,131 @@
+"""Faults at random between the lm:// client and its server: no wrong byte, no late answer.
+
+``LM_FAULTS=10000 pytest test_lm_random_faults.py -s`` runs them for long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+from faulty_link import FaultyLink
+from lm_server import RunningServer
+
+from lmcache_core.builtin.raw import RawSerde
+from lmcache_core.errors import BackendError
+from lmcache_core.guard import Guard
+from lmcache_core.keys import CacheNamespace
+from lmcache_core.lm.backend import LmBackend
+from lmcache_core.lm.config import LmConfig
+from lmcache_core.metrics import Counters
+from lmcache_core.storage import MISS, BackendContext
+from lmcache_core.testing.loop import Loop
+from lmcache_core.testing.storage import LAYOUT, buffers, keys, value, views
+from lmcache_core.tier import Tier
+
+FAULTS = int(os.environ.get("LM_FAULTS", "200"))
+NAMESPACE = CacheNamespace("random faults", LAYOUT)
+LONG = 300_077
+DEADLINE_S = 1.0
+SLACK_S = 3.0
+"""What a loaded machine may add. A call that hangs doesn't end within it either."""
+OPTIONS = ("--memory-gib", "0.1", "--unix", "none", "--stall-timeout", "2")
+
+
+@pytest.fixture
+def run() -> Iterator[Loop]:
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+def test_random_faults(run: Loop) -> None:
+    chance = random.Random(FAULTS)
+    before = set(threading.enumerate())
+    server = RunningServer(*OPTIONS)
+    port = server.port
+    link = FaultyLink(port, chance)
+    backend = LmBackend(LmConfig(host="127.0.0.1", port=link.port))
+    until = time.monotonic() + 30
+    while True:
+        with suppress(BackendError):
+            run(backend.open(BackendContext("faults", NAMESPACE)))
+            break
+        assert time.monotonic() < until, "no connection without a fault"
+    guard = Guard(
+        "faults", deadline_s=DEADLINE_S, breaker_threshold=1 << 30, counters=Counters()
+    )  # never opens: every operation meets the faults
+    tier = Tier(
+        "faults", backend, RawSerde(), guard=guard, counters=Counters(), deadline_s=DEADLINE_S
+    )
+    tier.opened(backend, backend.capabilities)
+    many = keys(40)
+    contents = {key: value(i, chance.choice([100, 65536, LONG])) for i, key in enumerate(many)}
+    seen = {"hits": 0, "wrong": 0, "late": 0, "done": 0, "kills and hangs": 0}
+
+    async def work() -> None:
+        while link.faults < FAULTS:
+            seen["done"] += 1
+            batch = chance.sample(many, chance.randint(1, 4))
+            start = time.monotonic()
+            kind = chance.choice(["load", "load", "store", "contains", "delete"])
+            unsettled = None
+            if kind == "load":
+                targets = buffers(len(batch), LONG)
+                answer = await tier.load(batch, views(targets))
+                unsettled = answer.unsettled
+                for key, size, target in zip(batch, answer.sizes, targets, strict=True):
+                    seen["hits"] += size != MISS
+                    seen["wrong"] += size != MISS and target[:size] != contents[key]
+            elif kind == "store":
+                stored = await tier.store(batch, views([contents[key] for key in batch]))
+                unsettled = stored.unsettled
+            elif kind == "contains":
+                await tier.contains(batch, leading=False)
+            else:
+                await tier.delete(batch)
+            seen["late"] += time.monotonic() - start > DEADLINE_S + SLACK_S
+            if unsettled is not None:
+                await asyncio.wait([unsettled])
+            await asyncio.sleep(0.001)
+
+    def restart() -> RunningServer:
+        server.kill()
+        return RunningServer(*OPTIONS, port=port)
+
+    async def harm() -> None:
+        nonlocal server
+        loop = asyncio.get_running_loop()
+        while link.faults < FAULTS:
+            await asyncio.sleep(chance.uniform(0.2, 1.5))
+            seen["kills and hangs"] += 1
+            if chance.random() < 0.5:
+                server.process.send_signal(signal.SIGSTOP)
+                await asyncio.sleep(chance.uniform(0.05, 0.6))
+                server.process.send_signal(signal.SIGCONT)
+            else:
+                server = await loop.run_in_executor(None, restart)
+
+    async def together() -> None:
+        await asyncio.wait_for(
+            asyncio.gather(harm(), *(work() for _ in range(6))), 600 + FAULTS / 5
+        )
+
+    try:
+        run._loop.run_until_complete(together())
+        run(backend.close())
+    finally:
+        link.close()
+        server.stop()
+    run.stop_own_threads()
+    left = [t.name for t in threading.enumerate() if t not in before and t.is_alive()]
+    assert (seen["wrong"], seen["late"], left) == (0, 0, [])
+    assert seen["hits"]
+    print(seen, "faults of the link:", link.faults)
