@@ -53,6 +53,7 @@ PROGRAMS = [
     Program("disk"),
     Program("isolated"),
     Program("redis_store", ("--quick",)),
+    Program("mooncake_store", ("--quick",)),
     Program("stress", ("--seconds", "60")),
     Program("stress", ("--seconds", "15", "--tier", "filesystem"), "stress_tier"),
     Program("ttft_vllm", ("--quick", "--turns", "9")),

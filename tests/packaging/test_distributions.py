@@ -211,6 +211,22 @@ def test_redis_is_understood_once_its_package_is_installed(
     assert "s3cret" not in shown
 
 
+def test_the_mooncake_package_makes_its_addresses_understood(
+    built: dict[str, Built], python: Path
+) -> None:
+    """Two wheels are all it takes, and the configuration alone imports no client."""
+    install(python, built["lmcache-core"].wheel, built["lmcache-backend-mooncake"].wheel)
+    script = (
+        "import sys; from lmcache_core.config import load_config;"
+        "from lmcache_core.plugins import Plugins;"
+        "found = load_config(environ={'LMCACHE_REMOTE_URL': 'mooncakestore://localhost:1/'},"
+        " plugins=Plugins());"
+        "section, = found.backends; print(section.type, section.options.master_server_address);"
+        "print([m for m in sys.modules if m.split('.')[0] in ('mooncake', 'torch', 'numpy')])"
+    )
+    assert run(python, "-c", script).splitlines() == ["mooncake localhost:1", "[]"]
+
+
 def test_a_package_made_from_the_template_passes_its_kit(tmp_path: Path, python: Path) -> None:
     tool = ROOT / "tools" / "new_package.py"
     run(sys.executable, tool, "acme", "--to", tmp_path)
