@@ -6,7 +6,7 @@
 A real `mooncake_master` and a process that gives it memory are started on loopback. Three clients
 move the same 32 MiB between the same registered memory and that process: the library's own
 `batch_put_from` and `batch_get_into`, the calibration; the backend in this process; and the backend
-in a process of its own, its default. Whatever the machine can do over loopback TCP is in both figures.
+in a process of its own, its default. What the machine can do over loopback TCP is in both figures.
 
     store, load     in one value of 32 MiB and in 16 of 2 MiB
     contains        of 64 keys, in microseconds
