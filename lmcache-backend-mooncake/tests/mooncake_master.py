@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -163,6 +165,22 @@ for line in sys.stdin:
     def _line(self) -> str:
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A master, and somebody who gives memory: ours needn't, which makes their end quicker."""
+
+    config: MooncakeConfig
+    holder: Holder
+
+    @classmethod
+    def running(cls, metadata: str | None) -> Iterator[Cluster]:
+        with Master() as master:
+            holder = Holder(master, 96 * MIB, metadata)
+            options = {"metadata_server": metadata} if metadata else {}
+            yield cls(master.config(global_segment_size=0, **options), holder)
+            holder.kill()
 
 
 class MetadataServer:
