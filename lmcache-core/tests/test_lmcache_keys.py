@@ -44,7 +44,8 @@ def lmcache_storage_backends():
     return [
         backend("filesystem", config=Disk),
         backend("toy", url_schemes=("toy",), config_from_url=from_url,
-                extra_config_keys={"toy_port": "port", "enable_toy": "type"}),
+                extra_config_keys={"toy_port": "port", "enable_toy": "type",
+                                   "cufile_buffer_size": "port", "nixl_buffer_size": "port"}),
     ]
 
 @hookimpl
@@ -58,7 +59,7 @@ def lmcache_serdes():
 def plugins(distribution: MakeDistribution) -> Plugins:
     distribution("lmcache-toys", TOYS)
     # Not the built-in filesystem, because the toy is called toys; others as if they weren't there.
-    return Plugins(["filesystem", "redis", "kernels"], environ={})
+    return Plugins(["filesystem", "redis", "kernels", "nixl"], environ={})
 
 
 def load(plugins: Plugins, *assignments: str, **more: Any) -> Config:
@@ -309,6 +310,22 @@ def test_an_extra_config_key_may_turn_its_backend_on(plugins: Plugins) -> None:
     config = load(plugins, "extra_config={enable_toy: true, toy_port: 5}")
     assert options(config, "toy") == {"type": "toy", "port": 5}
     assert load(plugins, "extra_config={enable_toy: false}").backends == ()
+
+
+def test_the_key_that_turns_a_backend_on_may_come_last(plugins: Plugins) -> None:
+    config = load(plugins, "extra_config={toy_port: 5, enable_toy: true}")
+    assert options(config, "toy") == {"type": "toy", "port": 5}
+    assert config.notices == ()
+
+
+@pytest.mark.parametrize("key", ["cufile_buffer_size", "nixl_buffer_size"])
+def test_a_backend_may_read_a_key_that_has_no_effect_by_itself(plugins: Plugins, key: str) -> None:
+    config = load(plugins, f"{key}=9", "extra_config={enable_toy: true}")
+    assert options(config, "toy") == {"type": "toy", "port": 9}
+    assert config.origins["backends.toy.port"] == f"{key}, --set {key}"
+    assert config.notices == ()
+    notices = load(plugins, f"{key}=9").notices
+    assert any(f"{key} (--set {key}): no effect" in notice for notice in notices)
 
 
 def test_unknown_extra_config_is_named_in_a_notice(plugins: Plugins) -> None:

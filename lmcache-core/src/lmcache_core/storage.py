@@ -253,7 +253,10 @@ class StorageBackendDescriptor:
     config_from_url: Callable[[str], dict[str, Any]] | None = None
     """Turns such a URL into options."""
     extra_config_keys: Mapping[str, str] = field(default_factory=dict)
-    """LMCache ``extra_config`` names that this backend honours, and its own names for them."""
+    """LMCache ``extra_config`` names that this backend honours, and its own names for them.
+
+    A name for ``type`` turns the backend on. A top-level key that has no effect by itself may be
+    among them too."""
     environment: tuple[str, ...] = ()
     """``LMCACHE_…`` variables that it reads itself; others that nobody knows are errors."""
     isolated: bool = False

@@ -62,7 +62,7 @@ def load_config(
         found.append(layers.engine_layer(name, ours))
     found.append(layers.cli_layer(assignments, problems))
 
-    renamed = [lmcache_keys.rename_aliases(layer, problems, notices) for layer in found]
+    renamed = [lmcache_keys.rename_aliases(layer, plugins, problems, notices) for layer in found]
     merged = layers.merge(renamed)
     lmcache_keys.upgrade(merged, plugins, problems, notices)
     return schema.validate(merged, plugins, problems, notices)

@@ -93,9 +93,18 @@ def split_engine_keys(
     return own
 
 
-def rename_aliases(layer: Layer, problems: list[str], notices: list[str]) -> Layer:
-    """``layer`` with the old names of keys replaced by the present ones."""
-    old_names = [name for name in layer.values if name in ALIASES]
+def rename_aliases(
+    layer: Layer, plugins: Plugins, problems: list[str], notices: list[str]
+) -> Layer:
+    """``layer`` with the old names of keys replaced by the present ones.
+
+    One that is also a present name is left to `upgrade` if an installed backend reads it.
+    """
+    old_names = [
+        name
+        for name in layer.values
+        if name in ALIASES and not (name in KEYS and plugins.owner_of_extra_key(name))
+    ]
     if not old_names:
         return layer
     values, origins = dict(layer.values), dict(layer.origins)
@@ -135,10 +144,12 @@ class _Upgrade:
         self._disk()
         self._remote()
         for name in [name for name in self.values if name in KEYS]:
-            if KEYS[name].fate is not Fate.OPTION:
+            if KEYS[name].fate is not Fate.OPTION and not self._is_a_backends(name):
                 self._settle(KEYS[name], (name,), self._take(name))
         self._order_tiers()
         self._extra(extra)
+        for name in [name for name in self.values if self._is_a_backends(name)]:
+            self._backends_own(name, self._take(name))
         for why, keys in self.silent.items():
             self.notices.append(f"{', '.join(keys)}: no effect: {why}")
 
@@ -268,6 +279,43 @@ class _Upgrade:
             first = {name: sections[name] for name in (DISK, REMOTE) if name in sections}
             self.values["backends"] = {**first, **sections}
 
+    # -- keys of backends ------------------------------------------------------------------
+
+    def _is_a_backends(self, name: str) -> bool:
+        """Whether a top-level key has no effect but on a backend that is installed."""
+        return (
+            name in KEYS
+            and KEYS[name].fate is Fate.NO_EFFECT
+            and self.plugins.owner_of_extra_key(name) is not None
+        )
+
+    def _backends_own(self, name: str, value: Any) -> None:
+        """Bring such a key to its backend; without one, do what the table says."""
+        if value is None or self._to_its_backend(name, value, (name,)):
+            return
+        present = ALIASES.get(name, name)
+        if present != name:
+            self.notices.append(f"{name} ({self._origin(name)}) is now called {present}")
+        self._settle(KEYS[present], (name,), value)
+
+    def _to_its_backend(self, name: str, value: Any, path: KeyPath) -> bool:
+        """Make a key an option of the configured backend that reads it; False if none does."""
+        sections = self._types()
+        owner = self.plugins.owner_of_extra_key(name, sections.values())
+        section = next((s for s, kind in sections.items() if owner and kind == owner[0]), None)
+        if owner is None or section is None:
+            return False
+        if owner[1] != "type":
+            self._set_option(section, owner[1], value, path)
+        return True
+
+    def _types(self) -> dict[str, str]:
+        """Section → type of backend."""
+        return {
+            section: options.get("type", section) if isinstance(options, dict) else section
+            for section, options in (self._sections() or {}).items()
+        }
+
     # -- extra_config ----------------------------------------------------------------------
 
     def _extra(self, extra: Any) -> None:
@@ -277,7 +325,8 @@ class _Upgrade:
             self._problem(("extra_config",), extra, "must be a mapping of options")
             return
         unknown: list[str] = []
-        for name, value in extra.items():
+        # What turns a backend on goes first, wherever it stands: the others are about that backend.
+        for name, value in sorted(extra.items(), key=lambda item: not self._switches_on(item[0])):
             if not self._route(name, value):
                 unknown.append(f"extra_config.{name} ({self._origin('extra_config', name)})")
         if unknown:
@@ -286,22 +335,18 @@ class _Upgrade:
     def _route(self, name: str, value: Any) -> bool:
         """Bring one ``extra_config`` key to where it belongs; False if nobody knows it."""
         path = ("extra_config", name)
-        sections = {
-            section: options.get("type", section) if isinstance(options, dict) else section
-            for section, options in (self._sections() or {}).items()
-        }
+        sections = self._types()
         if name == "use_odirect" and DISK in sections:
             self._set_option(DISK, "direct_io", value, path)
             return True
-        if owner := self.plugins.owner_of_extra_key(name, sections.values()):
+        if self._to_its_backend(name, value, path):
+            return True
+        if owner := self.plugins.owner_of_extra_key(name):
             backend, option = owner
-            section = next((s for s, kind in sections.items() if kind == backend), None)
-            if option == "type" and is_set(value) and section is None:
-                self._set_option(backend, "type", backend, path)
-            elif option != "type" and section is not None:
-                self._set_option(section, option, value, path)
-            elif option != "type":
+            if option != "type":
                 self._no_effect(f"the backend {backend!r} isn't configured", *path)
+            elif is_set(value):
+                self._set_option(backend, "type", backend, path)
             return True
         key = EXTRA_KEYS.get(name)
         key = key or next(
@@ -313,6 +358,10 @@ class _Upgrade:
             self._no_effect("there is no local_disk", *path)
         self._settle(key, path, value)
         return True
+
+    def _switches_on(self, name: str) -> bool:
+        owner = self.plugins.owner_of_extra_key(name)
+        return owner is not None and owner[1] == "type"
 
     def _set_option(self, section: str, option: str, value: Any, path: KeyPath) -> None:
         origin = f"{'.'.join(path)}, {self._origin(*path)}"
