@@ -41,7 +41,8 @@ format: $(READY) ## let ruff rewrite what it can
 
 types: $(READY) ## mypy --strict on what is published
 	$(BIN)/mypy --strict lmcache-core/src/lmcache_core lmcache-connector-vllm/src kernels/src \
-	  lmcache-backend-redis/src lmcache-backend-mooncake/src
+	  lmcache-backend-redis/src lmcache-backend-mooncake/src \
+	  lmcache-backend-nixl/src
 
 unit: $(READY) ## the tests that need no engine
 	@mkdir -p $(RESULTS)
@@ -75,6 +76,9 @@ $(READY): requirements-dev.txt $(wildcard */pyproject.toml examples/*/pyproject.
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt \
 	  > $(VENV)/install.log 2>&1 || { tail -n 25 $(VENV)/install.log; exit 1; }
+	@# Its dependencies are a CUDA build of torch, and numpy, which is there.
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps nixl nixl-cu12 \
+	  >> $(VENV)/install.log 2>&1 || { tail -n 25 $(VENV)/install.log; exit 1; }
 	@touch $@
 
 clean: ## remove what was made in this clone

@@ -1,0 +1,242 @@
+"""One NIXL agent with one storage plugin, and the memory that it may move.
+
+Knows NIXL's calls, what has to be registered, and how to say what went wrong: NIXL itself only says
+``NIXL_ERR_BACKEND``. Knows nothing about chunks, pools and buckets.
+"""
+
+from __future__ import annotations
+
+import mmap
+import queue
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from lmcache_backend_nixl.config import PAGE_BYTES
+from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
+from lmcache_core.storage import HostRegion
+
+Kind = Literal["FILE", "OBJ"]
+_POLL_SHARE: Final = 0.02
+"""A transfer is looked at again after this part of the time that it has taken so far."""
+_LONGEST_PAUSE_S: Final = 0.001
+
+
+class TransferFailed(BackendUnavailable):
+    """A batch failed, in part or as a whole: NIXL doesn't say which."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """``nbytes`` between memory and a place in a file or an object."""
+
+    address: int
+    place: int
+    """The offset in it."""
+    nbytes: int
+    device: int
+    """What NIXL knows the file or object by: its descriptor, or the number it was registered as."""
+
+
+class Agent:
+    """An agent with one plugin. Thread-safe."""
+
+    def __init__(self, plugin: str, params: dict[str, str]) -> None:
+        """Start the plugin.
+
+        Raises:
+            BackendRejected: NIXL lacks the plugin or refuses its parameters.
+        """
+        from nixl import nixl_agent, nixl_agent_config
+        from nixl._api import nixl_thread_sync_t
+
+        self._name = f"lmcache-{uuid.uuid4().hex}"
+        strict = nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
+        self._agent: Any = nixl_agent(self._name, nixl_agent_config(backends=[], sync_mode=strict))
+        self._plugin = plugin
+        known = self._agent.get_plugin_list()
+        if plugin not in known:
+            raise BackendRejected(
+                f"this build of NIXL has no plugin {plugin}; it has {', '.join(sorted(known))}"
+            )
+        with _as_rejection(
+            f"NIXL can't start its plugin {plugin} with the parameters "
+            f"{', '.join(sorted(params)) or '(none)'}: the line above, from NIXL, may say why; "
+            "check nixl_backend_params, and that the plugin's libraries are installed"
+        ):
+            self._agent.create_backend(plugin, params)
+
+    def register(self, kind: str, descriptors: Sequence[tuple[int, int, int, str]]) -> Any:
+        """Tell NIXL about memory (``DRAM``), files or objects; the answer is for `deregister`.
+
+        Raises:
+            BackendRejected: NIXL refuses.
+        """
+        with _as_rejection(f"NIXL's {self._plugin} can't register {len(descriptors)} × {kind}"):
+            return self._agent.register_memory(list(descriptors), kind, backends=[self._plugin])
+
+    def deregister(self, registered: Any) -> None:
+        """Undo `register`. What NIXL says against it helps nobody."""
+        with suppress(Exception):  # NIXL's errors have no narrower base
+            self._agent.deregister_memory(registered, backends=[self._plugin])
+
+    def transfer(self, op: Literal["READ", "WRITE"], kind: Kind, moves: Sequence[Move]) -> None:
+        """Move everything, and return once it has ended.
+
+        Raises:
+            TransferFailed: some of it, or all, didn't move.
+        """
+        if not moves:
+            return
+        agent = self._agent
+        memory = [(one.address, one.nbytes, 0) for one in moves]
+        places = [(one.place, one.nbytes, one.device) for one in moves]
+        handle = None
+        try:
+            handle = agent.initialize_xfer(
+                op,
+                agent.get_xfer_descs(memory, "DRAM"),
+                agent.get_xfer_descs(places, kind),
+                self._name,
+                backends=[self._plugin],
+            )
+            began = time.perf_counter()
+            state = agent.transfer(handle)
+            while state == "PROC":
+                # NIXL has nothing to wait on; and some plugins only go on when they are asked.
+                took = time.perf_counter() - began
+                time.sleep(min(took * _POLL_SHARE, _LONGEST_PAUSE_S))
+                state = agent.check_xfer_state(handle)
+        except Exception as error:
+            raise self._failed(op, moves, error) from error
+        finally:
+            if handle is not None:
+                with suppress(Exception):  # NIXL's errors have no narrower base
+                    agent.release_xfer_handle(handle)
+        if state != "DONE":
+            raise self._failed(op, moves, state)
+
+    def present(self, kind: Kind, names: Sequence[str]) -> list[bool]:
+        """Say which files or objects there are.
+
+        Raises:
+            TransferFailed: it can't be found out.
+        """
+        if not names:
+            return []
+        asked = [(0, 0, 0, name) for name in names]
+        try:
+            found = self._agent.query_memory(asked, self._plugin, kind)
+        except Exception as error:
+            raise TransferFailed(
+                f"NIXL's {self._plugin} can't say which of {len(names)} there are: {error}"
+            ) from error
+        return [one is not None for one in found]
+
+    def close(self) -> None:
+        """Let NIXL go. Call nothing afterwards."""
+        self._agent = None
+
+    def _failed(self, op: str, moves: Sequence[Move], what: object) -> TransferFailed:
+        nbytes = sum(one.nbytes for one in moves)
+        return TransferFailed(
+            f"{op} of {nbytes} bytes in {len(moves)} descriptors failed in NIXL's {self._plugin}: "
+            f"{what or type(what).__name__}"
+        )
+
+
+class Lane:
+    """Registered memory for one call: a page for each value, and room for a few whole values."""
+
+    def __init__(self, memory: mmap.mmap, address: int, values: int, slot_bytes: int) -> None:
+        self.values = values
+        self.slot_bytes = slot_bytes
+        self.slots = (len(memory) - values * PAGE_BYTES) // slot_bytes
+        self._memory = memory
+        self._address = address
+
+    def page(self, index: int) -> tuple[int, memoryview]:
+        """Address and content of a page."""
+        return self._part(index * PAGE_BYTES, PAGE_BYTES)
+
+    def slot(self, index: int) -> tuple[int, memoryview]:
+        """Address and content of the room for one value."""
+        return self._part(self.values * PAGE_BYTES + index * self.slot_bytes, self.slot_bytes)
+
+    def _part(self, start: int, nbytes: int) -> tuple[int, memoryview]:
+        return self._address + start, memoryview(self._memory)[start : start + nbytes]
+
+
+class Memory:
+    """What NIXL may read and write: core's host memory, and lanes for what lies elsewhere."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        region: HostRegion | None,
+        *,
+        lanes: int,
+        values: int,
+        slot_bytes: int,
+        buffer_bytes: int | None,
+    ) -> None:
+        """Register it. ``values`` is the most that one call moves at a time.
+
+        Raises:
+            BackendRejected: ``buffer_bytes`` hasn't room for one value.
+        """
+        if buffer_bytes is not None and buffer_bytes < slot_bytes:
+            raise BackendRejected(
+                f"buffer_bytes (nixl_buffer_size) is {buffer_bytes}, and a value may have up to "
+                f"{slot_bytes}; set at least that"
+            )
+        lanes = lanes if buffer_bytes is None else min(lanes, buffer_bytes // slot_bytes)
+        each = 1 if buffer_bytes is None else min(values, buffer_bytes // lanes // slot_bytes)
+        self._region = region
+        self._lanes: queue.LifoQueue[Lane] = queue.LifoQueue()
+        if region is not None:
+            agent.register("DRAM", [(region.address, region.nbytes, 0, "")])
+        for _ in range(lanes):
+            nbytes = values * PAGE_BYTES + each * slot_bytes
+            memory = mmap.mmap(-1, nbytes)  # costs nothing until it is used
+            address = address_of(memoryview(memory))
+            agent.register("DRAM", [(address, nbytes, 0, "")])
+            self._lanes.put(Lane(memory, address, values, slot_bytes))
+
+    @contextmanager
+    def lane(self) -> Iterator[Lane]:
+        """A lane of the caller's own; waits for one."""
+        lane = self._lanes.get()
+        try:
+            yield lane
+        finally:
+            self._lanes.put(lane)
+
+    def registered(self, view: memoryview, alignment: int) -> int | None:
+        """The address of a buffer that NIXL may use as it is; ``None`` for any other."""
+        if self._region is None:
+            return None
+        address = address_of(view)
+        start = self._region.address
+        inside = start <= address and address + view.nbytes <= start + self._region.nbytes
+        return address if inside and address % alignment == 0 else None
+
+
+def address_of(view: memoryview) -> int:
+    """Where a buffer lies, also one that can't be written."""
+    import numpy as np
+
+    return int(np.frombuffer(view, np.uint8).ctypes.data)
+
+
+@contextmanager
+def _as_rejection(message: str) -> Iterator[None]:
+    try:
+        yield
+    except BackendError:
+        raise
+    except Exception as error:
+        raise BackendRejected(f"{message} ({error or type(error).__name__})") from error

@@ -1,0 +1,52 @@
+"""What this distribution tells lmcache-core. Imports no client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Final
+
+from lmcache_backend_nixl.config import NixlConfig
+from lmcache_core.errors import BackendRejected
+from lmcache_core.hookspecs import hookimpl
+from lmcache_core.storage import StorageBackend, StorageBackendDescriptor
+
+INSTALL: Final = "pip install numpy && pip install --no-deps nixl nixl-cu12"
+"""NIXL isn't a requirement of this distribution, because its own pull a CUDA build of torch."""
+
+
+def _create(config: NixlConfig) -> StorageBackend:
+    # Only looked for: it is imported where a backend is opened that moves bytes.
+    missing = [name for name in ("nixl", "numpy") if find_spec(name) is None]
+    if missing:
+        raise BackendRejected(f"{' and '.join(missing)} isn't installed; {INSTALL}")
+    if config.backend == "OBJ":
+        from lmcache_backend_nixl.objects import NixlObjectBackend
+
+        return NixlObjectBackend(config)
+    from lmcache_backend_nixl.files import NixlFileBackend
+
+    return NixlFileBackend(config)
+
+
+@hookimpl
+def lmcache_storage_backends() -> Sequence[StorageBackendDescriptor]:
+    return [
+        StorageBackendDescriptor(
+            name="nixl",
+            summary="NIXL's storage plugins: files (POSIX, GDS, GDS_MT, HF3FS) or objects (OBJ)",
+            config=NixlConfig,
+            create=_create,
+            extra_config_keys={
+                "enable_nixl_storage": "type",
+                "nixl_backend": "backend",
+                "nixl_path": "path",
+                "nixl_pool_size": "pool_size",
+                "nixl_backend_params": "backend_params",
+                "nixl_buffer_size": "buffer_bytes",
+                "nixl_buffer_device": "buffer_device",
+                "nixl_persist": "persist",
+                "use_direct_io": "direct_io",
+            },
+        )
+    ]
