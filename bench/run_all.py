@@ -51,6 +51,7 @@ PROGRAMS = [
     Program("public_api"),
     Program("index"),
     Program("disk"),
+    Program("nixl_store"),
     Program("isolated"),
     Program("redis_store", ("--quick",)),
     Program("mooncake_store", ("--quick",)),

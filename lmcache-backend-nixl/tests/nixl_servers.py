@@ -54,7 +54,7 @@ class S3:
             endpoint_url=self.endpoint,
             region_name="us-east-1",
             aws_access_key_id="key",
-            aws_secret_access_key="secret",  # noqa: S106 - any will do
+            aws_secret_access_key="secret",
         )
         client.delete_object(Bucket="kv-cache", Key=name)
         client.close()

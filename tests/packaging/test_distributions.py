@@ -173,7 +173,7 @@ def test_one_version_for_all_and_each_accepts_the_others(built: dict[str, Built]
 
 def test_core_alone(built: dict[str, Built], python: Path) -> None:
     install(python, built["lmcache-core"].wheel)
-    heavy = "'torch', 'numpy', 'redis', 'vllm', 'sglang'"
+    heavy = "'torch', 'numpy', 'redis', 'nixl', 'vllm', 'sglang'"
     seen = run(
         python,
         "-c",
@@ -225,6 +225,24 @@ def test_the_mooncake_package_makes_its_addresses_understood(
         "print([m for m in sys.modules if m.split('.')[0] in ('mooncake', 'torch', 'numpy')])"
     )
     assert run(python, "-c", script).splitlines() == ["mooncake localhost:1", "[]"]
+
+
+def test_nixl_is_asked_for_once_its_package_is_installed(
+    built: dict[str, Built], python: Path
+) -> None:
+    """NIXL itself isn't a requirement: making the backend says how to install it."""
+    install(python, built["lmcache-core"].wheel, built["lmcache-backend-nixl"].wheel)
+    plugins = run(python.parent / "lmcache", "plugins")
+    assert re.search(r"nixl +lmcache-backend-nixl +\S+ +ok +storage backend nixl", plugins)
+    code = """
+from lmcache_backend_nixl.plugin import lmcache_storage_backends
+(backend,) = lmcache_storage_backends()
+try:
+    backend.create(backend.config(backend="POSIX", path="/nowhere"))
+except Exception as error:
+    print(error)
+"""
+    assert "pip install --no-deps nixl nixl-cu12" in run(python, "-c", code)
 
 
 def test_a_package_made_from_the_template_passes_its_kit(tmp_path: Path, python: Path) -> None:

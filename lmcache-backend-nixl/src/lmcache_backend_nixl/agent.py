@@ -229,7 +229,7 @@ def address_of(view: memoryview) -> int:
     """Where a buffer lies, also one that can't be written."""
     import numpy as np
 
-    return int(np.frombuffer(view, np.uint8).ctypes.data)
+    return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
 
 
 @contextmanager

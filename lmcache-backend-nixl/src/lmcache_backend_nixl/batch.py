@@ -10,7 +10,7 @@ Knows alignment and lanes. Knows nothing about what values are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from lmcache_backend_nixl.agent import Agent, Kind, Lane, Memory, Move, TransferFailed
@@ -31,12 +31,12 @@ class Item:
     device: int
 
 
-@dataclass
-class _Round:
-    """What fits a lane at one time."""
+@dataclass(frozen=True)
+class _Located:
+    """An item, and the address of its bytes if they are registered."""
 
-    items: list[Item] = field(default_factory=list)
-    staged: int = 0
+    item: Item
+    address: int | None
 
 
 class Batches:
@@ -54,7 +54,7 @@ class Batches:
         Raises:
             TransferFailed: some, or all, weren't written.
         """
-        for part in self._rounds(items, lane):
+        for part in self._rounds(self._located(items), lane):
             moves, _ = self._moves("WRITE", part, lane)
             self._agent.transfer("WRITE", self._kind, moves)
 
@@ -66,19 +66,22 @@ class Batches:
         """
         done: list[int] = []
         failure: TransferFailed | None = None
-        for part in self._rounds(items, lane):
+        for part in self._rounds(self._located(items), lane):
             error = self._try_to_read(part, lane)
             if error is None:
-                done += [one.index for one in part]
+                done += [one.item.index for one in part]
                 continue
             failure = error
             if len(part) > 1:  # NIXL doesn't say which, and one shouldn't cost the others
-                done += [one.index for one in part if self._try_to_read([one], lane) is None]
+                done += [one.item.index for one in part if self._try_to_read([one], lane) is None]
         if failure is not None and not done:
             raise failure
         return done
 
-    def _try_to_read(self, items: Sequence[Item], lane: Lane) -> TransferFailed | None:
+    def _located(self, items: Sequence[Item]) -> list[_Located]:
+        return [_Located(one, self._memory.registered(one.view, self._alignment)) for one in items]
+
+    def _try_to_read(self, items: Sequence[_Located], lane: Lane) -> TransferFailed | None:
         moves, copies = self._moves("READ", items, lane)
         try:
             self._agent.transfer("READ", self._kind, moves)
@@ -88,20 +91,21 @@ class Batches:
             target[:] = source
         return None
 
-    def _rounds(self, items: Sequence[Item], lane: Lane) -> Iterator[list[Item]]:
-        current = _Round()
+    def _rounds(self, items: Sequence[_Located], lane: Lane) -> Iterator[list[_Located]]:
+        current: list[_Located] = []
+        staged = 0
         for one in items:
-            staged = self._memory.registered(one.view, self._alignment) is None
-            if len(current.items) == lane.values or current.staged + staged > lane.slots:
-                yield current.items
-                current = _Round()
-            current.items.append(one)
-            current.staged += staged
-        if current.items:
-            yield current.items
+            needs_slot = one.address is None
+            if len(current) == lane.values or staged + needs_slot > lane.slots:
+                yield current
+                current, staged = [], 0
+            current.append(one)
+            staged += needs_slot
+        if current:
+            yield current
 
     def _moves(
-        self, op: Op, items: Sequence[Item], lane: Lane
+        self, op: Op, items: Sequence[_Located], lane: Lane
     ) -> tuple[list[Move], list[tuple[memoryview, memoryview]]]:
         """Descriptors, and what to copy where once a read has ended."""
         moves: list[Move] = []
@@ -117,8 +121,8 @@ class Batches:
                 copies.append((part, room[: part.nbytes]))
             moves.append(Move(at, place, length, device))
 
-        for number, one in enumerate(items):
-            address = self._memory.registered(one.view, self._alignment)
+        for number, located in enumerate(items):
+            one, address = located.item, located.address
             if address is None:
                 through(*lane.slot(next(slots)), one.view, one.place, one.device)
                 continue

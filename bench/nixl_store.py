@@ -1,0 +1,197 @@
+"""The ``nixl`` backend with POSIX: how far from the agent's own calls, and from the disk?
+
+    python3 bench/nixl_store.py            about a minute; needs nixl
+    python3 bench/nixl_store.py --quick    seconds, wider spread
+    python3 bench/nixl_store.py --folder /mnt/nvme
+
+Stores and loads values as core hands them over: a frame's header and a chunk of 32 MiB or 2 MiB,
+from registered memory; a call has one of the former or eight of the latter.
+
+    agent      NIXL's calls for as many descriptors of the same bytes, in a file that is there:
+               descriptor lists, transfer, waiting
+    O_DIRECT   open, write or read whole pages past the page cache, and close, a file each
+
+What is around that in the backend: a thread, an index of links, slots, and with O_DIRECT the last
+page, which goes through memory of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import statistics
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from calibrations import RawFiles, aligned
+from measuring import Report, Run, parse, parser, take_turns, throughput
+from nixl import nixl_agent, nixl_agent_config
+
+from lmcache_backend_nixl.agent import address_of
+from lmcache_backend_nixl.config import PAGE_BYTES, NixlConfig
+from lmcache_backend_nixl.files import NixlFileBackend
+from lmcache_core.frame import HEADER_BYTES
+from lmcache_core.keys import CacheNamespace, ChunkKey
+from lmcache_core.layout import DType, KVLayout, full_attention
+from lmcache_core.storage import BackendContext, HostRegion, StoreOutcome
+
+SHAPES = {"1 x 32 MiB": (1, 32 << 20), "8 x 2 MiB": (8, 2 << 20)}
+TURNS = 3
+FOLDER = Path("/var/tmp")  # noqa: S108 - /tmp is memory on many machines
+LAYOUT = KVLayout(256, (full_attention(layers=32, heads=8, head_size=128, dtype=DType.BF16),))
+
+
+class Store:
+    """The backend, an agent of our own and raw files, with as many values a call."""
+
+    def __init__(
+        self, folder: Path, values: int, nbytes: int, *, direct: bool, uring: bool
+    ) -> None:
+        framed = HEADER_BYTES + nbytes
+        slot = -(-framed // PAGE_BYTES) * PAGE_BYTES
+        params = {"use_uring": "true"} if uring else {}
+        self.count, self.nbytes, self._slot = values, values * framed, slot
+        self._framed = framed
+        arena = aligned(2 * values * slot)
+        arena[: values * slot] = random.Random(0).randbytes(values * slot)
+        address = address_of(arena)
+        self._views = [arena[i * slot : i * slot + framed] for i in range(2 * values)]
+        self._pages = [arena[i * slot : (i + 1) * slot] for i in range(2 * values)]
+        self._addresses = [address + i * slot for i in range(2 * values)]
+        self._loop = asyncio.new_event_loop()
+        self._backend = NixlFileBackend(
+            NixlConfig.model_validate(
+                {
+                    "backend": "POSIX",
+                    "path": folder / "pool",
+                    "pool_size": 2 * values,
+                    "direct_io": direct,
+                    "backend_params": params,
+                }
+            )
+        )
+        region = HostRegion(address, 2 * values * slot, arena)
+        context = BackendContext("bench", CacheNamespace("bench", LAYOUT), region, framed)
+        self._loop.run_until_complete(self._backend.open(context))
+        self._agent = nixl_agent("raw", nixl_agent_config(backends=[]))
+        self._agent.create_backend("POSIX", params)
+        self._agent.register_memory([(address, 2 * values * slot, 0, "")], "DRAM")
+        flags = os.O_RDWR | os.O_CREAT | (os.O_DIRECT if direct else 0)
+        self._fd = os.open(folder / uuid.uuid4().hex, flags, 0o600)
+        os.posix_fallocate(self._fd, 0, 2 * values * slot)
+        self._agent.register_memory([(0, 2 * values * slot, self._fd, "")], "FILE")
+        self._moved = slot if direct else framed
+        self._raw = RawFiles(folder, direct=True, sync=False)
+
+    def store(self, turn: int) -> None:
+        call = self._backend.store(self._keys(turn), self._views[: self.count])
+        outcomes = self._loop.run_until_complete(call)
+        assert outcomes == [StoreOutcome.STORED] * self.count, outcomes
+
+    def load(self, turn: int) -> None:
+        call = self._backend.load(self._keys(turn), self._views[self.count :])
+        sizes = self._loop.run_until_complete(call)
+        assert sum(sizes) == self.nbytes, sizes
+
+    def agent_store(self, turn: int) -> None:
+        self._agent_moves("WRITE", turn, 0)
+
+    def agent_load(self, turn: int) -> None:
+        self._agent_moves("READ", turn, self.count)
+
+    def raw_store(self, turn: int) -> None:
+        for index, pages in enumerate(self._pages[: self.count]):
+            self._raw.write(f"{turn}-{index}", pages)
+
+    def raw_load(self, turn: int) -> None:
+        for index, pages in enumerate(self._pages[self.count :]):
+            self._raw.read(f"{turn}-{index}", pages)
+
+    def same(self) -> bool:
+        half = self.count
+        return all(a == b for a, b in zip(self._views[:half], self._views[half:], strict=True))
+
+    def forget(self, turn: int) -> None:
+        self._loop.run_until_complete(self._backend.delete(self._keys(turn)))
+
+    def close(self) -> None:
+        self._raw.__exit__()
+        self._loop.run_until_complete(self._backend.close())
+        self._loop.close()
+        os.close(self._fd)
+
+    def _agent_moves(self, op: str, turn: int, first: int) -> None:
+        half = turn % 2 * self.count
+        each, slots = self._moved, range(self.count)
+        memory = [(self._addresses[first + i], each, 0) for i in slots]
+        places = [((half + i) * self._slot, each, self._fd) for i in slots]
+        handle = self._agent.initialize_xfer(
+            op,
+            self._agent.get_xfer_descs(memory, "DRAM"),
+            self._agent.get_xfer_descs(places, "FILE"),
+            "raw",
+        )
+        state = self._agent.transfer(handle)
+        while state == "PROC":
+            time.sleep(0)
+            state = self._agent.check_xfer_state(handle)
+        self._agent.release_xfer_handle(handle)
+        assert state == "DONE", state
+
+    def _keys(self, turn: int) -> list[ChunkKey]:
+        return [ChunkKey(bytes([i]) * 8 + turn.to_bytes(8, "big")) for i in range(self.count)]
+
+
+def measure(
+    store: Store, runs: int, put: Callable[[int], None], get: Callable[[int], None]
+) -> dict[str, list[Run]]:
+    """Turns of store and load, each with its calibration; medians a run."""
+    found: dict[str, list[Run]] = {"store": [], "load": []}
+    for number in range(-1, runs):  # the first one doesn't count
+        took: dict[str, tuple[list[float], list[float]]] = {"store": ([], []), "load": ([], [])}
+        for turn in range((number + 1) * TURNS, (number + 2) * TURNS):
+            for what, ours, theirs in (("store", store.store, put), ("load", store.load, get)):
+                for column, (value,) in zip(
+                    took[what], take_turns(ours, theirs, 1, first=turn), strict=True
+                ):
+                    column.append(value)
+            store.load(turn)
+            assert store.same(), "what was loaded isn't what was stored"
+            store.forget(turn)
+        if number >= 0:
+            for what, columns in took.items():
+                found[what].append(Run(*map(statistics.median, columns)))
+    return found
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--folder", type=Path, default=FOLDER, help="on the disk to measure")
+    arguments = parse(options)
+    report = Report(arguments, "calibration")
+    for shape, (values, nbytes) in SHAPES.items():
+        for title, direct, uring, raw in (
+            ("buffered / agent", False, False, False),
+            ("buffered, io_uring / agent", False, True, False),
+            ("direct / agent", True, False, False),
+            ("direct / O_DIRECT", True, False, True),
+        ):
+            with tempfile.TemporaryDirectory(prefix="bench-nixl-", dir=arguments.folder) as place:
+                store = Store(Path(place), values, nbytes, direct=direct, uring=uring)
+                put, get = (
+                    (store.raw_store, store.raw_load)
+                    if raw
+                    else (store.agent_store, store.agent_load)
+                )
+                for what, runs in measure(store, arguments.runs, put, get).items():
+                    report.add(throughput(f"{title}, {shape}, {what}", store.nbytes, runs))
+                store.close()
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
