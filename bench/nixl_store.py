@@ -136,9 +136,8 @@ class Store:
             "raw",
         )
         state = self._agent.transfer(handle)
-        while state == "PROC":
+        while state == "PROC" and (state := self._agent.check_xfer_state(handle)) == "PROC":
             time.sleep(0)
-            state = self._agent.check_xfer_state(handle)
         self._agent.release_xfer_handle(handle)
         assert state == "DONE", state
 

@@ -228,9 +228,10 @@ def test_the_mooncake_package_makes_its_addresses_understood(
 
 
 def test_nixl_is_asked_for_once_its_package_is_installed(
-    built: dict[str, Built], python: Path
+    built: dict[str, Built], python: Path, tmp_path: Path
 ) -> None:
     """NIXL itself isn't a requirement: making the backend says how to install it."""
+    (tmp_path / "seen" / "nixl").unlink()
     install(python, built["lmcache-core"].wheel, built["lmcache-backend-nixl"].wheel)
     plugins = run(python.parent / "lmcache", "plugins")
     assert re.search(r"nixl +lmcache-backend-nixl +\S+ +ok +storage backend nixl", plugins)

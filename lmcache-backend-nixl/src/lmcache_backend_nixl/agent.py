@@ -105,11 +105,11 @@ class Agent:
             )
             began = time.perf_counter()
             state = agent.transfer(handle)
-            while state == "PROC":
-                # NIXL has nothing to wait on; and some plugins only go on when they are asked.
+            # NIXL has nothing to wait on; and some plugins only go on when they are asked. Buffered
+            # files are often done by now, so the first question comes at once.
+            while state == "PROC" and (state := agent.check_xfer_state(handle)) == "PROC":
                 took = time.perf_counter() - began
                 time.sleep(min(took * _POLL_SHARE, _LONGEST_PAUSE_S))
-                state = agent.check_xfer_state(handle)
         except Exception as error:
             raise self._failed(op, moves, error) from error
         finally:
