@@ -263,7 +263,7 @@ def test_all_mistakes_are_told_together_each_with_its_origin(
         ("numa_mode=manual", "isn't available in this version"),
         ("local_cpu=perhaps", "boolean"),
         ("backends.toy.deadline_s=-1", "greater than 0"),
-        ("backends.toy.serde=zip", "installed: raw"),
+        ("backends.toy.serde=zip", "no installed plugin provides the serde 'zip'"),
         ("engine_connector=none-such", "no installed plugin provides the engine connector"),
         ("backends.valkyrie.url=valkyrie://h", "pip install lmcache-backend-valkyrie"),
         ("backends.x.type=valkyrie", "pip install lmcache-backend-valkyrie"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,10 @@ def lmcache_serdes():
 @pytest.fixture
 def plugins(distribution: MakeDistribution) -> Plugins:
     distribution("lmcache-toys", TOYS)
-    # Not the built-in filesystem, because the toy is called toys; others as if they weren't there.
-    return Plugins(["filesystem", "redis", "kernels", "nixl"], environ={})
+    # Not the built-in filesystem, because the toy is called toys; what else is installed as if it
+    # weren't there.
+    others = {point.name for point in entry_points(group="lmcache.plugins")} - {"toys"}
+    return Plugins(["filesystem", *others], environ={})
 
 
 def load(plugins: Plugins, *assignments: str, **more: Any) -> Config:
