@@ -19,7 +19,7 @@ from prompts import expected_hits, overlapping
 pytestmark = pytest.mark.vllm
 
 HERE = Path(__file__).parent
-MANY, FEW = 80, 60
+MANY, FEW = 60, 40
 WAVE, MAX_TOKENS = 8, 8
 VERBATIM = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
 MODES = {

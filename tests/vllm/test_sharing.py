@@ -142,7 +142,7 @@ def test_lmcache_server(tiny: Path, tmp_path: Path, uncached: dict[int, list[int
                 pair, range(FRESH, 10), uncached, stored
             )  # it starts at the same time as the first request
             checked = subprocess.run(
-                [sys.executable, str(CHECK), pair[0].url, pair[1].url, "--words", "60"],
+                [sys.executable, str(CHECK), pair[0].url, pair[1].url, "--words", "200"],
                 stdout=subprocess.PIPE,
                 text=True,
                 check=False,
