@@ -1,0 +1,1 @@
+"""Keeps LMCache's chunks in InfiniStore. `plugin` is what lmcache-core finds."""

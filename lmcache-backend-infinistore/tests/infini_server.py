@@ -1,0 +1,154 @@
+"""An InfiniStore server that a test starts, kills and starts again; over TCP and an emulated NIC.
+
+Run as a program, it is the real server, but for what a test can't have: it doesn't lower its
+``oom_score_adj``, which needs privileges, and its management port is on loopback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from lmcache_backend_infinistore.config import InfinistoreConfig
+
+HERE = Path(__file__).parent
+DEVICE = "mlx5_1"
+PATIENCE_S = 60.0
+INSTALL = (
+    "pip install torch==2.13.0; pip install infinistore uvloop==0.21.0; "
+    "apt-get install gcc libibverbs1 libibverbs-dev"
+)
+
+
+def emulated_nic(folder: Path) -> Path:
+    """The stand-in, compiled.
+
+    Raises:
+        RuntimeError: that isn't possible here; says what to install.
+    """
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise RuntimeError(f"no C compiler for the emulated NIC: {INSTALL}")
+    made = folder / "libemu_ibverbs.so"
+    command = [compiler, "-O2", "-shared", "-fPIC", "-o", made, HERE / "emu_ibverbs.c", "-lpthread"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the emulated NIC doesn't compile: {INSTALL}\n{done.stderr}")
+    return made
+
+
+class Server:
+    """One server with a pool of ``gib`` GiB; stopped at the end of ``with``."""
+
+    def __init__(self, nic: Path, gib: int = 1) -> None:
+        self._nic = nic
+        self._gib = gib
+        self.port, self._manage_port = _free_port(), _free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed at the end of `with`
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+        self._log.close()
+
+    def start(self) -> None:
+        """Start it, empty, and wait until it answers."""
+        command = [sys.executable, __file__, "--host=127.0.0.1", f"--service-port={self.port}"]
+        command += [f"--manage-port={self._manage_port}", f"--prealloc-size={self._gib}"]
+        command += ["--link-type=IB", f"--dev-name={DEVICE}", "--log-level=warning"]
+        environment = {**os.environ, "LD_PRELOAD": str(self._nic)}
+        self._process = subprocess.Popen(
+            command, env=environment, stdout=self._log, stderr=subprocess.STDOUT
+        )
+        until = time.monotonic() + PATIENCE_S
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > until:
+                self.kill()
+                raise RuntimeError(f"no InfiniStore server runs here: {INSTALL}\n{self.printed()}")
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def stop(self) -> None:
+        """Let it hang: connections stay, nothing answers."""
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def purge(self) -> None:
+        """Forget all keys."""
+        self._manage("/purge", data=b"")
+
+    def chunks(self) -> int:
+        """How many keys it has, heads and pieces."""
+        count: int = self._manage("/kvmap_len")["len"]
+        return count
+
+    def config(self, **options: Any) -> InfinistoreConfig:
+        """How to reach it."""
+        return InfinistoreConfig(url=f"infinistore://127.0.0.1:{self.port}", **options)
+
+    def printed(self) -> str:
+        """The end of what it printed."""
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")[-2000:]
+
+    def _answers(self) -> bool:
+        try:
+            self.chunks()
+        except OSError:
+            return False
+        return True
+
+    def _signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def _manage(self, path: str, data: bytes | None = None) -> dict[str, Any]:
+        address = f"http://127.0.0.1:{self._manage_port}{path}"
+        with urllib.request.urlopen(address, data=data, timeout=5.0) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+def main() -> None:
+    import infinistore.server as server
+
+    configured = server.uvicorn.Config
+
+    def on_loopback(app: Any, host: str, **options: Any) -> Any:
+        return configured(app, host="127.0.0.1", log_level="warning", **options)
+
+    server.prevent_oom = lambda: None
+    server.uvicorn.Config = on_loopback
+    server.main()
+
+
+if __name__ == "__main__":
+    main()
