@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from lmcache_backend_infinistore.config import InfinistoreConfig
-from lmcache_backend_infinistore.layout import HEAD_BYTES, Head
+from lmcache_backend_infinistore.layout import BEGINNING, HEAD_BYTES, MARK, Head
 from lmcache_backend_infinistore.links import (
     Block,
     Link,
@@ -87,19 +87,20 @@ class InfinistoreBackend(BlockingBackend):
             return []
         names = self._names(keys)
         with _open(self._values).lend() as link:
-            link.probe()
-            heads = _heads(link, names)
+            beginnings = _Heads(len(keys))
             fitting = [
                 head if head is not None and head.nbytes <= buffer.nbytes else None
-                for head, buffer in zip(heads, into, strict=True)
+                for head, buffer in zip(beginnings.read(link, names), into, strict=True)
             ]
             complete = _moved(link.read, names, fitting, into)
             sizes = []
-            for name, head, there in zip(names, fitting, complete, strict=True):
+            for i, (name, head, there) in enumerate(zip(names, fitting, complete, strict=True)):
                 sizes.append(head.nbytes if head is not None and there else MISS)
-                if head is not None and not there:
-                    # A piece was evicted: without its head, the next store writes it anew.
-                    link.delete([name, *head.names(name)])
+                if head is not None and there:
+                    into[i][: head.inline] = beginnings.value(i)[: head.inline]
+                elif head is not None:
+                    # A piece was evicted: without its mark, the next store writes it anew.
+                    link.delete([name, Head.name(name), *head.names(name)])
             return sizes
 
     def store_blocking(
@@ -114,19 +115,19 @@ class InfinistoreBackend(BlockingBackend):
                 for name, source in zip(names, sources, strict=True)
             ]
             written = _moved(link.write, names, heads, sources)
-            packed = [head.pack() if head is not None else b"" for head in heads]
-            # Last: a reader that sees a head finds all pieces.
-            ready = [i for i, head in enumerate(heads) if head is not None and written[i]]
-            stored = dict(zip(ready, _write_heads(link, names, packed, ready), strict=True))
+            # In this order: a reader that sees a mark finds the head, and then all pieces.
+            ready = [head if done else None for head, done in zip(heads, written, strict=True)]
+            headed = _Heads(len(keys)).write(link, names, ready, sources)
+            stored = _marked(link, names, headed)
             outcomes = []
-            for i, (name, head) in enumerate(zip(names, heads, strict=True)):
+            for name, head, there in zip(names, heads, stored, strict=True):
                 if head is None:
                     outcomes.append(StoreOutcome.ALREADY_PRESENT)
-                elif stored.get(i, False):
+                elif there:
                     outcomes.append(StoreOutcome.STORED)
                 else:
                     outcomes.append(StoreOutcome.NOT_ADMITTED)
-                    link.delete(head.names(name))
+                    link.delete([Head.name(name), *head.names(name)])
             return outcomes
 
     async def count_leading_hits(self, keys: Sequence[ChunkKey]) -> int:
@@ -165,13 +166,11 @@ class InfinistoreBackend(BlockingBackend):
             return 0
         names = self._names(keys)
         with _open(self._values).lend() as link:
-            link.probe()
+            heads = _Heads(len(names)).read(link, names)
             count = 0
-            for name, head in zip(names, _heads(link, names), strict=True):
-                if link.delete([name]):
-                    count += 1
-                if head is not None:
-                    link.delete(head.names(name))
+            for name, head in zip(names, heads, strict=True):
+                count += link.delete([name])
+                link.delete([Head.name(name), *(head.names(name) if head is not None else [])])
             return count
 
     def _names(self, keys: Sequence[ChunkKey]) -> list[str]:
@@ -184,26 +183,60 @@ def _open(links: Links | None) -> Links:
     return links
 
 
-def _heads(link: Link, names: Sequence[str]) -> list[Head | None]:
-    """What is stored under ``names``; ``None`` for what isn't."""
-    room = (ctypes.c_char * (HEAD_BYTES * len(names)))()
-    start = ctypes.addressof(room)
-    blocks = [Block(name, start + i * HEAD_BYTES, HEAD_BYTES) for i, name in enumerate(names)]
-    found, data = link.read(blocks), room.raw
-    return [
-        Head.unpack(data[i * HEAD_BYTES : (i + 1) * HEAD_BYTES]) if there else None
-        for i, there in enumerate(found)
-    ]
+class _Heads:
+    """Memory for the heads of ``count`` values."""
+
+    def __init__(self, count: int) -> None:
+        memory = bytearray(count * HEAD_BYTES)
+        self._view = memoryview(memory)
+        self._start = ctypes.addressof(ctypes.c_char.from_buffer(memory)) if count else 0
+
+    def read(self, link: Link, names: Sequence[str]) -> list[Head | None]:
+        """What is stored under ``names``; ``None`` for what isn't."""
+        marked = [i for i, name in enumerate(names) if link.exists(name)]
+        found = link.read([self._block(i, names[i]) for i in marked])
+        heads: list[Head | None] = [None] * len(names)
+        for i, there in zip(marked, found, strict=True):
+            heads[i] = Head.unpack(self._of(i)) if there else None
+            if heads[i] is None:
+                link.delete([names[i]])  # the head was evicted before its mark
+        return heads
+
+    def write(
+        self,
+        link: Link,
+        names: Sequence[str],
+        heads: Sequence[Head | None],
+        sources: Sequence[memoryview],
+    ) -> list[bool]:
+        """Store the heads that there are; say for each position if it is stored."""
+        blocks = {}
+        for i, (name, head, source) in enumerate(zip(names, heads, sources, strict=True)):
+            if head is not None:
+                self._of(i)[:BEGINNING] = head.pack()
+                self.value(i)[: head.inline] = source[: head.inline]
+                blocks[i] = self._block(i, name)
+        stored = dict(zip(blocks, link.write(list(blocks.values())), strict=True))
+        return [stored.get(i, False) for i in range(len(heads))]
+
+    def value(self, i: int) -> memoryview:
+        """The beginning of value ``i``, and what room there is behind it."""
+        return self._of(i)[BEGINNING:]
+
+    def _of(self, i: int) -> memoryview:
+        return self._view[i * HEAD_BYTES : (i + 1) * HEAD_BYTES]
+
+    def _block(self, i: int, name: str) -> Block:
+        return Block(Head.name(name), self._start + i * HEAD_BYTES, HEAD_BYTES)
 
 
-def _write_heads(
-    link: Link, names: Sequence[str], packed: Sequence[bytes], which: Sequence[int]
-) -> list[bool]:
-    room = ctypes.create_string_buffer(b"".join(packed[i] for i in which))
-    start = ctypes.addressof(room)
-    return link.write(
-        [Block(names[i], start + at * HEAD_BYTES, HEAD_BYTES) for at, i in enumerate(which)]
-    )
+def _marked(link: Link, names: Sequence[str], complete: Sequence[bool]) -> list[bool]:
+    """Mark the values that are complete; say for each position if it is marked."""
+    mark = ctypes.create_string_buffer(MARK)
+    which = [i for i, done in enumerate(complete) if done]
+    blocks = [Block(names[i], ctypes.addressof(mark), len(MARK)) for i in which]
+    marked = dict(zip(which, link.write(blocks), strict=True))
+    return [marked.get(i, False) for i in range(len(names))]
 
 
 def _moved(

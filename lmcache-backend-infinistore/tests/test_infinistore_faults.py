@@ -1,0 +1,346 @@
+"""What goes wrong with InfiniStore costs misses, whatever its client does about it.
+
+Over TCP and over an emulated NIC; the backend lives in a process of its own, as it does by default.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from infini_server import DEVICE, Server, emulated_nic
+
+from lmcache_backend_infinistore.layout import Head
+from lmcache_core.errors import BackendRejected, BackendUnavailable
+from lmcache_core.host_memory import allocate_region
+from lmcache_core.isolation.backend import IsolatedBackend
+from lmcache_core.keys import CacheNamespace
+from lmcache_core.metrics import Counters
+from lmcache_core.storage import MISS, BackendContext, HostRegion, StoreOutcome
+from lmcache_core.testing.loop import Loop
+from lmcache_core.testing.storage import LAYOUT, buffers, keys, value, views
+
+MIB = 1 << 20
+NAMESPACE = CacheNamespace(model="faults", layout=LAYOUT)
+DEADLINE_S = 1.0
+NO_HANG_S = 30.0
+SIZE = 5 * MIB + 7
+"""Several pieces, and a length that they don't divide."""
+OVER = {
+    "TCP": {"connection_type": "TCP"},
+    "emulated NIC": {"connection_type": "RDMA", "device": DEVICE},
+}
+
+
+@pytest.fixture(scope="module")
+def nic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return emulated_nic(tmp_path_factory.mktemp("nic"))
+
+
+@pytest.fixture(scope="module")
+def running(nic: Path) -> Iterator[Server]:
+    with Server(nic) as one:
+        yield one
+
+
+@pytest.fixture
+def server(running: Server, nic: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
+    monkeypatch.setenv("LD_PRELOAD", str(nic))  # for backends, which are processes of their own
+    running.kill()
+    running.start()
+    return running
+
+
+@pytest.fixture(params=list(OVER))
+def options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return OVER[request.param]
+
+
+@pytest.fixture
+def run() -> Iterator[Loop]:
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+class Opened:
+    """An open backend, and what is counted about it."""
+
+    def __init__(
+        self,
+        run: Loop,
+        server: Server,
+        region: HostRegion | None,
+        options: Any,
+        kind: str = "infinistore",
+    ) -> None:
+        self._run = run
+        self._counters = Counters()
+        self.backend = IsolatedBackend(
+            kind,
+            server.config(**options),
+            where="backends.far",
+            deadline_s=DEADLINE_S,
+            counters=self._counters,
+        )
+        run(self.backend.open(BackendContext("far", NAMESPACE, region, 64 * MIB)))
+
+    def store(self, *values: bytearray | memoryview) -> list[StoreOutcome]:
+        sources = [memoryview(one) for one in values]
+        return self._run(self.backend.store(keys(len(values)), sources))
+
+    def load(self, count: int = 1) -> list[bytes | None]:
+        """Each value; ``None`` for a miss."""
+        room = buffers(count, SIZE)
+        sizes = self._run(self.backend.load(keys(count), views(room)))
+        return [
+            None if size == MISS else bytes(one[:size])
+            for size, one in zip(sizes, room, strict=True)
+        ]
+
+    def contains(self, count: int = 1) -> list[bool]:
+        return self._run(self.backend.contains(keys(count)))
+
+    def restarts(self) -> float:
+        found = self._counters.snapshot()
+        return sum(n for (name, _), n in found.items() if name == "isolated_restarts")
+
+    def fails(self, call: Callable[[], Any]) -> None:
+        """``call`` raises what core makes a miss of, and soon."""
+        began = time.monotonic()
+        with pytest.raises(BackendUnavailable):
+            call()
+        assert time.monotonic() - began < NO_HANG_S
+
+    async def answers(self) -> bool:
+        try:
+            await self.backend.contains(keys(1))
+        except BackendUnavailable:
+            return False
+        return True
+
+    def works(self) -> None:
+        """After some time, it stores and loads again."""
+
+        async def awaited() -> None:
+            until = time.monotonic() + NO_HANG_S
+            while not await self.answers():
+                assert time.monotonic() < until
+                await asyncio.sleep(0.1)
+
+        self._run(awaited())
+        assert self.store(value(3, SIZE)) != [StoreOutcome.NOT_ADMITTED]
+        assert self.load() == [bytes(value(3, SIZE))]
+
+
+@pytest.fixture
+def opened(run: Loop, server: Server, options: dict[str, Any]) -> Iterator[Callable[..., Opened]]:
+    made: list[Opened] = []
+
+    def one(region: HostRegion | None = None, **more: Any) -> Opened:
+        made.append(Opened(run, server, region, {**options, **more}))
+        return made[-1]
+
+    yield one
+    for each in made:
+        run(each.backend.close())
+
+
+def forget(server: Server, *names: str) -> int:
+    """Take keys away, as an eviction does; from another connection."""
+    import infinistore
+
+    config = infinistore.ClientConfig(
+        host_addr="127.0.0.1", service_port=server.port, connection_type=infinistore.TYPE_TCP
+    )
+    client = infinistore.InfinityConnection(config)
+    client.connect()
+    count: int = client.delete_keys(list(names))
+    client.close()
+    return count
+
+
+def test_values_in_host_memory_are_moved_in_place(run: Loop, opened: Callable[..., Opened]) -> None:
+    region = allocate_region(32 * MIB, shared=True).region
+    one = opened(region)
+    source, target = region.view[4096 : 4096 + SIZE], region.view[16 * MIB : 16 * MIB + SIZE + 9]
+    source[:] = value(5, SIZE)
+    target[:] = b"\xee" * target.nbytes
+    assert one.store(source) == [StoreOutcome.STORED]
+    assert run(one.backend.load(keys(1), [target])) == [SIZE]
+    assert target[:SIZE] == source
+    assert target[SIZE:] == b"\xee" * 9
+    region.view[: 16 * MIB] = bytes(16 * MIB)
+
+
+def test_a_server_that_dies_costs_misses(server: Server, opened: Callable[..., Opened]) -> None:
+    one = opened()
+    one.store(value(3, SIZE))
+    server.kill()
+    one.fails(one.load)
+    one.fails(one.contains)
+    one.fails(lambda: one.store(value(3, SIZE)))
+    server.start()
+    one.works()
+    assert one.restarts() == 0  # noticed before a call that would have crashed or hung
+
+
+def test_a_server_killed_in_the_middle(
+    run: Loop, server: Server, opened: Callable[..., Opened]
+) -> None:
+    one = opened()
+    one.store(*[value(i, SIZE) for i in range(4)])
+
+    async def loads_while_it_dies() -> None:
+        room = buffers(4, SIZE)
+
+        async def load_on() -> None:
+            while True:
+                await one.backend.load(keys(4), views(room))
+
+        loading = asyncio.ensure_future(load_on())
+        await asyncio.sleep(0.2)
+        server.kill()
+        with pytest.raises(BackendUnavailable):
+            await asyncio.wait_for(loading, NO_HANG_S)
+
+    run(loads_while_it_dies())
+    server.start()
+    one.works()
+
+
+def test_a_server_that_hangs(server: Server, opened: Callable[..., Opened]) -> None:
+    one = opened()
+    one.store(value(3, SIZE))
+    server.stop()
+    one.fails(one.load)
+    assert one.restarts() == 1
+    server.go_on()
+    one.works()
+
+
+def test_a_server_that_restarts_empty(
+    run: Loop, server: Server, opened: Callable[..., Opened]
+) -> None:
+    one = opened()
+    one.store(value(3, SIZE))
+    server.kill()
+    server.start()
+    run(one.answers())  # the old connection may fail; then there is a new one
+    assert one.contains() == [False]
+    with contextlib.suppress(BackendUnavailable):
+        assert one.load() == [None]
+    one.works()
+    assert one.restarts() == 0
+
+
+def test_nobody_answers_at_the_start(server: Server, opened: Callable[..., Opened]) -> None:
+    server.kill()
+    with pytest.raises(BackendUnavailable, match=r"can't be reached: .*refused"):
+        opened()
+
+
+def test_a_piece_that_was_evicted_makes_a_miss(
+    server: Server, opened: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = opened()
+    one.store(value(3, SIZE), value(4, SIZE))
+    name = f"lmcache:1:{NAMESPACE.fingerprint}:{keys(1)[0].hex()}"
+    nonce = nonce_of(server, name)
+    assert forget(server, f"{name}:{nonce}:1") == 1
+    before = server.chunks()
+    assert one.load(2) == [None, bytes(value(4, SIZE))]
+    # The rest of it is gone, so that the next store doesn't take it for present.
+    mark_and_head = 2
+    assert server.chunks() == before - mark_and_head - (Head.of(SIZE, 2 * MIB).pieces - 1)
+    assert one.contains() == [False]
+    assert one.store(value(5, SIZE)) == [StoreOutcome.STORED]
+    assert one.load() == [bytes(value(5, SIZE))]
+    assert one.restarts() == 0
+
+
+def nonce_of(server: Server, name: str) -> str:
+    import infinistore
+
+    config = infinistore.ClientConfig(
+        host_addr="127.0.0.1", service_port=server.port, connection_type=infinistore.TYPE_TCP
+    )
+    client = infinistore.InfinityConnection(config)
+    client.connect()
+    head = Head.unpack(memoryview(client.tcp_read_cache(Head.name(name))))
+    client.close()
+    assert head is not None
+    return head.nonce.hex()
+
+
+EVICTING = """
+from dataclasses import replace
+from lmcache_backend_infinistore import links, plugin
+from lmcache_core.hookspecs import hookimpl
+
+class Evicting(links.TcpLink):
+    def exists(self, name):
+        there = super().exists(name)
+        if there and name.endswith(":1"):
+            self.delete([name])
+        return there
+
+def create(config):
+    from lmcache_backend_infinistore import backend
+    backend.TcpLink = Evicting
+    return backend.InfinistoreBackend(config)
+
+@hookimpl
+def lmcache_storage_backends():
+    (one,) = plugin.lmcache_storage_backends()
+    return [replace(one, name="evicting", create=create, url_schemes=(), extra_config_keys={})]
+"""
+
+
+def test_a_key_evicted_between_check_and_read(
+    server: Server, run: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client waits for ever for what isn't there; its process is replaced."""
+    facts = tmp_path / "evicting-1.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: evicting\nVersion: 1\n")
+    (facts / "entry_points.txt").write_text("[lmcache.plugins]\nevicting = evicting\n")
+    (tmp_path / "evicting.py").write_text(EVICTING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    one = Opened(run, server, None, OVER["TCP"], kind="evicting")
+    one.store(value(3, SIZE))
+    one.fails(one.load)
+    run(one.backend.close())
+    assert one.restarts() == 1
+
+
+def test_a_full_pool(server: Server, opened: Callable[..., Opened]) -> None:
+    """It evicts; and what is larger than the whole pool isn't admitted."""
+    one = opened()
+    large = allocate_region(64 * MIB, shared=True).region.view
+    outcomes = []
+    for round_ in range(24):
+        ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(large)), round_, large.nbytes)
+        names = keys(1, seed=100 + round_)
+        outcomes += one._run(one.backend.store(names, [large]))
+    assert StoreOutcome.STORED in outcomes[16:]
+    assert one.contains() == [False]
+    one.works()
+    assert one.restarts() == 0
+
+
+def test_a_device_that_isnt_there(server: Server, run: Loop) -> None:
+    with pytest.raises(BackendRejected, match=r"no RDMA device 'mlx5_7'; it has mlx5_1"):
+        Opened(run, server, None, {"device": "mlx5_7"})
+
+
+def test_a_machine_without_rdma(server: Server, run: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LD_PRELOAD")
+    with pytest.raises(BackendRejected, match=r"no RDMA device .*connection_type: TCP"):
+        Opened(run, server, None, {})
