@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_link import FaultyLink
+from faulty_link import FaultyLink, Traffic
 from redis_servers import Server, cluster, free_port, replicated, running, until
 
 from lmcache_backend_redis import backend as backend_module
@@ -571,39 +571,19 @@ def test_random_faults(run: Loop, server: Server) -> None:
     tier.opened(backend, backend.capabilities)
     many = keys(40)
     contents = {key: value(i, chance.choice([100, PIECE, LONG])) for i, key in enumerate(many)}
-    seen = {"hits": 0, "wrong": 0, "late": 0, "done": 0, "kills and hangs": 0}
+    traffic = Traffic(tier, contents, chance, DEADLINE_S + SLACK_S)
+    seen = traffic.seen
+    harmed = 0
 
-    async def work() -> None:
-        while link.faults < FAULTS:
-            seen["done"] += 1
-            batch = chance.sample(many, chance.randint(1, 4))
-            start = time.monotonic()
-            kind = chance.choice(["load", "load", "store", "contains", "delete"])
-            unsettled = None
-            if kind == "load":
-                targets = buffers(len(batch), LONG)
-                answer = await tier.load(batch, views(targets))
-                unsettled = answer.unsettled
-                for key, size, target in zip(batch, answer.sizes, targets, strict=True):
-                    seen["hits"] += size != MISS
-                    seen["wrong"] += size != MISS and target[:size] != contents[key]
-            elif kind == "store":
-                stored = await tier.store(batch, views([contents[key] for key in batch]))
-                unsettled = stored.unsettled
-            elif kind == "contains":
-                await tier.contains(batch, leading=False)
-            else:
-                await tier.delete(batch)
-            seen["late"] += time.monotonic() - start > DEADLINE_S + SLACK_S
-            if unsettled is not None:
-                await asyncio.wait([unsettled])
-            await asyncio.sleep(0.001)
+    def going_on() -> bool:
+        return link.faults < FAULTS
 
     async def harm() -> None:
+        nonlocal harmed
         loop = asyncio.get_running_loop()
-        while link.faults < FAULTS:
+        while going_on():
             await asyncio.sleep(chance.uniform(0.2, 1.5))
-            seen["kills and hangs"] += 1
+            harmed += 1
             if chance.random() < 0.5:
                 server.pause()
                 await asyncio.sleep(chance.uniform(0.05, 0.6))
@@ -615,7 +595,7 @@ def test_random_faults(run: Loop, server: Server) -> None:
 
     async def together() -> None:
         await asyncio.wait_for(
-            asyncio.gather(harm(), *(work() for _ in range(6))), 600 + FAULTS / 5
+            asyncio.gather(harm(), *(traffic.flow(going_on) for _ in range(6))), 600 + FAULTS / 5
         )
 
     run._loop.run_until_complete(together())
@@ -625,7 +605,7 @@ def test_random_faults(run: Loop, server: Server) -> None:
     left = [t.name for t in threading.enumerate() if t not in before and t.is_alive()]
     assert (seen["wrong"], seen["late"], left) == (0, 0, [])
     assert seen["hits"]
-    print(seen, "faults of the link:", link.faults)
+    print(seen, "faults of the link:", link.faults, "kills and hangs:", harmed)
 
 
 def _open_somehow(run: Loop, backend: RedisBackend) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
-from faulty_link import FaultyLink
+from faulty_link import FaultyLink, Traffic
 from lm_server import RunningServer
 
 from lmcache_core.builtin.raw import RawSerde
@@ -25,9 +25,9 @@ from lmcache_core.keys import CacheNamespace
 from lmcache_core.lm.backend import LmBackend
 from lmcache_core.lm.config import LmConfig
 from lmcache_core.metrics import Counters
-from lmcache_core.storage import MISS, BackendContext
+from lmcache_core.storage import BackendContext
 from lmcache_core.testing.loop import Loop
-from lmcache_core.testing.storage import LAYOUT, buffers, keys, value, views
+from lmcache_core.testing.storage import LAYOUT, keys, value
 from lmcache_core.tier import Tier
 
 FAULTS = int(os.environ.get("LM_FAULTS", "200"))
@@ -68,44 +68,23 @@ def test_random_faults(run: Loop) -> None:
     tier.opened(backend, backend.capabilities)
     many = keys(40)
     contents = {key: value(i, chance.choice([100, 65536, LONG])) for i, key in enumerate(many)}
-    seen = {"hits": 0, "wrong": 0, "late": 0, "done": 0, "kills and hangs": 0}
+    traffic = Traffic(tier, contents, chance, DEADLINE_S + SLACK_S)
+    seen = traffic.seen
+    harmed = 0
 
-    async def work() -> None:
-        while link.faults < FAULTS:
-            seen["done"] += 1
-            batch = chance.sample(many, chance.randint(1, 4))
-            start = time.monotonic()
-            kind = chance.choice(["load", "load", "store", "contains", "delete"])
-            unsettled = None
-            if kind == "load":
-                targets = buffers(len(batch), LONG)
-                answer = await tier.load(batch, views(targets))
-                unsettled = answer.unsettled
-                for key, size, target in zip(batch, answer.sizes, targets, strict=True):
-                    seen["hits"] += size != MISS
-                    seen["wrong"] += size != MISS and target[:size] != contents[key]
-            elif kind == "store":
-                stored = await tier.store(batch, views([contents[key] for key in batch]))
-                unsettled = stored.unsettled
-            elif kind == "contains":
-                await tier.contains(batch, leading=False)
-            else:
-                await tier.delete(batch)
-            seen["late"] += time.monotonic() - start > DEADLINE_S + SLACK_S
-            if unsettled is not None:
-                await asyncio.wait([unsettled])
-            await asyncio.sleep(0.001)
+    def going_on() -> bool:
+        return link.faults < FAULTS
 
     def restart() -> RunningServer:
         server.kill()
         return RunningServer(*OPTIONS, port=port)
 
     async def harm() -> None:
-        nonlocal server
+        nonlocal server, harmed
         loop = asyncio.get_running_loop()
-        while link.faults < FAULTS:
+        while going_on():
             await asyncio.sleep(chance.uniform(0.2, 1.5))
-            seen["kills and hangs"] += 1
+            harmed += 1
             if chance.random() < 0.5:
                 server.process.send_signal(signal.SIGSTOP)
                 await asyncio.sleep(chance.uniform(0.05, 0.6))
@@ -115,7 +94,7 @@ def test_random_faults(run: Loop) -> None:
 
     async def together() -> None:
         await asyncio.wait_for(
-            asyncio.gather(harm(), *(work() for _ in range(6))), 600 + FAULTS / 5
+            asyncio.gather(harm(), *(traffic.flow(going_on) for _ in range(6))), 600 + FAULTS / 5
         )
 
     try:
@@ -128,4 +107,4 @@ def test_random_faults(run: Loop) -> None:
     left = [t.name for t in threading.enumerate() if t not in before and t.is_alive()]
     assert (seen["wrong"], seen["late"], left) == (0, 0, [])
     assert seen["hits"]
-    print(seen, "faults of the link:", link.faults)
+    print(seen, "faults of the link:", link.faults, "kills and hangs:", harmed)

@@ -1,11 +1,19 @@
-"""A network that fails: for tests of clients, whatever they speak."""
+"""A network that fails, and traffic over it: for tests of clients, whatever they speak."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 import socket
 import threading
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+
+from lmcache_core.keys import ChunkKey
+from lmcache_core.storage import MISS
+from lmcache_core.testing.storage import buffers, views
+from lmcache_core.tier import Tier
 
 
 class FaultyLink:
@@ -84,3 +92,49 @@ class FaultyLink:
 def _shut(one: socket.socket) -> None:
     with suppress(OSError):
         one.shutdown(socket.SHUT_RDWR)
+
+
+class Traffic:
+    """Random calls to a tier whose values are known. `seen` says what came of them."""
+
+    def __init__(
+        self,
+        tier: Tier,
+        contents: Mapping[ChunkKey, bytes],
+        chance: random.Random,
+        late_after_s: float,
+    ) -> None:
+        self.seen = {"hits": 0, "wrong": 0, "late": 0, "done": 0}
+        self._tier = tier
+        self._contents = contents
+        self._chance = chance
+        self._late_after_s = late_after_s
+        self._longest = max(map(len, contents.values()))
+
+    async def flow(self, going_on: Callable[[], bool]) -> None:
+        """One call after the other."""
+        chance, tier, seen = self._chance, self._tier, self.seen
+        while going_on():
+            seen["done"] += 1
+            batch = chance.sample(list(self._contents), chance.randint(1, 4))
+            start = time.monotonic()
+            kind = chance.choice(["load", "load", "store", "contains", "delete"])
+            unsettled = None
+            if kind == "load":
+                targets = buffers(len(batch), self._longest)
+                answer = await tier.load(batch, views(targets))
+                unsettled = answer.unsettled
+                for key, size, target in zip(batch, answer.sizes, targets, strict=True):
+                    seen["hits"] += size != MISS
+                    seen["wrong"] += size != MISS and target[:size] != self._contents[key]
+            elif kind == "store":
+                stored = await tier.store(batch, views([self._contents[key] for key in batch]))
+                unsettled = stored.unsettled
+            elif kind == "contains":
+                await tier.contains(batch, leading=False)
+            else:
+                await tier.delete(batch)
+            seen["late"] += time.monotonic() - start > self._late_after_s
+            if unsettled is not None:
+                await asyncio.wait([unsettled])
+            await asyncio.sleep(0.001)
