@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import unsafe_backend
 
 from lmcache_core.builtin.filesystem import FilesystemConfig
 from lmcache_core.builtin.memory import MemoryConfig
@@ -41,120 +42,7 @@ from lmcache_core.tiers import Tiers
 LONG_S = 60.0
 MIB = 1 << 20
 NAMESPACE = CacheNamespace(model="isolated", layout=LAYOUT)
-
-BAD = """
-import asyncio, ctypes, fcntl, os, sys, threading, time
-from pathlib import Path
-from pydantic import BaseModel, ConfigDict
-from lmcache_core.errors import BackendRejected, BackendUnavailable, ConfigError
-from lmcache_core.hookspecs import hookimpl
-from lmcache_core.storage import (
-    MISS, BackendCapabilities, BlockingBackend, StorageBackend, StorageBackendDescriptor,
-    StoreOutcome,
-)
-
-class Options(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    path: Path
-    mode: str = ""
-
-def crash():
-    ctypes.string_at(0)
-
-def create(options):
-    if options.mode == "import":
-        import lmcache_no_such_client
-    if options.mode == "create":
-        raise ConfigError("`path` is on the moon")
-    if options.mode == "crash in create":
-        crash()
-    if options.mode == "loop":
-        return Blocked(options)
-    return Bad(options)
-
-class Bad(BlockingBackend):
-    '''Files in a folder, through a client that counts its calls over all processes.'''
-    capabilities = BackendCapabilities(shared=True, persistent=True, max_concurrency=2)
-    def __init__(self, options):
-        self.options = options
-        self.leak = []
-    def client(self, what):
-        with open(self.options.path / "calls", "a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(".")
-            file.flush()
-            number = os.path.getsize(self.options.path / "calls")
-        if self.options.mode == "all" and what in ("load", "store"):
-            self.leak.append(bytearray(os.urandom(4096) * 128))
-            if number == 100:
-                crash()
-            if number == 200:
-                time.sleep(3600)
-        if self.options.mode == what:
-            print("the client says goodbye", file=sys.stderr)
-            crash()
-        if self.options.mode == f"hang in {what}":
-            time.sleep(3600)
-        if self.options.mode == f"exit in {what}":
-            os._exit(3)
-    def place(self, key):
-        return self.options.path / key.hex()
-    def open_blocking(self, context):
-        if self.options.mode == "rejected":
-            raise BackendRejected("the password is wrong")
-        if self.options.mode == "value error":
-            raise ValueError("boom")
-        if self.options.mode == "die once in open" and not (self.options.path / "died").exists():
-            (self.options.path / "died").touch()
-            crash()
-        if self.options.mode == "die in later opens":
-            if (self.options.path / "opened").exists():
-                raise BackendUnavailable("the master is gone")
-            (self.options.path / "opened").touch()
-    def contains_blocking(self, keys):
-        if self.options.mode == "torch":
-            return ["torch" in sys.modules for _ in keys]
-        if self.options.mode == "nonsense":
-            return [object()]
-        self.client("contains")
-        return [self.place(key).exists() for key in keys]
-    def load_blocking(self, keys, into):
-        self.client("load")
-        sizes = []
-        for key, buffer in zip(keys, into):
-            found = self.place(key).read_bytes() if self.place(key).exists() else None
-            if found is None or len(found) > len(buffer):
-                sizes.append(MISS)
-            else:
-                buffer[:len(found)] = found
-                sizes.append(len(found))
-        return sizes
-    def store_blocking(self, keys, sources):
-        if self.options.mode == "nonsense":
-            return [7]
-        self.client("store")
-        for key, source in zip(keys, sources):
-            temporary = self.place(key).with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-            temporary.write_bytes(source)
-            temporary.rename(self.place(key))
-        return [StoreOutcome.STORED for _ in keys]
-
-class Blocked(StorageBackend):
-    '''Blocks its event loop.'''
-    capabilities = BackendCapabilities(shared=True, persistent=True)
-    def __init__(self, options): pass
-    async def open(self, context): pass
-    async def contains(self, keys): time.sleep(3600)
-    async def load(self, keys, into): time.sleep(3600)
-    async def store(self, keys, sources): time.sleep(3600)
-    async def close(self): pass
-
-@hookimpl
-def lmcache_storage_backends():
-    return [StorageBackendDescriptor(
-        name="bad", summary="", config=Options, create=create, isolated=True
-    )]
-"""
+BAD = Path(unsafe_backend.__file__).read_text()
 
 
 @pytest.fixture
@@ -223,9 +111,10 @@ def is_dead(pid: int) -> bool:
 
 
 def test_a_client_that_crashes_hangs_and_leaks_costs_misses_only(
-    run: Loop, options: Callable[..., Any]
+    run: Loop, options: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its 100th call is a segmentation fault, its 200th never returns, each takes half a MiB."""
+    """Its 100th call is a segmentation fault, its 200th never returns, each takes 128 KiB."""
+    monkeypatch.setattr(isolated_backend, "LONGEST_DELAY_S", 0.5)
     counters = Counters()
     backend = IsolatedBackend(
         "bad",
@@ -748,3 +637,37 @@ def test_a_cache_over_an_isolated_tier(tmp_path: Path) -> None:
             loop.run(until(lambda child=first: child.gone.done() and runs(backend)), LONG_S)
         assert backend._scratch is not None
         assert not any(backend._scratch.region.view[: 64 * PAGE_BYTES])
+
+
+def test_a_cache_serves_a_thousand_requests_around_a_bad_client(
+    options: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the public API: what is loaded is what was stored, or nothing."""
+    monkeypatch.setattr(isolated_backend, "LONGEST_DELAY_S", 0.5)
+    settings = ["chunk_size=16", "local_cpu=false", "max_local_cpu_size=0.01"]
+    settings += [f"backends.bad.path={options().path}", "backends.bad.mode=all"]
+    settings += ["backends.bad.deadline_s=2", "backends.bad.isolated_memory_gib=0.1"]
+    plugins = Plugins(environ={})
+    config = load_config(plugins, environ={}, assignments=settings)
+    layout = KVLayout(16, (full_attention(layers=2, heads=1, head_size=64, dtype=DType.BF16),))
+    hits = 0
+    with Cache.open(model="m", layout=layout, config=config, plugins=plugins) as cache:
+        assert cache._tiers is not None
+        assert cache._loop is not None
+        backend = cache._tiers.tiers[0].backend
+        assert isinstance(backend, IsolatedBackend)
+        for number in range(1000):
+            tokens, kv = range(number, number + 16), os.urandom(layout.chunk_bytes())
+            loaded = bytearray(len(kv))
+            cache.store(tokens, bytearray(kv))
+            assert cache.flush(LONG_S)
+            if cache.load(tokens, loaded) == 16:
+                assert loaded == kv
+                hits += 1
+            else:  # or the rest would all be asked while there is no process
+                cache._loop.run(until(lambda: runs(backend)), LONG_S)
+        counted = cache.counters.snapshot()
+    for reason in ("died", "hung", "memory"):
+        series = ("isolated_restarts", (("backend", "bad"), ("reason", reason)))
+        assert counted.get(series, 0) >= 1, reason
+    assert hits >= 950
