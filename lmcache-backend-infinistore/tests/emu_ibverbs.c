@@ -13,7 +13,9 @@
 
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <infiniband/verbs.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -58,7 +60,6 @@ struct rwr {
 struct swr {
     struct ibv_send_wr wr;
     struct ibv_sge sge;
-    void *inl;
     struct swr *next;
 };
 
@@ -131,15 +132,12 @@ static void fire(struct ecq *q) {
     }
 }
 
-// as a real CQ: a completion that is already there does not fire when armed
+// As a real CQ: a completion that is already there doesn't fire, only the next one.
 static int e_notify(struct ibv_cq *c, int solicited) {
     struct ecq *q = (void *)c;
     (void)solicited;
     pthread_mutex_lock(&q->m);
-    if (q->n)
-        fire(q);
-    else
-        q->armed = 1;
+    q->armed = 1;
     pthread_mutex_unlock(&q->m);
     return 0;
 }
@@ -208,13 +206,19 @@ static int vm(int wr, pid_t pid, void *l, void *r, size_t n) {
     return 0;
 }
 
+// Whether the peer still has its end: its process number may be another one's by now.
+static int there(struct eqp *q) {
+    struct pollfd p = {.fd = q->out};
+    return q->out >= 0 && poll(&p, 1, 0) >= 0 && !(p.revents & (POLLHUP | POLLERR));
+}
+
 static void *worker(void *p) {
     struct eqp *q = p;
     for (;;) {
         pthread_mutex_lock(&q->m);
         while (!q->sh && !q->stop)
             pthread_cond_wait(&q->cv_s, &q->m);
-        if (!q->sh && q->stop) {
+        if (q->stop) { // what is left is flushed: the peer may have other plans with its memory
             pthread_mutex_unlock(&q->m);
             return 0;
         }
@@ -245,13 +249,15 @@ static void *worker(void *p) {
         }
         case IBV_WR_RDMA_READ:
             w.opcode = IBV_WC_RDMA_READ;
-            rc = vm(0, q->peer, (void *)s->sge.addr, (void *)s->wr.wr.rdma.remote_addr,
-                    s->sge.length);
+            rc = there(q) ? vm(0, q->peer, (void *)s->sge.addr,
+                               (void *)s->wr.wr.rdma.remote_addr, s->sge.length)
+                          : -1;
             break;
         case IBV_WR_RDMA_WRITE:
             w.opcode = IBV_WC_RDMA_WRITE;
-            rc = vm(1, q->peer, (void *)s->sge.addr, (void *)s->wr.wr.rdma.remote_addr,
-                    s->sge.length);
+            rc = there(q) ? vm(1, q->peer, (void *)s->sge.addr,
+                               (void *)s->wr.wr.rdma.remote_addr, s->sge.length)
+                          : -1;
             break;
         default:
             rc = -1;
@@ -268,8 +274,12 @@ static void *worker(void *p) {
 
 static void *acceptor(void *p) {
     struct eqp *q = p;
-    q->in = accept(q->lfd, 0, 0);
-    if (q->in < 0)
+    int in = accept4(q->lfd, 0, 0, SOCK_CLOEXEC);
+    pthread_mutex_lock(&q->m);
+    q->in = in;
+    int stop = q->stop; // if it came after accept, q->in wasn't shut down
+    pthread_mutex_unlock(&q->m);
+    if (in < 0 || stop)
         return 0;
     for (;;) {
         struct hdr h;
@@ -297,11 +307,13 @@ static void *acceptor(void *p) {
         if (h.len > r->len) {
             w.status = IBV_WC_LOC_LEN_ERR;
             push(q->qp.recv_cq, w);
+            free(r);
             return 0;
         }
-        if (h.len && rd_all(q->in, r->addr, h.len))
-            return 0;
+        int rc = h.len ? rd_all(q->in, r->addr, h.len) : 0;
         free(r);
+        if (rc)
+            return 0;
         push(q->qp.recv_cq, w);
     }
 }
@@ -423,7 +435,7 @@ int ibv_dereg_mr(struct ibv_mr *m) {
 
 struct ibv_comp_channel *ibv_create_comp_channel(struct ibv_context *c) {
     int p[2];
-    if (pipe(p))
+    if (pipe2(p, O_CLOEXEC))
         return 0;
     struct echan *e = calloc(1, sizeof *e);
     e->ch.context = c;
@@ -538,12 +550,12 @@ int ibv_modify_qp(struct ibv_qp *qp, struct ibv_qp_attr *a, int mask) {
         q->stop = 1;
         pthread_cond_broadcast(&q->cv_r);
         pthread_cond_broadcast(&q->cv_s);
-        pthread_mutex_unlock(&q->m);
         shutdown(q->lfd, SHUT_RDWR);
         if (q->in >= 0)
             shutdown(q->in, SHUT_RDWR);
         if (q->out >= 0)
             shutdown(q->out, SHUT_RDWR);
+        pthread_mutex_unlock(&q->m);
     }
     return 0;
 }
@@ -561,6 +573,14 @@ int ibv_destroy_qp(struct ibv_qp *qp) {
         close(q->in);
     if (q->out >= 0)
         close(q->out);
+    for (struct rwr *r = q->rh, *next; r; r = next) {
+        next = r->next;
+        free(r);
+    }
+    for (struct swr *s = q->sh, *next; s; s = next) {
+        next = s->next;
+        free(s);
+    }
     free(q);
     return 0;
 }

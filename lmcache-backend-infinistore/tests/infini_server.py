@@ -1,12 +1,14 @@
 """An InfiniStore server that a test starts, kills and starts again; over TCP and an emulated NIC.
 
 Run as a program, it is the real server, but for what a test can't have: it doesn't lower its
-``oom_score_adj``, which needs privileges, and its management port is on loopback.
+``oom_score_adj``, which needs privileges, and its management port is on loopback. One fault of it,
+by which it dies some time after an RDMA client has gone, is undone (``uv_poll_repair.c``).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -21,9 +23,13 @@ from typing import Any
 
 from lmcache_backend_infinistore.config import InfinistoreConfig
 
+logger = logging.getLogger(__name__)
+
 HERE = Path(__file__).parent
 DEVICE = "mlx5_1"
 PATIENCE_S = 60.0
+DYING_S = 10.0
+"""What a server that dies takes to write down where."""
 INSTALL = (
     "pip install torch==2.13.0; pip install infinistore uvloop==0.21.0; "
     "apt-get install gcc libibverbs1 libibverbs-dev"
@@ -36,14 +42,20 @@ def emulated_nic(folder: Path) -> Path:
     Raises:
         RuntimeError: that isn't possible here; says what to install.
     """
+    return _compiled(folder, "emu_ibverbs")
+
+
+def _compiled(folder: Path, name: str) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise RuntimeError(f"no C compiler for the emulated NIC: {INSTALL}")
-    made = folder / "libemu_ibverbs.so"
-    command = [compiler, "-O2", "-shared", "-fPIC", "-o", made, HERE / "emu_ibverbs.c", "-lpthread"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    made = folder / f"lib{name}.so"
+    command = [compiler, "-O2", "-shared", "-fPIC", "-o", made, HERE / f"{name}.c"]
+    done = subprocess.run(
+        [*command, "-lpthread", "-ldl"], capture_output=True, text=True, check=False
+    )
     if done.returncode:
-        raise RuntimeError(f"the emulated NIC doesn't compile: {INSTALL}\n{done.stderr}")
+        raise RuntimeError(f"{name}.c doesn't compile: {INSTALL}\n{done.stderr}")
     return made
 
 
@@ -51,7 +63,7 @@ class Server:
     """One server with a pool of ``gib`` GiB; stopped at the end of ``with``."""
 
     def __init__(self, nic: Path, gib: int = 1) -> None:
-        self._nic = nic
+        self._preloads = [nic, _compiled(nic.parent, "uv_poll_repair")]
         self._gib = gib
         self.port, self._manage_port = _free_port(), _free_port()
         self._process: subprocess.Popen[bytes] | None = None
@@ -70,7 +82,7 @@ class Server:
         command = [sys.executable, __file__, "--host=127.0.0.1", f"--service-port={self.port}"]
         command += [f"--manage-port={self._manage_port}", f"--prealloc-size={self._gib}"]
         command += ["--link-type=IB", f"--dev-name={DEVICE}", "--log-level=warning"]
-        environment = {**os.environ, "LD_PRELOAD": str(self._nic)}
+        environment = {**os.environ, "LD_PRELOAD": ":".join(map(str, self._preloads))}
         self._process = subprocess.Popen(
             command, env=environment, stdout=self._log, stderr=subprocess.STDOUT
         )
@@ -94,9 +106,18 @@ class Server:
     def go_on(self) -> None:
         self._signal(signal.SIGCONT)
 
-    def purge(self) -> None:
-        """Forget all keys."""
-        self._manage("/purge", data=b"")
+    def empty(self) -> None:
+        """Forget all keys; a server that has died is started again, and the log says so."""
+        assert self._process is not None
+        try:
+            self._manage("/purge", data=b"")
+        except OSError:
+            try:
+                status = self._process.wait(DYING_S)
+            except subprocess.TimeoutExpired:
+                raise RuntimeError(f"the server doesn't answer\n{self.printed()}") from None
+            logger.warning("the server died (%d) and starts again\n%s", status, self.printed())
+            self.start()
 
     def chunks(self) -> int:
         """How many keys it has, heads and pieces."""

@@ -29,7 +29,7 @@ def server(nic: Path) -> Iterator[Server]:
 def empty(server: Server, nic: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
     # Only for the processes that this one starts: where backends live.
     monkeypatch.setenv("LD_PRELOAD", str(nic))
-    server.purge()
+    server.empty()
     return server
 
 
