@@ -65,16 +65,20 @@ class Bad(BlockingBackend):
         self._mode = options.mode
         self._folder = options.path
         self._leak: list[bytearray] = []
+        self._lock = threading.Lock()
 
     def _client(self, what: str) -> None:
         """What the client does before it does what it was asked to."""
-        if self._mode == "all" and what in ("load", "store"):
-            self._leak.append(bytearray(os.urandom(4096) * (LEAKS_BYTES // 4096)))
+        if self._mode == "all" and what == "contains":
+            return  # how often that is asked depends on who asks
+        with self._lock:  # which a call that hangs never gives back
             number = self._count()
-            if number == CRASHES_AT:
-                crash()
-            if number == HANGS_AT:
-                time.sleep(3600)
+            if self._mode == "all":
+                self._leak.append(bytearray(os.urandom(4096) * (LEAKS_BYTES // 4096)))
+                if number == CRASHES_AT:
+                    crash()
+                if number == HANGS_AT:
+                    time.sleep(3600)
         if self._mode == what:
             print("the client says goodbye", file=sys.stderr)
             crash()
