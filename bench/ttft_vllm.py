@@ -213,8 +213,8 @@ def started(arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Eng
             storage.mkdir()
             connector = "none" if name == WITHOUT else arguments.connector
             transfer = json.dumps(TRANSFER[connector](str(storage)))
-            command = [str(arguments.python), str(ENGINE), str(arguments.model), transfer]
-            one = Engine(command, _environment(name), work / f"{name}.log")
+            command = engine_command(arguments, transfer)
+            one = Engine(command, engine_environment(name), work / f"{name}.log")
             engines[name] = one
             # One after the other: starting takes all cores, and vLLM measures free memory.
             kernels = one.wait_ready()
@@ -227,7 +227,13 @@ def started(arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Eng
             one.close()
 
 
-def _environment(name: str) -> dict[str, str]:
+def engine_command(arguments: argparse.Namespace, transfer: str) -> list[str]:
+    """How `ttft_engine` is started; ``transfer`` is JSON."""
+    return [str(arguments.python), str(ENGINE), str(arguments.model), transfer]
+
+
+def engine_environment(name: str) -> dict[str, str]:
+    """An engine's variables; one called ``reference`` does without the compiled kernels."""
     # LMCACHE_ settings are the user's to measure with, except those that are meant for the tools.
     tools = ("LMCACHE_ENVS", "LMCACHE_VLLM_PYTHON")
     kept = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_") and k not in tools}
@@ -282,7 +288,7 @@ def results(runs: Sequence[Round], variants: Sequence[str]) -> list[Result]:
 
 
 def arguments_given() -> argparse.Namespace:
-    """Read the command line; prepare what isn't named there."""
+    """Read the command line."""
     options = parser(__doc__, runs=7, quick_runs=1)
     options.add_argument("--python", type=Path, help="has vLLM and our packages (default: prepare)")
     options.add_argument("--model", type=Path, help="directory (default: SmolLM2-135M-Instruct)")
@@ -299,6 +305,12 @@ def arguments_given() -> argparse.Namespace:
     arguments = parse(options)
     if arguments.connector != "lmcache":
         arguments.variants = [arguments.connector]
+    prepare(arguments)
+    return arguments
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Fill in what the command line doesn't name: ``python`` and ``model``."""
     sys.path.insert(0, str(REPOSITORY / "tools"))
     if arguments.python is None:
         from engine_env import overlay, shared_environment
@@ -308,7 +320,6 @@ def arguments_given() -> argparse.Namespace:
         command = [str(arguments.python), str(REPOSITORY / "tools" / "models.py"), "smollm2"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         arguments.model = Path(done.stdout.strip())
-    return arguments
 
 
 def main() -> int:

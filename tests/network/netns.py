@@ -62,6 +62,10 @@ class Host:
         """What came to us from there so far."""
         return int(Path(f"/sys/class/net/{self._ours}/statistics/rx_bytes").read_text())
 
+    def sent_bytes(self) -> int:
+        """What we sent there so far."""
+        return int(Path(f"/sys/class/net/{self._ours}/statistics/tx_bytes").read_text())
+
     def remove(self) -> None:
         """End what runs there, and take all of it down."""
         for process in self._started:
