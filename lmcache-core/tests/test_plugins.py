@@ -43,6 +43,7 @@ def test_builtins_come_through_the_same_records() -> None:
     assert builtins == list(BUILTIN_PLUGINS)
     assert plugins.storage_backend("memory").name == "memory"
     assert plugins.serde("naive") is plugins.serde("raw")
+    assert plugins.transfer_channel("tcp").name == "tcp"
     assert plugins.cache_policy("lru") is plugins.cache_policy("LRU")
 
 

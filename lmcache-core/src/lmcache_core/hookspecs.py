@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lmcache_core.eviction import CachePolicyDescriptor
     from lmcache_core.serde import SerdeDescriptor
     from lmcache_core.storage import HostRegion, StorageBackendDescriptor
+    from lmcache_core.transfer import TransferChannelDescriptor
 
 PROJECT = "lmcache"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -39,6 +40,11 @@ def lmcache_storage_backends() -> Sequence[StorageBackendDescriptor]:  # type: i
 @hookspec
 def lmcache_serdes() -> Sequence[SerdeDescriptor]:  # type: ignore[empty-body]
     """Describe the serdes in this plugin."""
+
+
+@hookspec
+def lmcache_transfer_channels() -> Sequence[TransferChannelDescriptor]:  # type: ignore[empty-body]
+    """Describe what moves bytes between processes' memory; imports as with storage backends."""
 
 
 @hookspec

@@ -31,6 +31,7 @@ from lmcache_core.errors import LMCacheError, PluginError, PluginLoadError, Unkn
 from lmcache_core.registry import Descriptor, Offer, Registry, conflict
 from lmcache_core.serde import SerdeDescriptor
 from lmcache_core.storage import HostRegion, StorageBackendDescriptor
+from lmcache_core.transfer import TransferChannelDescriptor
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, _SubParsersAction
@@ -41,7 +42,16 @@ logger = logging.getLogger(__name__)
 
 BUILTIN_PLUGINS = tuple(
     f"lmcache_core.builtin.{name}"
-    for name in ("memory", "filesystem", "lm", "raw", "policies", "host", "reference_kernels")
+    for name in (
+        "memory",
+        "filesystem",
+        "lm",
+        "tcp",
+        "raw",
+        "policies",
+        "host",
+        "reference_kernels",
+    )
 )
 DISABLE_VARIABLE = "LMCACHE_DISABLE_PLUGINS"
 TRACE_VARIABLE = "LMCACHE_TRACE_PLUGINS"
@@ -94,6 +104,9 @@ class Plugins:
         self._connectors: Registry[EngineConnectorDescriptor] = Registry(
             "engine connector", "lmcache_engine_connectors", EngineConnectorDescriptor
         )
+        self._channels: Registry[TransferChannelDescriptor] = Registry(
+            "transfer channel", "lmcache_transfer_channels", TransferChannelDescriptor
+        )
         # The descriptor's class lives below this layer; a name and a summary are all we read.
         self._policies: Registry[CachePolicyDescriptor] = Registry(
             "cache policy",
@@ -106,6 +119,7 @@ class Plugins:
             self._backends,
             self._serdes,
             self._connectors,
+            self._channels,
             self._policies,
         )
         # pluggy asks the last one first: built-ins, registered first, are the last resort.
@@ -243,6 +257,11 @@ class Plugins:
         """The eviction policy called ``name``, in whatever case."""
         found = self._policies.find(name)
         return self._missing(self._policies, name, None) if found is None else found
+
+    def transfer_channel(self, name: str) -> TransferChannelDescriptor:
+        """The transfer channel called ``name``."""
+        found = self._channels.find(name)
+        return self._missing(self._channels, name, "lmcache-backend-") if found is None else found
 
     def engine_connector(self, name: str) -> EngineConnectorDescriptor:
         """The engine integration called ``name``."""

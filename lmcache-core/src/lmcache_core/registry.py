@@ -17,6 +17,7 @@ from lmcache_core.connector import EngineConnectorDescriptor
 from lmcache_core.errors import PluginError
 from lmcache_core.serde import SerdeDescriptor
 from lmcache_core.storage import StorageBackendDescriptor
+from lmcache_core.transfer import TransferChannelDescriptor
 
 RESERVED_OPTIONS = frozenset({"type", "serde", "deadline_s", "isolated", "isolated_memory_gib"})
 """Options of every ``backends:`` section, so that no backend can have its own of these names."""
@@ -35,6 +36,12 @@ class Descriptor(Protocol):
     def summary(self) -> str: ...
 
 
+_CONFIGURED = (
+    StorageBackendDescriptor,
+    SerdeDescriptor,
+    EngineConnectorDescriptor,
+    TransferChannelDescriptor,
+)
 _D = TypeVar("_D", bound=Descriptor)
 _D_co = TypeVar("_D_co", bound=Descriptor, covariant=True)
 
@@ -149,7 +156,7 @@ def _names(descriptor: Descriptor) -> tuple[str, ...]:
 
 def _check_details(item: Descriptor) -> None:
     """What a wrong type annotation would let through and a user would have to find out."""
-    if not isinstance(item, (StorageBackendDescriptor, SerdeDescriptor, EngineConnectorDescriptor)):
+    if not isinstance(item, _CONFIGURED):
         return
     _check_model(item.name, item.config)
     _check_callable(item.name, "create", item.create, optional=not _needs_create(item))

@@ -70,15 +70,18 @@ class Plain:
 
 
 class Tls:
-    """A connected socket with TLS. OpenSSL wants one call at a time, so no call waits inside it."""
+    """A connected socket with TLS. OpenSSL wants one call at a time, so no call waits inside it.
+
+    ``name`` is the server's, which its certificate must have; ``None``: this end is the server.
+    """
 
     same_host = False
 
     def __init__(
-        self, sock: socket.socket, context: ssl.SSLContext, name: str, timeout_s: float
+        self, sock: socket.socket, context: ssl.SSLContext, name: str | None, timeout_s: float
     ) -> None:
         sock.settimeout(timeout_s)
-        self._tls = context.wrap_socket(sock, server_hostname=name)
+        self._tls = context.wrap_socket(sock, server_side=name is None, server_hostname=name)
         self._tls.settimeout(0)
         self._lock = threading.Lock()
         self._closed = False
