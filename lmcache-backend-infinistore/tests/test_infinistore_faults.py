@@ -8,6 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -154,13 +157,7 @@ def opened(run: Loop, server: Server, options: dict[str, Any]) -> Iterator[Calla
 
 def forget(server: Server, *names: str) -> int:
     """Take keys away, as an eviction does; from another connection."""
-    import infinistore
-
-    config = infinistore.ClientConfig(
-        host_addr="127.0.0.1", service_port=server.port, connection_type=infinistore.TYPE_TCP
-    )
-    client = infinistore.InfinityConnection(config)
-    client.connect()
+    client = connected(server.port)
     count: int = client.delete_keys(list(names))
     client.close()
     return count
@@ -247,36 +244,61 @@ def test_nobody_answers_at_the_start(server: Server, opened: Callable[..., Opene
 
 
 def test_a_piece_that_was_evicted_makes_a_miss(
-    server: Server, opened: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
+    server: Server, opened: Callable[..., Opened], options: dict[str, Any]
 ) -> None:
     one = opened()
     one.store(value(3, SIZE), value(4, SIZE))
-    name = f"lmcache:1:{NAMESPACE.fingerprint}:{keys(1)[0].hex()}"
-    nonce = nonce_of(server, name)
-    assert forget(server, f"{name}:{nonce}:1") == 1
+    name = key_of(0, options)
+    head = head_of(server, name)
+    assert head.nbytes == SIZE
+    assert forget(server, head.names(name)[1]) == 1
     before = server.chunks()
     assert one.load(2) == [None, bytes(value(4, SIZE))]
     # The rest of it is gone, so that the next store doesn't take it for present.
-    mark_and_head = 2
-    assert server.chunks() == before - mark_and_head - (Head.of(SIZE, 2 * MIB).pieces - 1)
+    assert server.chunks() == before - len(parts_of(name, head, options)) + 1
     assert one.contains() == [False]
     assert one.store(value(5, SIZE)) == [StoreOutcome.STORED]
     assert one.load() == [bytes(value(5, SIZE))]
     assert one.restarts() == 0
 
 
-def nonce_of(server: Server, name: str) -> str:
+def test_what_is_deleted_leaves_nothing(
+    run: Loop, server: Server, opened: Callable[..., Opened]
+) -> None:
+    one = opened()
+    one.store(value(3, SIZE), value(4, 100))
+    assert run(one.backend.delete(keys(3))) == 2  # type: ignore[attr-defined]
+    assert server.chunks() == 0
+
+
+def key_of(i: int, options: dict[str, Any]) -> str:
+    means = options["connection_type"].lower()
+    return f"lmcache:1:{means}:{NAMESPACE.fingerprint}:{keys(i + 1)[i].hex()}"
+
+
+def parts_of(name: str, head: Head, options: dict[str, Any]) -> list[str]:
+    """What a value has in the server."""
+    mark = [f"{name}:complete"] if options["connection_type"] == "TCP" else []
+    return [name, *head.names(name), *mark]
+
+
+def head_of(server: Server, name: str) -> Head:
+    client = connected(server.port)
+    head = Head.unpack(memoryview(client.tcp_read_cache(name)))
+    client.close()
+    assert head is not None
+    return head
+
+
+def connected(port: int) -> Any:
     import infinistore
 
     config = infinistore.ClientConfig(
-        host_addr="127.0.0.1", service_port=server.port, connection_type=infinistore.TYPE_TCP
+        host_addr="127.0.0.1", service_port=port, connection_type=infinistore.TYPE_TCP
     )
     client = infinistore.InfinityConnection(config)
     client.connect()
-    head = Head.unpack(memoryview(client.tcp_read_cache(Head.name(name))))
-    client.close()
-    assert head is not None
-    return head.nonce.hex()
+    return client
 
 
 EVICTING = """
@@ -285,10 +307,10 @@ from lmcache_backend_infinistore import links, plugin
 from lmcache_core.hookspecs import hookimpl
 
 class Evicting(links.TcpLink):
-    def exists(self, name):
-        there = super().exists(name)
-        if there and name.endswith(":1"):
-            self.delete([name])
+    def _there(self, key):
+        there = super()._there(key)
+        if there and key.endswith(":1"):
+            self._delete([key])
         return there
 
 def create(config):
@@ -344,3 +366,48 @@ def test_a_machine_without_rdma(server: Server, run: Loop, monkeypatch: pytest.M
     monkeypatch.delenv("LD_PRELOAD")
     with pytest.raises(BackendRejected, match=r"no RDMA device .*connection_type: TCP"):
         Opened(run, server, None, {})
+
+
+HALF = """
+import ctypes, sys
+import infinistore
+config = infinistore.ClientConfig(
+    host_addr="127.0.0.1", service_port=int(sys.argv[1]), connection_type=infinistore.TYPE_TCP
+)
+client = infinistore.InfinityConnection(config)
+client.connect()
+value = ctypes.create_string_buffer(int(sys.argv[3]))
+client.tcp_write_cache(sys.argv[2], ctypes.addressof(value), len(value))
+"""
+
+
+def half_written(server: Server, name: str, nbytes: int) -> None:
+    """What a client leaves that dies while it sends the value of ``name`` over TCP."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        command = [sys.executable, "-c", HALF, str(listening.getsockname()[1]), name, str(nbytes)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as writer:
+            connection, _ = listening.accept()
+            with connection:
+                sent = b""
+                while len(sent) <= nbytes:  # and whatever is before the value
+                    sent += connection.recv(1 << 20)
+            writer.kill()
+    with socket.create_connection(("127.0.0.1", server.port)) as dying:
+        dying.sendall(sent[:-1])
+    client = connected(server.port)
+    while not client.check_exist(name):
+        pass
+    client.close()
+
+
+def test_a_writer_over_tcp_that_died(server: Server, run: Loop) -> None:
+    """The server shows what it was writing, and ends when that is read or deleted."""
+    over = OVER["TCP"]
+    one = Opened(run, server, None, over)
+    half_written(server, key_of(0, over), 64 << 10)
+    assert one.contains() == [False]
+    assert one.load() == [None]
+    assert run(one.backend.delete(keys(1))) == 0  # type: ignore[attr-defined]
+    one.works()
+    run(one.backend.close())
+    assert one.restarts() == 0

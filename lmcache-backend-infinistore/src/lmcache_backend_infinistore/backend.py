@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Final
 
+from lmcache_backend_infinistore.client import library
 from lmcache_backend_infinistore.config import InfinistoreConfig
-from lmcache_backend_infinistore.layout import BEGINNING, HEAD_BYTES, MARK, Head
-from lmcache_backend_infinistore.links import (
-    Block,
-    Link,
-    Links,
-    RdmaLink,
-    TcpLink,
-    chosen_device,
-    library,
-)
+from lmcache_backend_infinistore.layout import BEGINNING, Head
+from lmcache_backend_infinistore.links import VALUES, Block, Link, Links, Parts, TcpLink
+from lmcache_backend_infinistore.rdma import RdmaLink, chosen_device
 from lmcache_core.errors import BackendUnavailable
 from lmcache_core.keys import ChunkKey
 from lmcache_core.storage import (
@@ -54,7 +50,7 @@ class InfinistoreBackend(BlockingBackend):
         return BackendCapabilities(
             shared=True,
             persistent=True,
-            preferred_batch=16,
+            preferred_batch=VALUES,
             max_concurrency=self._config.connections + _QUESTIONS,
         )
 
@@ -64,7 +60,9 @@ class InfinistoreBackend(BlockingBackend):
             logger.warning(
                 "%s: no effect over TCP: %s", context.name, ", ".join(config.without_effect)
             )
-        self._prefix = f"{config.prefix}:1:{context.namespace.fingerprint}:"
+        # Chunks of different means of transport don't mix: see `links`.
+        means = config.connection_type.lower()
+        self._prefix = f"{config.prefix}:1:{means}:{context.namespace.fingerprint}:"
         self._questions = Links(lambda: TcpLink(module, config), _QUESTIONS)
         if not context.lookup_only:
             self._values = Links(self._connector(context), config.connections)
@@ -87,48 +85,24 @@ class InfinistoreBackend(BlockingBackend):
             return []
         names = self._names(keys)
         with _open(self._values).lend() as link:
-            beginnings = _Heads(len(keys))
-            fitting = [
-                head if head is not None and head.nbytes <= buffer.nbytes else None
-                for head, buffer in zip(beginnings.read(link, names), into, strict=True)
+            return [
+                size
+                for batch in _batches(len(names))
+                for size in _load(link, names[batch], into[batch])
             ]
-            complete = _moved(link.read, names, fitting, into)
-            sizes = []
-            for i, (name, head, there) in enumerate(zip(names, fitting, complete, strict=True)):
-                sizes.append(head.nbytes if head is not None and there else MISS)
-                if head is not None and there:
-                    into[i][: head.inline] = beginnings.value(i)[: head.inline]
-                elif head is not None:
-                    # A piece was evicted: without its mark, the next store writes it anew.
-                    link.delete([name, Head.name(name), *head.names(name)])
-            return sizes
 
     def store_blocking(
         self, keys: Sequence[ChunkKey], sources: Sequence[memoryview]
     ) -> list[StoreOutcome]:
         if not keys:
             return []
-        names = self._names(keys)
+        names, most = self._names(keys), self._config.piece_bytes
         with _open(self._values).lend() as link:
-            heads = [
-                None if link.exists(name) else Head.of(source.nbytes, self._config.piece_bytes)
-                for name, source in zip(names, sources, strict=True)
+            return [
+                outcome
+                for batch in _batches(len(names))
+                for outcome in _store(link, names[batch], sources[batch], most)
             ]
-            written = _moved(link.write, names, heads, sources)
-            # In this order: a reader that sees a mark finds the head, and then all pieces.
-            ready = [head if done else None for head, done in zip(heads, written, strict=True)]
-            headed = _Heads(len(keys)).write(link, names, ready, sources)
-            stored = _marked(link, names, headed)
-            outcomes = []
-            for name, head, there in zip(names, heads, stored, strict=True):
-                if head is None:
-                    outcomes.append(StoreOutcome.ALREADY_PRESENT)
-                elif there:
-                    outcomes.append(StoreOutcome.STORED)
-                else:
-                    outcomes.append(StoreOutcome.NOT_ADMITTED)
-                    link.delete([Head.name(name), *head.names(name)])
-            return outcomes
 
     async def count_leading_hits(self, keys: Sequence[ChunkKey]) -> int:
         """How many keys from the first on would hit, up to the first miss.
@@ -147,7 +121,7 @@ class InfinistoreBackend(BlockingBackend):
             if links is not None:
                 links.close()
 
-    def _connector(self, context: BackendContext) -> Any:
+    def _connector(self, context: BackendContext) -> Callable[[], Link]:
         config, module = self._config, self._module
         if config.connection_type == module.TYPE_TCP:
             return lambda: TcpLink(module, config)
@@ -166,12 +140,12 @@ class InfinistoreBackend(BlockingBackend):
             return 0
         names = self._names(keys)
         with _open(self._values).lend() as link:
-            heads = _Heads(len(names)).read(link, names)
-            count = 0
-            for name, head in zip(names, heads, strict=True):
-                count += link.delete([name])
-                link.delete([Head.name(name), *(head.names(name) if head is not None else [])])
-            return count
+            return sum(
+                link.forget(name, head.names(name))
+                for batch in _batches(len(names))
+                for name, head in zip(names[batch], _Heads(link).read(names[batch]), strict=True)
+                if head is not None
+            )
 
     def _names(self, keys: Sequence[ChunkKey]) -> list[str]:
         return [self._prefix + key.hex() for key in keys]
@@ -183,81 +157,98 @@ def _open(links: Links | None) -> Links:
     return links
 
 
+def _load(link: Link, names: Sequence[str], into: Sequence[memoryview]) -> list[int]:
+    """Load up to `VALUES` values; their lengths."""
+    heads = _Heads(link)
+    found = [
+        head if head is not None and head.nbytes <= buffer.nbytes else None
+        for head, buffer in zip(heads.read(names), into, strict=True)
+    ]
+    held = [_pinned(buffer) for buffer in into]  # until the pieces have been moved
+    blocks = [
+        block
+        for head, name, start in zip(found, names, held, strict=True)
+        if head is not None
+        for block in _pieces(head, name, start)
+    ]
+    there = iter(link.read_pieces(blocks))
+    sizes = []
+    for i, (head, name, buffer) in enumerate(zip(found, names, into, strict=True)):
+        if head is None:
+            sizes.append(MISS)
+        elif all(list(islice(there, head.pieces))):
+            end = head.nbytes - head.inline
+            buffer[end : head.nbytes] = heads.end(i)[: head.inline]
+            sizes.append(head.nbytes)
+        else:
+            # A piece was evicted: what is left would keep the value from being stored anew.
+            link.forget(name, head.names(name))
+            sizes.append(MISS)
+    return sizes
+
+
+def _store(
+    link: Link, names: Sequence[str], sources: Sequence[memoryview], most: int
+) -> list[StoreOutcome]:
+    """Store up to `VALUES` values, in pieces of at most ``most`` bytes."""
+    heads, nonce = _Heads(link), os.urandom(8)
+    held = [_pinned(source) for source in sources]  # until all is written
+    values = []
+    for i, (name, source, start) in enumerate(zip(names, sources, held, strict=True)):
+        head = Head.of(source.nbytes, most, nonce, link.head_bytes - BEGINNING)
+        values.append(Parts(_pieces(head, name, start), heads.fill(i, name, head, source)))
+    return link.store(values)
+
+
+def _batches(count: int) -> Iterator[slice]:
+    """Ranges of at most `VALUES` positions."""
+    for first in range(0, count, VALUES):
+        yield slice(first, min(first + VALUES, count))
+
+
 class _Heads:
-    """Memory for the heads of ``count`` values."""
+    """The heads of up to `VALUES` values, in the memory of a connection."""
 
-    def __init__(self, count: int) -> None:
-        memory = bytearray(count * HEAD_BYTES)
-        self._view = memoryview(memory)
-        self._start = ctypes.addressof(ctypes.c_char.from_buffer(memory)) if count else 0
+    def __init__(self, link: Link) -> None:
+        self._link = link
 
-    def read(self, link: Link, names: Sequence[str]) -> list[Head | None]:
+    def read(self, names: Sequence[str]) -> list[Head | None]:
         """What is stored under ``names``; ``None`` for what isn't."""
-        marked = [i for i, name in enumerate(names) if link.exists(name)]
-        found = link.read([self._block(i, names[i]) for i in marked])
-        heads: list[Head | None] = [None] * len(names)
-        for i, there in zip(marked, found, strict=True):
-            heads[i] = Head.unpack(self._of(i)) if there else None
-            if heads[i] is None:
-                link.delete([names[i]])  # the head was evicted before its mark
+        link = self._link
+        found = link.read_heads([self._block(i, name) for i, name in enumerate(names)])
+        heads = []
+        for i, there in enumerate(found):
+            heads.append(Head.unpack(self._of(i)) if there else None)
+            if there and heads[i] is None:
+                link.forget(names[i], ())  # isn't ours, or is broken
         return heads
 
-    def write(
-        self,
-        link: Link,
-        names: Sequence[str],
-        heads: Sequence[Head | None],
-        sources: Sequence[memoryview],
-    ) -> list[bool]:
-        """Store the heads that there are; say for each position if it is stored."""
-        blocks = {}
-        for i, (name, head, source) in enumerate(zip(names, heads, sources, strict=True)):
-            if head is not None:
-                self._of(i)[:BEGINNING] = head.pack()
-                self.value(i)[: head.inline] = source[: head.inline]
-                blocks[i] = self._block(i, name)
-        stored = dict(zip(blocks, link.write(list(blocks.values())), strict=True))
-        return [stored.get(i, False) for i in range(len(heads))]
+    def fill(self, i: int, name: str, head: Head, source: memoryview) -> Block:
+        """What to store as the head of value ``i``."""
+        self._of(i)[:BEGINNING] = head.pack()
+        self.end(i)[: head.inline] = source[head.nbytes - head.inline :]
+        return self._block(i, name)
 
-    def value(self, i: int) -> memoryview:
-        """The beginning of value ``i``, and what room there is behind it."""
+    def end(self, i: int) -> memoryview:
+        """The end of value ``i``, and what room there is behind it."""
         return self._of(i)[BEGINNING:]
 
     def _of(self, i: int) -> memoryview:
-        return self._view[i * HEAD_BYTES : (i + 1) * HEAD_BYTES]
+        size = self._link.head_bytes
+        return self._link.heads[i * size : (i + 1) * size]
 
     def _block(self, i: int, name: str) -> Block:
-        return Block(Head.name(name), self._start + i * HEAD_BYTES, HEAD_BYTES)
+        size = self._link.head_bytes
+        return Block(name, self._link.heads_address + i * size, size)
 
 
-def _marked(link: Link, names: Sequence[str], complete: Sequence[bool]) -> list[bool]:
-    """Mark the values that are complete; say for each position if it is marked."""
-    mark = ctypes.create_string_buffer(MARK)
-    which = [i for i, done in enumerate(complete) if done]
-    blocks = [Block(names[i], ctypes.addressof(mark), len(MARK)) for i in which]
-    marked = dict(zip(which, link.write(blocks), strict=True))
-    return [marked.get(i, False) for i in range(len(names))]
-
-
-def _moved(
-    move: Any, names: Sequence[str], heads: Sequence[Head | None], buffers: Sequence[memoryview]
-) -> list[bool]:
-    """Move the pieces of all values that have a head; say for each value if all of it was moved."""
-    blocks: list[Block] = []
-    owners: list[int] = []
-    held = []  # exports of the buffers, until their pieces are moved
-    for owner, (name, head, buffer) in enumerate(zip(names, heads, buffers, strict=True)):
-        if head is None or not head.pieces:
-            continue
-        held.append(_pinned(buffer))
-        start = ctypes.addressof(held[-1])
-        for piece, offset in zip(head.names(name), head.starts(), strict=True):
-            blocks.append(Block(piece, start + offset, head.piece_bytes))
-            owners.append(owner)
-    whole = [head is not None for head in heads]
-    for owner, moved in zip(owners, move(blocks), strict=True):
-        whole[owner] &= moved
-    return whole
+def _pieces(head: Head, name: str, start: Any) -> list[Block]:
+    """The pieces of the value at ``start``, something that `_pinned` made."""
+    address = ctypes.addressof(start)
+    return [
+        Block(piece, address + offset, head.piece_bytes)
+        for piece, offset in zip(head.names(name), head.starts(), strict=True)
+    ]
 
 
 def _pinned(buffer: memoryview) -> Any:
@@ -265,6 +256,6 @@ def _pinned(buffer: memoryview) -> Any:
 
     For read-only memory, whose address Python doesn't tell, a copy.
     """
-    if buffer.readonly:
+    if buffer.readonly or not buffer.nbytes:
         return (ctypes.c_char * buffer.nbytes).from_buffer_copy(buffer)
     return ctypes.c_char.from_buffer(buffer)

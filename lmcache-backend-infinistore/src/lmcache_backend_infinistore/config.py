@@ -13,6 +13,8 @@ from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from lmcache_backend_infinistore.layout import LEAST_PIECE
+
 SCHEME: Final = "infinistore"
 SERVICE_PORT: Final = 22345
 _QUERY_NAMES: Final = {"infinistore_link_type": "link_type"}
@@ -54,7 +56,7 @@ class InfinistoreConfig(BaseModel):
     )
     piece_bytes: int = Field(
         2 << 20,
-        ge=64 << 10,
+        ge=LEAST_PIECE,
         le=256 << 20,
         description="A longer value is stored in pieces of at most this size.",
     )

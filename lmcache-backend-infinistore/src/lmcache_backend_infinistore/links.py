@@ -1,66 +1,39 @@
-"""Connections to an InfiniStore server over the client library: blocks in and out of memory.
+"""Connections to an InfiniStore server, through its own client library.
 
-Knows what the library must never be asked: nothing after ``close``, no read over TCP of a key that
-may not be there, nothing on a connection that failed once. What it may still do, hang or crash when
-the server dies at the wrong moment, is why this runs in a process of its own. Knows nothing about
-chunks.
+Knows the library: what it calls things, what it raises, what it mustn't be asked. Its calls have no
+time-outs; a read over TCP of a key that isn't there never ends, and one from a server that dies at
+the wrong moment ends this process. And what a server of 0.2.35 must not be asked, because it ends:
+to read or delete a key whose value somebody is still sending over TCP, or was when he died. Such a
+key exists; so values that go over TCP get a mark at last, which nobody reads. Over RDMA a key
+exists when its value has arrived. Knows nothing about chunks.
 """
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
-import importlib
 import logging
+import mmap
 import socket
 import threading
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from lmcache_backend_infinistore import devices
 from lmcache_backend_infinistore.config import InfinistoreConfig
-from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
-from lmcache_core.storage import HostRegion
+from lmcache_core.errors import BackendError, BackendUnavailable
+from lmcache_core.storage import StoreOutcome
 
 logger = logging.getLogger(__name__)
 
-INSTALL: Final = (
-    "pip install infinistore uvloop==0.21.0 (there are wheels for Python 3.10 to 3.12; without "
-    "CUDA, install a CPU build of torch first, or pip fetches CUDA's libraries)"
-)
-_REQUEST_BYTES: Final = 32 << 20
-"""In one RDMA request. The server evicts before a request if it is 95 % full, so one must need
-less than the other 5 %."""
-_REQUEST_BLOCKS: Final = 128
-_NO_SPACE: Final = "ret = 507"
+VALUES: Final = 16
+"""How many a connection moves in one call: their heads have room in its memory."""
 _PROBE: Final = "lmcache:probe"
+_MARK: Final = ":complete"
+"""How the name of a value's mark ends, where it has one."""
 
 
-def library() -> Any:
-    """The module ``infinistore``.
-
-    Raises:
-        BackendRejected: it isn't there, or can't be loaded; says what to install.
-    """
-    try:
-        return importlib.import_module("infinistore")
-    except ModuleNotFoundError as error:
-        raise BackendRejected(
-            f"InfiniStore's client isn't installed ({error}): {INSTALL}"
-        ) from error
-    except ImportError as error:
-        remedy = "apt-get install libibverbs1" if "ibverbs" in str(error) else INSTALL
-        raise BackendRejected(
-            f"InfiniStore's client can't be loaded ({error}): {remedy}"
-        ) from error
-
-
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """What one key of InfiniStore holds, and where in this process's memory it goes."""
 
     name: str
@@ -68,40 +41,70 @@ class Block:
     nbytes: int
 
 
+class Parts(NamedTuple):
+    """What is stored of one value: pieces, then the head, whose name is that of the value."""
+
+    pieces: Sequence[Block]
+    head: Block
+
+
 class Link(ABC):
-    """One connection, used by one call at a time."""
+    """One connection, used by one call at a time.
+
+    ``heads`` is room for the heads of `VALUES` values, at ``heads_address``: each ``head_bytes``.
+    """
+
+    head_bytes: int
 
     @abstractmethod
-    def read(self, blocks: Sequence[Block]) -> list[bool]:
-        """Fill ``blocks``; say for each if it was there, in its length."""
+    def read_heads(self, blocks: Sequence[Block]) -> list[bool]:
+        """Read heads; says for each if it was there, and its value complete."""
 
     @abstractmethod
-    def write(self, blocks: Sequence[Block]) -> list[bool]:
-        """Store ``blocks``; say for each if there was room."""
+    def read_pieces(self, blocks: Sequence[Block]) -> list[bool]:
+        """Read what heads name; says for each if it was there."""
+
+    @abstractmethod
+    def store(self, values: Sequence[Parts]) -> list[StoreOutcome]:
+        """Store what isn't there. Of a value for which there was no room, nothing stays."""
 
     def __init__(self, module: Any, config: InfinistoreConfig, **options: Any) -> None:
         self._module = module
         self._config = config
         self._options = options
         self._client: Any = None
+        self._mark = _MARK if config.connection_type == module.TYPE_TCP else ""
+        pages = mmap.mmap(-1, VALUES * self.head_bytes)
+        self.heads = memoryview(pages)
+        self.heads_address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
         self._connect()
 
     def exists(self, name: str) -> bool:
-        return bool(self._client.check_exist(name))
+        """Whether the value ``name`` is there, and complete."""
+        return self._there(name + self._mark)
+
+    def forget(self, name: str, pieces: Sequence[str]) -> bool:
+        """Forget a value; answer if it was there. If it wasn't, its pieces stay, too."""
+        if not self._delete([name + self._mark]):
+            return False
+        self._delete([name, *pieces] if self._mark else pieces)
+        return True
 
     def probe(self) -> None:
         """Fail now if the server is gone: the calls that move values would hang or crash."""
-        self.exists(_PROBE)
-
-    def delete(self, names: Sequence[str]) -> int:
-        """Forget ``names``; answer how many there were."""
-        return int(self._client.delete_keys(list(names))) if names else 0
+        self._there(_PROBE)
 
     def close(self) -> None:
         """Idempotent; nothing may be under way."""
         client, self._client = self._client, None
         if client is not None:
             client.close()
+
+    def _there(self, key: str) -> bool:
+        return bool(self._client.check_exist(key))
+
+    def _delete(self, keys: Sequence[str]) -> int:
+        return int(self._client.delete_keys(list(keys))) if keys else 0
 
     def _connect(self) -> None:
         config = self._config
@@ -122,30 +125,44 @@ class Link(ABC):
 
 
 class TcpLink(Link):
-    """Values travel over the socket, and are copied by the library."""
+    """Values travel over the socket, and are copied by the library.
+
+    Heads are large, because small values are slow: the server sends a length and the value in two
+    segments, and the second waits 40 ms for an acknowledgement of the first unless it is full.
+    """
+
+    head_bytes = 64 << 10
 
     def __init__(self, module: Any, config: InfinistoreConfig) -> None:
         super().__init__(module, config, connection_type=module.TYPE_TCP)
 
-    def read(self, blocks: Sequence[Block]) -> list[bool]:
-        return [self._read_one(block) for block in blocks]
+    def read_heads(self, blocks: Sequence[Block]) -> list[bool]:
+        found = []
+        for block in blocks:
+            marked = self.exists(block.name)
+            found.append(marked and self._read(block))
+            if marked and not found[-1]:
+                self._delete([block.name + self._mark])  # the head was evicted before it
+        return found
 
-    def write(self, blocks: Sequence[Block]) -> list[bool]:
-        done = 0
-        try:
-            for block in blocks:
-                self._client.tcp_write_cache(block.name, block.address, block.nbytes)
-                done += 1
-        except Exception as error:  # noqa: BLE001 - the library raises nothing more precise
-            # No room or no server: the same exception. No room spoils the connection, too.
-            logger.debug("write of %s: %s", blocks[done].name, error)
-            self.close()
-            self._connect()
-        return [True] * done + [False] * (len(blocks) - done)
+    def read_pieces(self, blocks: Sequence[Block]) -> list[bool]:
+        return [self._read(block) for block in blocks]
 
-    def _read_one(self, block: Block) -> bool:
+    def store(self, values: Sequence[Parts]) -> list[StoreOutcome]:
+        outcomes: list[StoreOutcome] = []
+        for value in values:
+            if self.exists(value.head.name):
+                outcomes.append(StoreOutcome.ALREADY_PRESENT)
+            elif StoreOutcome.NOT_ADMITTED in outcomes:
+                # What there is no room for leaves none for the rest either.
+                outcomes.append(StoreOutcome.NOT_ADMITTED)
+            else:
+                outcomes.append(self._store(value))
+        return outcomes
+
+    def _read(self, block: Block) -> bool:
         # A read of what isn't there never comes back.
-        if not self.exists(block.name):
+        if not self._there(block.name):
             return False
         found = self._client.tcp_read_cache(block.name)
         if found.nbytes != block.nbytes:
@@ -153,121 +170,26 @@ class TcpLink(Link):
         ctypes.memmove(block.address, found.ctypes.data, block.nbytes)
         return True
 
-
-class RdmaLink(Link):
-    """The server reads and writes registered memory: that of chunks, and a staging area."""
-
-    def __init__(
-        self, module: Any, config: InfinistoreConfig, device: str, region: HostRegion | None
-    ) -> None:
-        link: str = config.link_type
-        if link == "auto":
-            link = devices.link_type(device, config.ib_port) or module.LINK_IB
-        super().__init__(
-            module,
-            config,
-            connection_type=module.TYPE_RDMA,
-            dev_name=device,
-            ib_port=config.ib_port,
-            link_type=link,
-        )
-        self._loop = asyncio.new_event_loop()
-        self._staging = (ctypes.c_char * config.staging_bytes)()
-        self._staged = ctypes.addressof(self._staging)
-        self._region = (region.address, region.address + region.nbytes) if region else (0, 0)
+    def _store(self, value: Parts) -> StoreOutcome:
+        stored: list[str] = []
+        mark = Block(value.head.name + self._mark, value.head.address, 1)
         try:
-            self._register(self._staged, config.staging_bytes)
-            if region is not None:
-                self._register(region.address, region.nbytes)
-        except BaseException:
+            for block in (*value.pieces, value.head, mark):
+                if block is value.head and self._there(mark.name):
+                    # Another one was faster, and its head may be read at any moment: it mustn't be
+                    # written again.
+                    self._delete(stored)
+                    return StoreOutcome.ALREADY_PRESENT
+                self._client.tcp_write_cache(block.name, block.address, block.nbytes)
+                stored.append(block.name)
+        except Exception as error:  # noqa: BLE001 - the library raises nothing more precise
+            # No room or no server: the same exception. No room spoils the connection, too.
+            logger.debug("write of %s: %s", value.head.name, error)
             self.close()
-            raise
-
-    def close(self) -> None:
-        super().close()
-        self._loop.close()
-
-    def read(self, blocks: Sequence[Block]) -> list[bool]:
-        return self._in_requests(blocks, self._read_request)
-
-    def write(self, blocks: Sequence[Block]) -> list[bool]:
-        return self._in_requests(blocks, self._write_request)
-
-    def _register(self, address: int, nbytes: int) -> None:
-        try:
-            self._client.register_mr(address, nbytes)
-        except Exception as error:
-            raise BackendRejected(
-                f"InfiniStore's client can't register {nbytes / 2**30:.1f} GiB of host memory "
-                f"({error}); `ulimit -l` has to allow that much for each of `connections`"
-            ) from error
-
-    def _in_requests(
-        self, blocks: Sequence[Block], ask: Callable[[list[Block]], list[bool]]
-    ) -> list[bool]:
-        """``ask`` about all blocks, many of one length and kind of memory at a time."""
-        alike: dict[tuple[int, bool], list[int]] = defaultdict(list)
-        for position, block in enumerate(blocks):
-            alike[block.nbytes, self._is_registered(block)].append(position)
-        answers = [False] * len(blocks)
-        for (nbytes, registered), positions in alike.items():
-            room = _REQUEST_BYTES if registered else min(_REQUEST_BYTES, len(self._staging))
-            most = max(1, min(_REQUEST_BLOCKS, room // nbytes))
-            for first in range(0, len(positions), most):
-                part = positions[first : first + most]
-                for position, answer in zip(part, ask([blocks[i] for i in part]), strict=True):
-                    answers[position] = answer
-        return answers
-
-    def _read_request(self, blocks: list[Block]) -> list[bool]:
-        base, places = self._places(blocks)
-        call = self._client.rdma_read_cache_async(places, blocks[0].nbytes, base)
-        try:
-            self._wait(call)
-        except self._module.InfiniStoreKeyNotFound:
-            # One of them is missing; it doesn't say which.
-            if len(blocks) == 1:
-                return [False]
-            return [found for one in blocks for found in self._read_request([one])]
-        if base == self._staged:
-            for block, (_, offset) in zip(blocks, places, strict=True):
-                ctypes.memmove(block.address, base + offset, block.nbytes)
-        return [True] * len(blocks)
-
-    def _write_request(self, blocks: list[Block]) -> list[bool]:
-        base, places = self._places(blocks)
-        if base == self._staged:
-            for block, (_, offset) in zip(blocks, places, strict=True):
-                ctypes.memmove(base + offset, block.address, block.nbytes)
-        try:
-            self._wait(self._client.rdma_write_cache_async(places, blocks[0].nbytes, base))
-        except Exception as error:
-            if _NO_SPACE not in str(error):
-                raise
-            if len(blocks) == 1:
-                return [False]
-            half = len(blocks) // 2
-            first = self._write_request(blocks[:half])
-            # What there is no room for leaves none for the rest either.
-            rest = len(blocks) - half
-            return first + (self._write_request(blocks[half:]) if all(first) else [False] * rest)
-        return [True] * len(blocks)
-
-    def _places(self, blocks: list[Block]) -> tuple[int, list[tuple[str, int]]]:
-        """The registered memory of a request, and where in it each block goes."""
-        if self._is_registered(blocks[0]):
-            base = self._region[0]
-            return base, [(block.name, block.address - base) for block in blocks]
-        nbytes = blocks[0].nbytes
-        return self._staged, [(block.name, i * nbytes) for i, block in enumerate(blocks)]
-
-    def _is_registered(self, block: Block) -> bool:
-        start, end = self._region
-        return start <= block.address and block.address + block.nbytes <= end
-
-    def _wait(self, call: Coroutine[Any, Any, Any]) -> None:
-        # No time-out: as long as the server may still write to our memory, the call isn't over.
-        self._loop.run_until_complete(call)
+            self._connect()
+            self._delete(stored)
+            return StoreOutcome.NOT_ADMITTED
+        return StoreOutcome.STORED
 
 
 class Links:
@@ -325,27 +247,6 @@ class Links:
             idle, self._idle = self._idle, []
         for link in idle:
             link.close()
-
-
-def chosen_device(config: InfinistoreConfig) -> str:
-    """The RDMA device to use.
-
-    Raises:
-        BackendRejected: there is none, or not the one that is configured.
-    """
-    there = devices.names()
-    if not there:
-        raise BackendRejected(
-            "this machine has no RDMA device (`ibv_devices` shows them); values can travel over "
-            "TCP instead: connection_type: TCP"
-        )
-    if config.device is None:
-        return there[0]
-    if config.device not in there:
-        raise BackendRejected(
-            f"device: this machine has no RDMA device {config.device!r}; it has {', '.join(there)}"
-        )
-    return config.device
 
 
 def _reached(host: str, port: int, timeout_s: float) -> str:
