@@ -30,6 +30,7 @@ from lmcache_core.keys import CacheNamespace
 from lmcache_core.lm import protocol
 from lmcache_core.lm.backend import LmBackend
 from lmcache_core.lm.config import LmConfig
+from lmcache_core.lm.connection import Call
 from lmcache_core.lm.protocol import HEADER_BYTES, Op, Status
 from lmcache_core.storage import MISS, BackendContext, StoreOutcome
 from lmcache_core.testing.loop import Loop
@@ -476,6 +477,31 @@ def test_a_cancelled_call(
     assert run(backend.load(keys(1, 5), views([loaded]))) == [len(loaded)]
     assert loaded == value(5)
     assert buffer == before
+    run(backend.close())
+
+
+def test_an_error_that_comes_after_the_caller_left(
+    server: RunningServer, proxy: Proxy, run: Loop
+) -> None:
+    """It is on its way from a thread when the caller is cancelled; asyncio would log it."""
+    unheard: list[object] = []
+    run._loop.set_exception_handler(lambda _, context: unheard.append(context))
+    backend = open_backend(run, port=proxy.port, same_host=False)
+    proxy.left, proxy.silent = 0, True
+
+    async def crossing() -> None:
+        call = Call(Op.CONTAINS, 1, protocol.names(keys(1)))
+        connection = backend._connection(-1)
+        task = asyncio.ensure_future(connection.call(call))
+        await asyncio.sleep(0)
+        call.settle(None, BackendUnavailable("gone"))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(crossing())
+    gc.collect()
+    assert unheard == []
     run(backend.close())
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import signal
@@ -71,6 +72,8 @@ def test_random_faults(run: Loop) -> None:
     traffic = Traffic(tier, contents, chance, DEADLINE_S + SLACK_S)
     seen = traffic.seen
     harmed = 0
+    unheard: list[object] = []
+    run._loop.set_exception_handler(lambda _, context: unheard.append(context))
 
     def going_on() -> bool:
         return link.faults < FAULTS
@@ -104,6 +107,8 @@ def test_random_faults(run: Loop) -> None:
         link.close()
         server.stop()
     run.stop_own_threads()
+    gc.collect()
+    assert not unheard, "errors that nobody asked for, which asyncio logs"
     left = [t.name for t in threading.enumerate() if t not in before and t.is_alive()]
     assert (seen["wrong"], seen["late"], left) == (0, 0, [])
     assert seen["hits"]

@@ -177,6 +177,8 @@ class Connection:
                 while not future.done():  # until both threads have let go: they were woken
                     with contextlib.suppress(asyncio.CancelledError):
                         await asyncio.wait([future])
+            # Its end may be on its way here from a thread: nobody asks for it any more.
+            if not future.cancel() and not future.cancelled():
                 future.exception()
             raise
         finally:
