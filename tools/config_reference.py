@@ -21,7 +21,7 @@ from pydantic_core import PydanticUndefined
 
 from lmcache_core.config.lmcache_keys import variable
 from lmcache_core.config.lmcache_table import ALIASES, EXTRA_KEYS, KEYS, URL_PACKAGES, Key
-from lmcache_core.config.schema import CoreConfig, SectionHead, hidden
+from lmcache_core.config.models import CoreConfig, SectionHead, hidden
 from lmcache_core.discovery import CORE
 from lmcache_core.plugins import Plugins
 
@@ -49,6 +49,23 @@ Values come from five places; a later one is stronger:
 
 An unknown option, a duplicate key or a wrong value stops the start-up; all mistakes are reported
 together.
+"""
+
+SERDES = """\
+## Serdes
+
+What `serde` and `remote_serde` name is listed by `lmcache plugins`. Options of a serde stand once,
+under its name, and hold wherever it is used:
+
+```yaml
+remote_url: "lm://localhost:65432"
+remote_serde: cachegen
+serdes:
+  cachegen:
+    step: fine
+```
+
+As a variable: `LMCACHE_SERDES__CACHEGEN__STEP=fine`. Packages document their own.
 """
 
 BACKENDS = """\
@@ -86,7 +103,7 @@ def main() -> int:
 def page() -> str:
     """The whole page."""
     parts = [INTRODUCTION, "## Options\n", _model(CoreConfig, variables=True)]
-    parts += [BACKENDS, _model(SectionHead)]
+    parts += [SERDES, BACKENDS, _model(SectionHead)]
     plugins = Plugins(environ={})
     ours = {
         provided.partition("storage backend ")[2]

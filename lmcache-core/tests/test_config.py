@@ -376,3 +376,66 @@ def test_every_option_is_described() -> None:
 def test_variables_of_tools_and_kernels_are_no_options(name: str) -> None:
     config = load_config(Plugins(), environ={name: "anything"})
     assert config.notices == ()
+
+
+# -- serdes --------------------------------------------------------------------------------
+
+SQUEEZE = """
+class Squeeze(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    step: float = 0.5
+
+@hookimpl
+def lmcache_serdes():
+    return [SerdeDescriptor(name=name, summary="", lossless=False, config=Squeeze,
+                            aliases=aliases, create=lambda options: None)
+            for name, aliases in (("squeeze", ("press",)), ("crush", ()))]
+"""
+
+
+@pytest.fixture
+def squeezing(distribution: MakeDistribution) -> Plugins:
+    distribution("lmcache-toy", TOY)
+    distribution("lmcache-squeeze", SQUEEZE)
+    return Plugins(environ={})
+
+
+def test_options_of_serdes(squeezing: Plugins) -> None:
+    """By the proper name, also where a backend uses another name, or a chain."""
+    config = load(
+        squeezing,
+        "backends.toy.serde=press+crush",
+        environ={"LMCACHE_SERDES__SQUEEZE__STEP": "0.25"},
+    )
+    assert {name: options.step for name, options in config.serdes.items()} == {  # type: ignore[attr-defined]
+        "squeeze": 0.25,
+        "crush": 0.5,
+    }
+    rows = {name: (value, origin) for name, value, origin in config.rows()}
+    assert rows["serdes.squeeze.step"] == (0.25, "environment LMCACHE_SERDES__SQUEEZE__STEP")
+    assert rows["serdes.crush.step"] == (0.5, "default")
+    assert not config.notices
+
+
+def test_options_of_a_serde_that_nobody_uses(squeezing: Plugins) -> None:
+    config = load(squeezing, "backends.toy.port=1", "serdes.squeeze.step=0.25")
+    assert "squeeze" not in config.serdes
+    (notice,) = config.notices
+    assert notice == "serdes.squeeze (--set serdes.squeeze.step): no effect: no backend uses it"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("serdes.squeeze.stp=1", "no such option; did you mean 'step'?"),
+        ("serdes.squeeze.step=much", "serdes.squeeze.step = 'much'"),
+        ("serdes.press.step=1", "is another name of squeeze; write serdes.squeeze"),
+        ("serdes.nothing.step=1", "no installed plugin provides the serde 'nothing'"),
+        ("serdes.squeeze=1", "must be a mapping of options"),
+        ("serdes=squeeze", "must be a mapping from a serde to its options"),
+    ],
+)
+def test_mistakes_in_options_of_serdes(squeezing: Plugins, assignment: str, said: str) -> None:
+    message = refusal(squeezing, "backends.toy.serde=squeeze", assignment)
+    assert said in message
+    assert f"(--set {assignment.split('=')[0]})" in message

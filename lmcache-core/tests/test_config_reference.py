@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from lmcache_core.config.lmcache_table import ALIASES, KEYS
-from lmcache_core.config.schema import CoreConfig
+from lmcache_core.config.models import CoreConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "configuration.md"

@@ -11,7 +11,7 @@ import pytest
 
 from lmcache_core.config import Config, load_config
 from lmcache_core.config.lmcache_table import ALIASES, KEYS, Fate
-from lmcache_core.config.schema import CoreConfig
+from lmcache_core.config.models import CoreConfig
 from lmcache_core.errors import ConfigError
 from lmcache_core.plugins import Plugins
 

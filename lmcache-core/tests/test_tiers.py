@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from lmcache_core.builtin.memory import MemoryBackend, MemoryConfig
 from lmcache_core.builtin.raw import RawConfig, RawSerde
 from lmcache_core.errors import (
     BackendRejected,
@@ -452,3 +454,26 @@ def test_close_after_the_loop_is_a_warning(
     loop.close(10.0)
     tiers.close()
     assert "couldn't be closed" in caplog.text
+
+
+def test_a_serde_is_created_with_its_options(open_tiers: Callable[..., Tiers]) -> None:
+    """Each of a chain with its own; with defaults where there are none."""
+    seen: list[tuple[str, object]] = []
+
+    class Noting(Index):
+        def serde(self, name: str) -> SerdeDescriptor:
+            def create(options: object) -> RawSerde:
+                seen.append((name, options))
+                return RawSerde()
+
+            return dataclasses.replace(super().serde(name), create=create)
+
+    given = Options()
+    open_tiers(
+        Section("a", "memory", serde="one+two"),
+        plugins=Noting(memory=lambda: MemoryBackend(MemoryConfig())),
+        serdes={"two": given},
+    )
+    assert seen[0] == ("one", RawConfig())
+    assert seen[1][0] == "two"
+    assert seen[1][1] is given

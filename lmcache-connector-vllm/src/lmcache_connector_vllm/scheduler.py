@@ -124,6 +124,7 @@ class SchedulerSide:
                     lookup_only=True,
                     default_deadline_s=core.lookup_timeout_ms / 1000,
                     default_serde=core.serde,
+                    serdes=self._settings.config.serdes,
                 )
             )
 

@@ -79,6 +79,7 @@ class WorkerSide:
                 lookup_only=False,
                 default_deadline_s=core.blocking_timeout_secs,
                 default_serde=core.serde,
+                serdes=settings.config.serdes,
                 rope=identity.rope(vllm_config),
             )
         self._mover: Mover | None = None

@@ -140,6 +140,7 @@ class Cache:
                 lookup_only=False,
                 default_deadline_s=core.blocking_timeout_secs,
                 default_serde=core.serde,
+                serdes=config.serdes,
             )
         self._news = threading.Condition()
         slots = slots_in(arena_bytes, namespace)

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
+
+from pydantic import BaseModel
 
 from lmcache_core.creation import NotCreated, created
 from lmcache_core.errors import (
@@ -44,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 class Section(Protocol):
-    """One entry of ``backends:``, validated; `config.schema.BackendSection` is one."""
+    """One entry of ``backends:``, validated; `config.models.BackendSection` is one."""
 
     @property
     def name(self) -> str: ...
@@ -91,6 +94,7 @@ class Tiers:
         lookup_only: bool = False,
         default_deadline_s: float = 5.0,
         default_serde: str = "raw",
+        serdes: Mapping[str, BaseModel] = MappingProxyType({}),
         open_deadline_s: float = 10.0,
         reopen_after_s: float = 10.0,
         rope: Rope | None = None,
@@ -99,8 +103,8 @@ class Tiers:
 
         A backend that can't be reached yet is kept as a tier that misses everything. It is tried
         again every ``reopen_after_s`` in the background, each time with a fresh instance. One that
-        is only slow to open (it may be reading its index) joins when it has finished. ``rope`` is
-        for serdes that know what to do with it.
+        is only slow to open (it may be reading its index) joins when it has finished. ``serdes``
+        are options by the serde's name. ``rope`` is for serdes that know what to do with it.
 
         Raises:
             ConfigError: a backend refused its options or credentials.
@@ -109,7 +113,7 @@ class Tiers:
         openings = []
         facts = SerdeFacts(namespace.fingerprint, rope)
         for section in sections:
-            serde = _serde(plugins, section, default_serde).bound(facts)
+            serde = _serde(plugins, section, default_serde, serdes).bound(facts)
             deadline_s = section.deadline_s or default_deadline_s
             make = _maker(plugins.storage_backend(section.type), section, deadline_s, counters)
             guard = Guard(section.name, deadline_s=deadline_s, counters=counters)
@@ -282,17 +286,18 @@ def _longest_value(serde: Serde, layout: KVLayout) -> int:
     return HEADER_BYTES + max(serde.max_encoded_bytes(group, tokens) for group in layout.groups)
 
 
-def _serde(plugins: PluginIndex, section: Section, default: str) -> Serde:
+def _serde(
+    plugins: PluginIndex, section: Section, default: str, options: Mapping[str, BaseModel]
+) -> Serde:
     """The serde that ``section`` names, or the chain of them."""
-    return chain(
-        [_link(plugins.serde(n.strip()), section) for n in (section.serde or default).split("+")]
-    )
+    names = [name.strip() for name in (section.serde or default).split("+")]
+    return chain([_link(plugins.serde(name), section, options) for name in names])
 
 
-def _link(descriptor: SerdeDescriptor, section: Section) -> Serde:
+def _link(descriptor: SerdeDescriptor, section: Section, options: Mapping[str, BaseModel]) -> Serde:
     where = f"serde {descriptor.name!r} of backends.{section.name}"
     return created(
-        lambda: descriptor.create(descriptor.config()),
+        lambda: descriptor.create(options.get(descriptor.name) or descriptor.config()),
         Serde,  # type: ignore[type-abstract]
         where,
         descriptor.create,

@@ -1,7 +1,8 @@
 """What the user wants: merged from layers, checked once, frozen.
 
 `load_config` is all that the rest of core needs. `layers` knows where values
-come from, `lmcache_keys` what LMCache calls them, `schema` what they mean.
+come from, `lmcache_keys` what LMCache calls them, `models` what they mean, `schema` how they are
+checked.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lmcache_core.config import layers, lmcache_keys, schema
-from lmcache_core.config.schema import BackendSection, Config, CoreConfig
+from lmcache_core.config.models import BackendSection, Config, CoreConfig
 from lmcache_core.plugins import Plugins
 
 __all__ = ["BackendSection", "Config", "CoreConfig", "load_config"]

@@ -1,239 +1,34 @@
-"""The typed configuration, and how it is built from merged layers.
+"""How merged layers become the one valid configuration, or a list of all that is wrong.
 
-The models are also where the configuration reference comes from. Knows what
-options mean and which go together; doesn't know where values come from or what
-LMCache calls them.
+Knows which options go together and what must be installed; the models are `models`', where values
+come from is `layers`' business.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    SecretBytes,
-    SecretStr,
-    ValidationError,
-    field_validator,
-)
+from pydantic import BaseModel, SecretBytes, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from lmcache_core.config.layers import Merged
 from lmcache_core.config.lmcache_keys import known_names
-from lmcache_core.config.problem import HIDDEN, describe, suggest, without_password
+from lmcache_core.config.models import (
+    BackendSection,
+    Config,
+    CoreConfig,
+    SectionHead,
+    options_of,
+)
+from lmcache_core.config.problem import describe, suggest
 from lmcache_core.errors import ConfigError, PluginError
 from lmcache_core.plugins import Plugins
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _NAMES = ("serde", "engine_connector", "cache_policy")
 _SECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-class CoreConfig(BaseModel):
-    """Options that core itself reads. Plugins own everything under ``backends``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    chunk_size: PositiveInt = Field(
-        256, description="Tokens in one chunk, the unit in which prefixes are kept and found."
-    )
-    local_cpu: bool = Field(True, description="Keep recently used chunks in host memory.")
-    max_local_cpu_size: float = Field(
-        5.0,
-        gt=0,
-        description="Host memory for chunks, in GiB for each rank. With `local_cpu: false` it is "
-        "only a staging buffer.",
-    )
-    local_cpu_use_hugepages: bool = Field(
-        False,
-        description="Take that memory from reserved 2 MiB huge pages; where there aren't enough, "
-        "from transparent ones.",
-    )
-    local_cpu_populate: bool = Field(
-        False, description="Touch all of that memory at the start instead of on first use."
-    )
-    numa_mode: Literal["auto"] | None = Field(
-        None, description="`auto` binds that memory to the NUMA node of this process's CPUs."
-    )
-    cache_policy: str = Field(
-        "LRU", description="Which chunks leave host memory first; the name of an eviction policy."
-    )
-    serde: str = Field(
-        "raw",
-        description="How chunks are encoded for backends that don't say so themselves; `+` chains.",
-    )
-    save_decode_cache: bool = Field(False, description="Also store the KV of generated tokens.")
-    save_unfull_chunk: bool = Field(
-        False, description="Also store a prompt's last chunk when it isn't full."
-    )
-    use_layerwise: bool = Field(
-        False, description="Load and store layer by layer, overlapped with the model's computation."
-    )
-    enable_async_loading: bool = Field(
-        False, description="Load while the request waits in the queue, not when it is scheduled."
-    )
-    min_retrieve_tokens: int = Field(
-        0, ge=0, description="Load nothing for a hit of fewer tokens; computing those is faster."
-    )
-    priority_limit: int | None = Field(
-        None, description="Store only requests whose priority is at most this."
-    )
-    blocking_timeout_secs: float = Field(
-        10.0, gt=0, description="Deadline in seconds for one load from a slow tier."
-    )
-    lookup_timeout_ms: PositiveInt = Field(
-        3000, description="Deadline in milliseconds for asking slow tiers what they have."
-    )
-    store_queue_chunks: PositiveInt = Field(
-        256,
-        description="Chunks that may wait to be written to slow tiers; beyond that new ones are "
-        "dropped and counted.",
-    )
-    pin_timeout_sec: float = Field(
-        300.0, gt=0, description="Seconds after which a pinned chunk may be evicted again."
-    )
-    enable_kv_events: bool = Field(
-        False, description="Tell the engine which blocks were stored, for routers."
-    )
-    lmcache_instance_id: str | None = Field(
-        None, description="Name of this instance in logs and metrics."
-    )
-    engine_connector: str | None = Field(
-        None, description="Connector for own applications; an engine that loads us brings its own."
-    )
-
-    @field_validator("numa_mode", mode="before")
-    @classmethod
-    def _no_manual_numa(cls, value: object) -> object:
-        if value == "manual":
-            raise ValueError(
-                "isn't available in this version; use auto, or start each rank under numactl"
-            )
-        return value
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, value: object, info: Any) -> object:
-        """``chunk_size: yes`` isn't a chunk of one token."""
-        annotation = cls.model_fields[info.field_name].annotation
-        if isinstance(value, bool) and annotation is not bool:
-            raise ValueError("true and false aren't values for this option")
-        return value
-
-
-class SectionHead(BaseModel):
-    """What every section under ``backends`` may say beside its plugin's own options."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    type: str | None = Field(
-        None, description="The backend; only needed if the section is called something else."
-    )
-    serde: str | None = Field(
-        None,
-        description="How chunks are encoded for this backend; the top level's `serde` if not said.",
-    )
-    deadline_s: float | None = Field(
-        None,
-        gt=0,
-        description="Deadline in seconds for one call; `blocking_timeout_secs` if not said.",
-    )
-    isolated: bool | None = Field(
-        None,
-        description="Run the backend in a process of its own, so that a client library that "
-        "crashes, hangs or leaks takes nothing else with it. What the plugin asks for, if not "
-        "said.",
-    )
-    isolated_memory_gib: float | None = Field(
-        None,
-        gt=0,
-        description="Restart that process when it takes more memory than this, in GiB, host "
-        "memory for chunks not counted.",
-    )
-
-
-@dataclass(frozen=True)
-class BackendSection:
-    """One configured backend: an instance name, what it is, and its own options."""
-
-    name: str
-    type: str
-    options: BaseModel
-    serde: str | None = None
-    """``None``: `CoreConfig.serde`."""
-    deadline_s: float | None = None
-    """``None``: `CoreConfig.blocking_timeout_secs`."""
-    isolated: bool = False
-    isolated_memory_gib: float | None = None
-
-
-@dataclass(frozen=True)
-class Config:
-    """A valid configuration."""
-
-    core: CoreConfig
-    backends: tuple[BackendSection, ...]
-    """In the order of tiers, nearest first."""
-    notices: tuple[str, ...] = ()
-    """What the user should know: keys without effect, renamed keys. To be logged once."""
-    origins: Mapping[str, str] = field(default_factory=dict)
-    """Dotted option → where it was set, for every option in `rows`."""
-
-    @property
-    def isolates(self) -> bool:
-        """Whether a backend runs in a process of its own, so that host memory must be shared."""
-        return any(section.isolated for section in self.backends)
-
-    def rows(self) -> Iterator[tuple[str, Any, str]]:
-        """Every effective option as (dotted name, plain value with secrets hidden, origin)."""
-        for path, value in _options(self.core, self.backends):
-            name = ".".join(path)
-            yield name, hidden(value), self.origins.get(name, "default")
-
-
-def _options(
-    core: CoreConfig, backends: tuple[BackendSection, ...]
-) -> Iterator[tuple[tuple[str, ...], Any]]:
-    yield from _fields(core, ())
-    for section in backends:
-        here = ("backends", section.name)
-        yield (*here, "type"), section.type
-        yield (*here, "serde"), section.serde or core.serde
-        yield (*here, "deadline_s"), section.deadline_s or core.blocking_timeout_secs
-        yield (*here, "isolated"), section.isolated
-        if section.isolated:
-            yield (*here, "isolated_memory_gib"), section.isolated_memory_gib
-        yield from _fields(section.options, here)
-
-
-def _fields(model: BaseModel, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name in type(model).model_fields:
-        value = getattr(model, name)
-        if isinstance(value, BaseModel):
-            yield from _fields(value, (*prefix, name))
-        else:
-            yield (*prefix, name), value
-
-
-def hidden(value: Any) -> Any:
-    """``value`` as plain data that may be shown."""
-    if isinstance(value, (SecretStr, SecretBytes)):
-        return HIDDEN if value.get_secret_value() else ""
-    if isinstance(value, BaseModel):
-        return {name: hidden(getattr(value, name)) for name in type(value).model_fields}
-    if isinstance(value, Mapping):
-        return {str(key): hidden(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [hidden(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    return without_password(str(value))
 
 
 def validate(merged: Merged, plugins: Plugins, problems: list[str], notices: list[str]) -> Config:
@@ -258,10 +53,12 @@ class _Validation:
 
     def run(self, notices: list[str]) -> Config:
         values = dict(self.merged.values)
-        sections = values.pop("backends", None)
+        sections, serdes = values.pop("backends", None), values.pop("serdes", None)
         core = self._check(CoreConfig, values, (), (*CoreConfig.model_fields, *known_names()))
         policy = self._named(values)
         backends = self._backends(sections)
+        default = values.get("serde", CoreConfig.model_fields["serde"].default)
+        options = self._serdes(serdes, self._used_serdes(backends, default), notices)
         if core is not None:
             core = core.model_copy(update={"cache_policy": policy or core.cache_policy})
             if not (core.local_cpu or backends or self.problems):
@@ -273,10 +70,12 @@ class _Validation:
             count = f"{len(found)} problem" + "s" * (len(found) != 1)
             text = "\n  ".join(found)
             raise ConfigError(f"{count} in the LMCache configuration:\n  {text}") from self.cause
-        origins = {".".join(path): self.merged.origin(path) for path, _ in _options(core, backends)}
+        rows = options_of(core, backends, options)
+        origins = {".".join(path): self.merged.origin(path) for path, _ in rows}
+        self._defaults("serdes", origins)
         for section in backends:
             self._inherited(section, origins)
-        return Config(core, backends, tuple(notices), origins)
+        return Config(core, backends, tuple(notices), options, origins)
 
     def _named(self, values: Mapping[str, Any]) -> str | None:
         """Check that what ``values`` name is installed; the answer is the policy's proper name.
@@ -297,7 +96,7 @@ class _Validation:
                 return self.plugins.cache_policy(name).name
             if path[-1] == "engine_connector":
                 return self.plugins.engine_connector(name).name
-            if path[-1] == "serde":
+            if path[-1] == "serde" or path[0] == "serdes":
                 return self.plugins.serde(name).name
             return self.plugins.storage_backend(name).name
         except PluginError as error:
@@ -308,6 +107,43 @@ class _Validation:
     def _serde(self, path: tuple[str, ...], chain: str) -> None:
         for name in chain.split("+"):
             self._find(path, name.strip())
+
+    def _used_serdes(self, backends: tuple[BackendSection, ...], default: Any) -> list[str]:
+        """The proper names of serdes that backends encode with. Unknown ones were reported."""
+        chains = [section.serde or default for section in backends]
+        names = [n.strip() for chain in chains if isinstance(chain, str) for n in chain.split("+")]
+        installed = {d.name: d for d in self.plugins.serdes()}
+        aliases = {alias: d.name for d in installed.values() for alias in d.aliases}
+        return list(dict.fromkeys(p for n in names if (p := aliases.get(n, n)) in installed))
+
+    def _serdes(self, raw: Any, used: list[str], notices: list[str]) -> dict[str, BaseModel]:
+        """The options of each serde in ``used``, and a check of those that aren't."""
+        given: dict[str, Any] = {}
+        if raw is not None and not isinstance(raw, dict):
+            text = "must be a mapping from a serde to its options, such as {cachegen: {step: fine}}"
+            self.problems.append(describe(("serdes",), raw, self.merged.origin(("serdes",)), text))
+            raw = None
+        for name, options in (raw or {}).items():
+            here = ("serdes", str(name))
+            proper, origin = self._find(here, str(name)), self.merged.origin(here)
+            if options is not None and not isinstance(options, dict):
+                text = f"must be a mapping of options, such as {{{name}: {{…: …}}}}"
+                self.problems.append(describe(here, options, origin, text))
+            elif proper is not None and proper != name:
+                text = f"is another name of {proper}; write serdes.{proper}"
+                self.problems.append(describe(here, None, origin, text))
+            elif proper is not None:
+                given[proper] = options or {}
+                if proper not in used:
+                    notices.append(f"serdes.{proper} ({origin}): no effect: no backend uses it")
+        found: dict[str, BaseModel] = {}
+        for name in dict.fromkeys((*used, *given)):
+            model = self.plugins.serde(name).config
+            known = tuple(model.model_fields)
+            checked = self._check(model, given.get(name, {}), ("serdes", name), known)
+            if checked is not None and name in used:
+                found[name] = checked
+        return found
 
     def _backends(self, sections: Any) -> tuple[BackendSection, ...]:
         if sections is None:
@@ -359,13 +195,17 @@ class _Validation:
     def _inherited(self, section: BackendSection, origins: dict[str, str]) -> None:
         """A section's origin isn't that of what it takes over from the top level."""
         here = f"backends.{section.name}"
-        for path in [p for p in origins if p.startswith(f"{here}.")]:
-            if tuple(path.split(".")) not in self.merged.origins:
-                origins[path] = "default"
+        self._defaults(here, origins)
         if section.serde is None:
             origins[f"{here}.serde"] = "serde"
         if section.deadline_s is None:
             origins[f"{here}.deadline_s"] = "blocking_timeout_secs"
+
+    def _defaults(self, here: str, origins: dict[str, str]) -> None:
+        """What isn't set below ``here`` isn't set where ``here`` is."""
+        for path in [p for p in origins if p.startswith(f"{here}.")]:
+            if tuple(path.split(".")) not in self.merged.origins:
+                origins[path] = "default"
 
     def _check(
         self,
