@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
@@ -13,6 +13,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     PromMetric,
     PromMetricT,
 )
+
+from lmcache_core.metrics import GAUGES
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -28,7 +30,7 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "load_failures": ("Chunks that could not be loaded", ("tier", "reason")),
     "backend_errors": ("Failed calls to backends", ("backend", "operation", "kind")),
     "backend_timeouts": ("Calls to backends that missed their deadline", ("backend", "operation")),
-    "breaker_open": ("Times a backend was given a rest after failures", ("backend",)),
+    "breaker_open": ("Backends that are given a rest after failures, now", ("backend",)),
     "isolated_restarts": (
         "Processes of isolated backends that were lost and replaced",
         ("backend", "reason"),
@@ -36,8 +38,8 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "evicted_chunks": ("Chunks evicted", ("tier",)),
     "frame_rejected": ("Stored chunks that failed verification", ("reason",)),
 }
-"""Name (exported as ``vllm:lmcache_NAME_total``: vLLM unregisters what carries
-its name when an engine is made anew), help, labels. Meanings: `lmcache_core.metrics`."""
+"""Name (exported as ``vllm:lmcache_NAME_total``, gauges without ``_total``: vLLM unregisters what
+carries its name when an engine is made anew), help, labels. Meanings: `lmcache_core.metrics`."""
 
 
 @dataclass
@@ -76,7 +78,7 @@ class LMCacheStats(KVConnectorStats):
 
 
 class LMCachePromMetrics(KVConnectorPromMetrics):
-    """One Prometheus counter for each of `METRICS`."""
+    """One Prometheus counter, or gauge, for each of `METRICS`."""
 
     def __init__(
         self,
@@ -87,19 +89,25 @@ class LMCachePromMetrics(KVConnectorPromMetrics):
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         counter: Any = metric_types[Counter]
-        self._counters = {
-            name: counter(
-                name=f"vllm:lmcache_{name}", documentation=text, labelnames=[*labelnames, *labels]
+        gauge: Any = metric_types[Gauge]
+        self._metrics: dict[str, Any] = {}
+        for name, (text, labels) in METRICS.items():
+            facts = {
+                "name": f"vllm:lmcache_{name}",
+                "documentation": text,
+                "labelnames": [*labelnames, *labels],
+            }
+            # What comes are differences, which a counter refuses when they are negative.
+            self._metrics[name] = (
+                gauge(**facts, multiprocess_mode="sum") if name in GAUGES else counter(**facts)
             )
-            for name, (text, labels) in METRICS.items()
-        }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         engine = self.per_engine_labelvalues[engine_idx]
         for name, entries in transfer_stats_data.items():
-            if name not in self._counters:
+            if name not in self._metrics:
                 continue
             for labels, value in entries:
                 values = dict(labels)
                 own = [values.get(label, "") for label in METRICS[name][1]]
-                self._counters[name].labels(*engine, *own).inc(value)
+                self._metrics[name].labels(*engine, *own).inc(value)
