@@ -304,23 +304,6 @@ def test_a_profile_serves_the_layers_it_has() -> None:
     assert error(chunk, decode(serde, encoded, group, TOKENS)) < 0.5
 
 
-def test_profiles_are_files_named_after_their_content(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    folder = tmp_path_factory.mktemp("profiles")
-    path = profile(GROUP).save(folder)
-    assert Profile.load(path) == profile(GROUP)
-    assert path.stem == profile(GROUP).digest
-    path.write_bytes(profile(GROUP, 2.0).content)
-    with pytest.raises(ConfigError, match="has changed"):
-        Profile.load(path)
-    path.write_bytes(b"KVP1rubbish")
-    with pytest.raises(ConfigError, match="isn't one"):
-        Profile.load(path)
-    with pytest.raises(ConfigError, match="calibrate"):
-        Profile.load(folder / "nothing")
-
-
 # -- as core finds them --------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from lmcache_core.errors import ConfigError, LayoutError
 from lmcache_core.hashing import request_root
 from lmcache_core.keys import CacheNamespace
 from lmcache_core.layout import AttentionKind, DType, KVLayout, LayerGroup
+from lmcache_core.model import weights_identity
 from lmcache_core.serde import Rope
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ _DTYPES = {
     "torch.float8_e5m2": DType.F8_E5M2,
     "torch.uint8": DType.U8,
 }
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
-_SAMPLES, _SAMPLE_BYTES = 16, 65536
 TAG_PREFIX = "lmcache.tag."
 
 
@@ -127,8 +126,8 @@ def _refuse_parallelism(vllm_config: VllmConfig) -> None:
 def model_identity(vllm_config: VllmConfig) -> str:
     """A digest of everything about the model that KV values depend on.
 
-    A local folder is named by what it holds, so that a copy elsewhere shares and a retrained
-    checkpoint under the old name doesn't. A hub model is named by its name and commit.
+    Its weights are named by `weights_identity`: a folder by what it holds, a hub model by its name
+    and commit.
     """
     model = vllm_config.model_config
     hf = model.hf_config.to_dict()
@@ -137,7 +136,7 @@ def model_identity(vllm_config: VllmConfig) -> str:
         hf.pop(volatile, None)
     speculative = vllm_config.speculative_config
     facts = {
-        "weights": _weights(model.model, commit or model.revision),
+        "weights": weights_identity(model.model, commit or model.revision),
         "config": hf,
         "dtype": str(model.dtype),
         "quantization": model.quantization,
@@ -146,28 +145,6 @@ def model_identity(vllm_config: VllmConfig) -> str:
     }
     canonical = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _weights(model: str, commit: str | None) -> str:
-    folder = Path(model)
-    if not folder.is_dir():
-        return f"{model}@{commit}"
-    state = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in _WEIGHTS:
-            state.update(f"{file.name} {file.stat().st_size}\n".encode())
-            for sample in _samples(file):
-                state.update(sample)
-    return state.hexdigest()
-
-
-def _samples(file: Path) -> Iterator[bytes]:
-    """The file's start and evenly spaced pieces: a changed checkpoint changes everywhere."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        for part in range(_SAMPLES):
-            opened.seek(size * part // _SAMPLES)
-            yield opened.read(_SAMPLE_BYTES)
 
 
 def cacheable(request: Request) -> bool:
