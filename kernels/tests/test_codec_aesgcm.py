@@ -57,14 +57,14 @@ class TestAesGcmBehindACodec(SerdeTests):
 def test_a_value_belongs_to_its_place(make_serde: MakeSerde) -> None:
     chunk = ordinary(GROUP, 16)
     here = make_serde().bound(SerdeFacts("a" * 16))
-    encoded = encode(here.for_chunk(b"key"), chunk, GROUP, 16)
-    assert decode(here.for_chunk(b"key"), encoded, GROUP, 16) == chunk
+    encoded = encode(here.for_chunk(b"key", None), chunk, GROUP, 16)
+    assert decode(here.for_chunk(b"key", None), encoded, GROUP, 16) == chunk
     elsewhere = make_serde().bound(SerdeFacts("b" * 16))
     other_shape = dataclasses.replace(GROUP, heads=4, head_size=32)
     for serde, group in (
-        (here.for_chunk(b"another"), GROUP),
-        (elsewhere.for_chunk(b"key"), GROUP),
-        (here.for_chunk(b"key"), other_shape),
+        (here.for_chunk(b"another", None), GROUP),
+        (elsewhere.for_chunk(b"key", None), GROUP),
+        (here.for_chunk(b"key", None), other_shape),
     ):
         with pytest.raises(ValueError, match="for this place"):
             decode(serde, encoded, group, 16)

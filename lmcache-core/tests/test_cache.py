@@ -93,6 +93,58 @@ def test_what_lies_beyond_the_hit_is_unchanged(cache: Cache) -> None:
         assert loaded[start : (plane + 1) * 70 * row] == before[start : (plane + 1) * 70 * row]
 
 
+def test_a_serde_learns_where_chunks_lie(tmp_path: Path, distribution: Callable[..., str]) -> None:
+    """What is encoded, and what the model is; decoding is told nothing of places."""
+    module = distribution(
+        "toy-serde",
+        """
+from dataclasses import dataclass
+from lmcache_core.builtin.raw import RawSerde
+
+TOLD = []
+
+@dataclass
+class Telling(RawSerde):
+    facts: object = None
+    start: object = None
+    in_place = False
+    wire_id = 1000
+
+    def bound(self, facts):
+        return Telling(facts)
+
+    def for_chunk(self, key, start):
+        return Telling(self.facts, start)
+
+    def encode(self, *args):
+        TOLD.append((self.facts.weights, self.facts.shard, self.start))
+        return super().encode(*args)
+
+    def decode(self, *args):
+        TOLD.append(self.start)
+        super().decode(*args)
+
+@hookimpl
+def lmcache_serdes():
+    return [SerdeDescriptor(name="telling", summary="", lossless=True, config=Options,
+                            create=lambda options: Telling())]
+""",
+    )
+    options = config(f"local_disk={tmp_path}", "local_cpu=false", "serde=telling")
+    prompt, stored, loaded = tokens(70), kv(70), kv(70, seed=9)
+    with Cache.open(
+        model="m", layout=LAYOUT, config=options, weights="w", shard=1, shard_count=2
+    ) as cache:
+        cache.store(prompt, stored)
+        cache.flush()
+        told = sys.modules[module].TOLD
+        assert told == [("w", 1, start) for start in (0, 16, 32, 48)]
+        told.clear()
+        assert cache.load(prompt, loaded) == 64
+        assert told == [None] * 4
+    assert rows(loaded, 70, 64) == rows(stored, 70, 64)
+
+
 def test_storing_again_stores_only_what_is_new() -> None:
     with Cache.open(model="m", layout=LAYOUT, config=config()) as cache:
         prompt = tokens(96)

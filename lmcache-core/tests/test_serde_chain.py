@@ -18,8 +18,10 @@ GROUP = full_attention(layers=2, heads=2, head_size=16, dtype=DType.BF16)
 class Deflate(Serde):
     """Any bytes, shorter. Remembers what it was told."""
 
-    def __init__(self, facts: SerdeFacts | None = None, key: bytes = b"") -> None:
-        self.facts, self.key = facts, key
+    def __init__(
+        self, facts: SerdeFacts | None = None, key: bytes = b"", start: int | None = None
+    ) -> None:
+        self.facts, self.key, self.start = facts, key, start
 
     @property
     def wire_id(self) -> int:
@@ -28,8 +30,8 @@ class Deflate(Serde):
     def bound(self, facts: SerdeFacts) -> Serde:
         return Deflate(facts, self.key)
 
-    def for_chunk(self, key: bytes) -> Serde:
-        return Deflate(self.facts, key)
+    def for_chunk(self, key: bytes, start: int | None) -> Serde:
+        return Deflate(self.facts, key, start)
 
     def max_encoded_bytes(self, group: LayerGroup, tokens: int) -> int:
         return group.chunk_bytes(tokens) + 64 + group.chunk_bytes(tokens) // 64
@@ -69,9 +71,10 @@ def test_lengths_that_cannot_be(count: int) -> None:
 
 def test_each_is_told() -> None:
     facts = SerdeFacts("0123456789abcdef")
-    chained = chain([Deflate(), Deflate()]).bound(facts).for_chunk(b"key")
+    chained = chain([Deflate(), Deflate()]).bound(facts).for_chunk(b"key", 256)
     assert isinstance(chained, ChainedSerde)
-    assert [(one.facts, one.key) for one in chained._serdes] == [(facts, b"key")] * 2  # type: ignore[attr-defined]
+    told = [(one.facts, one.key, one.start) for one in chained._serdes]  # type: ignore[attr-defined]
+    assert told == [(facts, b"key", 256)] * 2
 
 
 def test_other_serdes_in_the_same_number_are_refused() -> None:

@@ -131,12 +131,11 @@ def model_identity(vllm_config: VllmConfig) -> str:
     """
     model = vllm_config.model_config
     hf = model.hf_config.to_dict()
-    commit = hf.pop("_commit_hash", None) or getattr(model.hf_config, "_commit_hash", None)
-    for volatile in ("_name_or_path", "transformers_version"):
+    for volatile in ("_commit_hash", "_name_or_path", "transformers_version"):
         hf.pop(volatile, None)
     speculative = vllm_config.speculative_config
     facts = {
-        "weights": weights_identity(model.model, commit or model.revision),
+        "weights": weights(vllm_config),
         "config": hf,
         "dtype": str(model.dtype),
         "quantization": model.quantization,
@@ -145,6 +144,13 @@ def model_identity(vllm_config: VllmConfig) -> str:
     }
     canonical = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def weights(vllm_config: VllmConfig) -> str:
+    """What names the model's weights, also for profiles: whoever calibrates computes the same."""
+    model = vllm_config.model_config
+    commit = getattr(model.hf_config, "_commit_hash", None)
+    return weights_identity(model.model, commit or model.revision)
 
 
 def cacheable(request: Request) -> bool:

@@ -410,7 +410,7 @@ class SchedulerSide:
         tokens: int,
     ) -> None:
         span = self._span(tracked.blocks, begin, tokens, tokens, 0)
-        op = self._planner.plan_store(key, span, parent)
+        op = self._planner.plan_store(key, span, parent, begin)
         if op is not None:
             stores.append((begin, op))
             if self._events is not None:

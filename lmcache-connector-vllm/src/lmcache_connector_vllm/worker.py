@@ -81,6 +81,7 @@ class WorkerSide:
                 default_serde=core.serde,
                 serdes=settings.config.serdes,
                 rope=identity.rope(vllm_config),
+                weights=identity.weights(vllm_config),
             )
         self._mover: Mover | None = None
         self._background = ThreadPoolExecutor(1, thread_name_prefix="lmcache-load")

@@ -37,6 +37,7 @@ from lmcache_core.mover import Mover, slot_bytes, slots_in
 from lmcache_core.paged import CanonicalBuffer
 from lmcache_core.plan import FetchOp, LoadOp, StoreOp
 from lmcache_core.planner import Planner
+from lmcache_core.serde import Rope
 from lmcache_core.tiers import Tiers
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ class Cache:
         config: Config,
         plugins: Plugins,
         *,
+        rope: Rope | None = None,
+        weights: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         layout, core = namespace.layout, config.core
@@ -141,6 +144,8 @@ class Cache:
                 default_deadline_s=core.blocking_timeout_secs,
                 default_serde=core.serde,
                 serdes=config.serdes,
+                rope=rope,
+                weights=weights,
             )
         self._news = threading.Condition()
         slots = slots_in(arena_bytes, namespace)
@@ -179,8 +184,12 @@ class Cache:
         plugins: Plugins | None = None,
         shard: int = 0,
         shard_count: int = 1,
+        rope: Rope | None = None,
+        weights: str = "",
     ) -> Cache:
         """Open a cache for ``model``. Without ``config``, file and environment are read.
+
+        ``rope`` and ``weights`` are for serdes: see `serde.SerdeFacts`.
 
         Raises:
             ConfigError: the configuration is wrong, or asks for memory that isn't there.
@@ -192,7 +201,8 @@ class Cache:
         plugins = plugins or Plugins()
         if config is None:
             config = load_config(plugins)
-        return cls(CacheNamespace(model, layout, shard, shard_count), config, plugins)
+        namespace = CacheNamespace(model, layout, shard, shard_count)
+        return cls(namespace, config, plugins, rope=rope, weights=weights)
 
     # -- the calls -------------------------------------------------------------------------
 
@@ -230,7 +240,8 @@ class Cache:
             self._settle()
             for index, key in enumerate(keys):
                 parent = keys[index - 1] if index else None
-                op = self._planner.plan_store(key, self._span(paged, index), parent)
+                start = index * self._chunk_tokens
+                op = self._planner.plan_store(key, self._span(paged, index), parent, start)
                 if op is not None:
                     ops.append(op)
         stored = self._mover.store(ops, paged.engine)

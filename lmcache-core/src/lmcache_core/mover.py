@@ -261,7 +261,8 @@ class Mover:
     async def _write(self, tier: Tier, ops: list[StoreOp]) -> None:
         loop = asyncio.get_running_loop()
         frames = await loop.run_in_executor(
-            self._threads, lambda: [self._seal(tier.serde.for_chunk(op.key), op) for op in ops]
+            self._threads,
+            lambda: [self._seal(tier.serde.for_chunk(op.key, op.start), op) for op in ops],
         )
         answer = await tier.store([op.key for op in ops], frames)
         if answer.unsettled is not None:
@@ -374,7 +375,7 @@ class Mover:
         if header.serde != serde.wire_id:
             raise FrameError("serde", f"written by serde {header.serde}, not {serde.wire_id}")
         if not serde.in_place:
-            serde.for_chunk(op.key).decode(frame[HEADER_BYTES:], chunk, group, op.tokens)
+            serde.for_chunk(op.key, None).decode(frame[HEADER_BYTES:], chunk, group, op.tokens)
         elif header.payload_bytes != header.raw_bytes:
             raise FrameError("length", "an uncompressed chunk has a payload of another length")
         layers = len(group.layers)

@@ -27,6 +27,7 @@ class StoreOp:
     """Gather engine blocks into arena slot ``slot``; then write it through to slow tiers.
 
     ``op`` names the operation in reports. ``persist``: whether there are slow tiers to write to.
+    ``start``: the position of the chunk's first token in its sequence, ``None`` if unknown.
     """
 
     op: int
@@ -34,6 +35,7 @@ class StoreOp:
     slot: int
     span: BlockSpan
     persist: bool
+    start: int | None = None
 
 
 @dataclass(frozen=True)

@@ -129,12 +129,16 @@ class Planner:
     # -- planning --------------------------------------------------------------------------
 
     def plan_store(
-        self, key: ChunkKey, span: BlockSpan, parent: ChunkKey | None = None
+        self,
+        key: ChunkKey,
+        span: BlockSpan,
+        parent: ChunkKey | None = None,
+        start: int | None = None,
     ) -> StoreOp | None:
         """Make room for a chunk and plan its store, unless it is here or on its way already.
 
         ``parent`` is the chunk that it continues. Where that was dropped, and no slow tier may have
-        it, nobody could find the chunk: it is dropped too.
+        it, nobody could find the chunk: it is dropped too. ``start`` is for the operation.
         """
         if self.index.find(key) != NONE:
             return None
@@ -146,7 +150,7 @@ class Planner:
             self._counters.add("store_dropped", reason="memory_full")
             return None
         op = self._begin(key, slot, parent, ChunkState.STORING)
-        return StoreOp(op, key, slot, span, self.persist)
+        return StoreOp(op, key, slot, span, self.persist, start)
 
     def plan_fetch(
         self,

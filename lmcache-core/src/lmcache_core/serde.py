@@ -44,6 +44,11 @@ class SerdeFacts:
     """The namespace's: model, layout, shard, tenant."""
     rope: Rope | None = None
     """``None``: unknown, none, or of a kind that isn't one angle for each pair and position."""
+    weights: str = ""
+    """What names the model's weights: `model.weights_identity`. Empty if unknown."""
+    shard: int = 0
+    """Which of ``shard_count`` parts of the heads the chunks hold."""
+    shard_count: int = 1
 
 
 class Serde(ABC):
@@ -75,8 +80,12 @@ class Serde(ABC):
         """This serde for a tier of which ``facts`` hold; asked once, before anything is encoded."""
         return self
 
-    def for_chunk(self, key: bytes) -> Serde:  # noqa: ARG002
-        """This serde for the one chunk that is called ``key``. Cheap: asked for every chunk."""
+    def for_chunk(self, key: bytes, start: int | None) -> Serde:  # noqa: ARG002
+        """This serde for the one chunk that is called ``key``. Cheap: asked for every chunk.
+
+        ``start`` is the position of the chunk's first token in its sequence, ``None`` where core
+        doesn't know it: always before decoding. What decoding needs goes into the encoded bytes.
+        """
         return self
 
     @abstractmethod

@@ -51,8 +51,8 @@ class ChainedSerde(Serde):
     def bound(self, facts: SerdeFacts) -> Serde:
         return ChainedSerde(tuple(serde.bound(facts) for serde in self._serdes))
 
-    def for_chunk(self, key: bytes) -> Serde:
-        mine = tuple(serde.for_chunk(key) for serde in self._serdes)
+    def for_chunk(self, key: bytes, start: int | None) -> Serde:
+        mine = tuple(serde.for_chunk(key, start) for serde in self._serdes)
         same = all(a is b for a, b in zip(mine, self._serdes, strict=True))
         return self if same else ChainedSerde(mine)
 

@@ -98,20 +98,24 @@ class Tiers:
         open_deadline_s: float = 10.0,
         reopen_after_s: float = 10.0,
         rope: Rope | None = None,
+        weights: str = "",
     ) -> Tiers:
         """Open every backend, all at the same time, and wait for ``open_deadline_s`` at most.
 
         A backend that can't be reached yet is kept as a tier that misses everything. It is tried
         again every ``reopen_after_s`` in the background, each time with a fresh instance. One that
         is only slow to open (it may be reading its index) joins when it has finished. ``serdes``
-        are options by the serde's name. ``rope`` is for serdes that know what to do with it.
+        are options by the serde's name; ``rope`` and ``weights`` are for serdes that know what to
+        do with them: see `SerdeFacts`.
 
         Raises:
             ConfigError: a backend refused its options or credentials.
             PluginError: a plugin is missing, lacks what it needs, or is broken.
         """
         openings = []
-        facts = SerdeFacts(namespace.fingerprint, rope)
+        facts = SerdeFacts(
+            namespace.fingerprint, rope, weights, namespace.shard, namespace.shard_count
+        )
         for section in sections:
             serde = _serde(plugins, section, default_serde, serdes).bound(facts)
             deadline_s = section.deadline_s or default_deadline_s

@@ -114,7 +114,7 @@ class AesGcmSerde(Serde):
     def bound(self, facts: SerdeFacts) -> Serde:
         return AesGcmSerde(self._ciphers, facts, self._key)
 
-    def for_chunk(self, key: bytes) -> Serde:
+    def for_chunk(self, key: bytes, start: int | None) -> Serde:  # noqa: ARG002  it has a key
         return AesGcmSerde(self._ciphers, self._facts, key)
 
     def max_encoded_bytes(self, group: LayerGroup, tokens: int) -> int:
