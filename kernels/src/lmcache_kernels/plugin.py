@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from lmcache_core.connector import Kernels
 from lmcache_core.errors import ConfigError
@@ -15,8 +16,12 @@ from lmcache_core.eviction import CachePolicyDescriptor
 from lmcache_core.hookspecs import hookimpl
 from lmcache_core.serde import SerdeDescriptor
 from lmcache_kernels.codec import descriptors
+from lmcache_kernels.codec_eval import cli
 from lmcache_kernels.cpu import CpuKernels
 from lmcache_kernels.index import FIFO, LRU, MRU, ChunkIndex
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, _SubParsersAction
 
 THREADS_VARIABLE = "LMCACHE_KERNEL_THREADS"
 TRITON_VARIABLE = "LMCACHE_KERNEL_TRITON"
@@ -69,6 +74,11 @@ def lmcache_cache_policies() -> Sequence[CachePolicyDescriptor]:
 @hookimpl
 def lmcache_serdes() -> Sequence[SerdeDescriptor]:
     return descriptors.all_of(lambda: threads_from(os.environ))
+
+
+@hookimpl
+def lmcache_cli(subcommands: _SubParsersAction[ArgumentParser]) -> None:
+    cli.add(subcommands)
 
 
 @hookimpl

@@ -1,0 +1,138 @@
+"""What is measured: any installed serde, by the bytes that it really writes.
+
+Knows core's contract of serdes. The schemes of others that are here for comparison are in
+`references`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from lmcache_core.errors import ConfigError
+from lmcache_core.plugins import Plugins
+from lmcache_core.serde import Serde, SerdeDescriptor, SerdeFacts
+from lmcache_core.serde_chain import chain
+from lmcache_kernels.codec.profile import Profile
+from lmcache_kernels.codec_eval.models import Model
+
+CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A cache that went through a scheme."""
+
+    cache: Tensor
+    bits: float
+    """All that was stored, side information included."""
+
+
+class Scheme(Protocol):
+    """Makes a cache smaller."""
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+
+    @property
+    def reference(self) -> bool:
+        """Whether it is computed here for comparison, rather than an installed serde."""
+
+    def code(self, cache: Tensor) -> Coded:
+        """``cache`` (see `Model`), encoded and decoded. It begins at the sequence's start."""
+
+
+@dataclass(frozen=True)
+class SerdeScheme:
+    """A serde of a plugin, chunk by chunk, as core calls it."""
+
+    name: str
+    serde: Serde
+    model: Model
+    chunk_tokens: int = CHUNK_TOKENS
+    reference: bool = False
+
+    def code(self, cache: Tensor) -> Coded:
+        decoded = torch.empty_like(cache)
+        written = 0
+        for start in range(0, cache.shape[2], self.chunk_tokens):
+            piece = slice(start, start + self.chunk_tokens)
+            chunk = cache[:, :, piece].contiguous()
+            key = hashlib.sha256(_bytes(chunk)).digest()
+            encoded = self._encoded(chunk, key, start)
+            written += encoded.nbytes
+            into = torch.empty_like(chunk)
+            serde = self.serde.for_chunk(key, None)
+            serde.decode(encoded, _bytes(into), self.model.group, chunk.shape[2])
+            decoded[:, :, piece] = into
+        return Coded(decoded, 8.0 * written)
+
+    def _encoded(self, chunk: Tensor, key: bytes, start: int) -> memoryview:
+        group, tokens = self.model.group, chunk.shape[2]
+        serde = self.serde.for_chunk(key, start)
+        into = memoryview(bytearray(serde.max_encoded_bytes(group, tokens)))
+        return into[: serde.encode(_bytes(chunk), into, group, tokens)]
+
+
+def _bytes(chunk: Tensor) -> memoryview:
+    return memoryview(chunk.view(torch.uint8).numpy()).cast("B")
+
+
+def serde_scheme(
+    words: str, model: Model, plugins: Plugins, profile: Path | None = None
+) -> SerdeScheme:
+    """The serde that ``words`` name: ``NAME[+NAME…][:OPTION=VALUE,…]``.
+
+    ``profile`` goes to those serdes of the chain that can use one.
+
+    Raises:
+        PluginError: none is called that; the message lists those that are installed.
+        ConfigError: none of them has such an option, or it refuses its value.
+    """
+    names, _, rest = words.partition(":")
+    said = dict(_option(words, pair) for pair in rest.split(",") if pair)
+    descriptors = [plugins.serde(name.strip()) for name in names.split("+")]
+    for option in said:
+        if not any(option in d.config.model_fields for d in descriptors):
+            known = sorted({field for d in descriptors for field in d.config.model_fields})
+            raise ConfigError(
+                f"--serde {words}: {names} has no option {option!r}; it has {', '.join(known)}"
+            )
+    wanted = said if profile is None else {**said, "profile": profile}
+    serde = chain([_link(words, descriptor, wanted) for descriptor in descriptors])
+    facts = SerdeFacts(model.identity, model.rope, model.identity)
+    name = words if profile is None else f"{words} {Profile.load(profile).kind}"
+    return SerdeScheme(name, serde.bound(facts), model)
+
+
+def takes(words: str, option: str, plugins: Plugins) -> bool:
+    """Whether a serde in ``words`` has ``option``, and they don't set it."""
+    names, _, rest = words.partition(":")
+    said = [pair.partition("=")[0] for pair in rest.split(",")]
+    found = [plugins.serde(name.strip()).config.model_fields for name in names.split("+")]
+    return option not in said and any(option in fields for fields in found)
+
+
+def _option(words: str, pair: str) -> tuple[str, str]:
+    name, equals, value = pair.partition("=")
+    if not equals:
+        raise ConfigError(f"--serde {words}: {pair!r} isn't OPTION=VALUE")
+    return name.strip(), value.strip()
+
+
+def _link(words: str, descriptor: SerdeDescriptor, wanted: Mapping[str, object]) -> Serde:
+    fields: Mapping[str, Any] = descriptor.config.model_fields
+    mine = {name: value for name, value in wanted.items() if name in fields}
+    try:
+        return descriptor.create(descriptor.config.model_validate(mine))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"--serde {words}: {problems}") from None
