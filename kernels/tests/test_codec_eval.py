@@ -19,6 +19,7 @@ from lmcache_kernels.codec.profile import Profile
 from lmcache_kernels.codec_eval import capture, needle, references, scoring, sensitivity, texts
 from lmcache_kernels.codec_eval.calibration import Options, basis_heads, calibrate
 from lmcache_kernels.codec_eval.models import Model, load
+from lmcache_kernels.codec_eval.progress import silent
 from lmcache_kernels.codec_eval.schemes import serde_scheme, takes
 
 KINDS = ("llama", "qwen2", "qwen3")
@@ -144,24 +145,38 @@ def test_gains_have_limits_and_still_a_mean_of_one() -> None:
     assert abs(found.log().mean()) < 1e-3
 
 
-def test_rounding_keeps_the_first_token_and_stays_within_its_step(llama: Model) -> None:
-    pieces = [ids(llama, 200, seed) for seed in range(2)]
-    found = capture.moments(llama, pieces)
-    bases = capture.bases(llama, pieces, found, sensitivity.key_steps(found), 2)
-    exact = replace(llama, dtype=torch.float32)
-    cache = exact.prefill(pieces[0])
-    rounding = sensitivity.Rounding(exact, found, bases)
-    keys = rounding.plane(cache[1, 0], 1, 0, 0.1)
-    assert torch.equal(keys[0], cache[1, 0, 0])
-    error = sensitivity.turned(keys - cache[1, 0], exact, -1, first=0)[1:]
-    scaled = (error / sensitivity.key_steps(found)[1]).flatten(1) @ bases.keys[1][0]
-    assert scaled.abs().max() <= 0.051
-    assert scaled.abs().max() > 0.03
-    values = rounding.plane(cache[1, 1], 1, 1, 0.1)
-    assert torch.equal(values[0], cache[1, 1, 0])
-    rms = cache[1, 1, 1:].square().mean(-1, keepdim=True).sqrt()
-    scaled = ((values - cache[1, 1])[1:] / rms).flatten(1) @ bases.values[1][0]
-    assert 0.03 < scaled.abs().max() <= 0.051
+def rounded(components: sensitivity.Components, x: Tensor, layer: int, plane: int) -> Tensor:
+    """``x`` with its components rounded to multiples of 0.3, except for its first token's."""
+    (z,) = components.of(x, layer, plane)
+    basis = (components._bases.keys, components._bases.values)[plane][layer][0]
+    error = ((z / 0.3).round() * 0.3 - z) @ basis.T
+    error = error.view_as(x[1:]) * components._scale(x, layer, plane)
+    if plane == 0:
+        error = sensitivity.turned(error, components._model, 1)
+    return torch.cat((x[:1], x[1:] + error))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_gradients_tell_what_rounding_each_layer_costs(
+    models: dict[str, Model], kind: str
+) -> None:
+    exact = replace(models[kind], dtype=torch.float32)
+    pieces = [ids(exact, 220, seed) for seed in range(3)]
+    found = capture.moments(exact, pieces)
+    bases = capture.bases(exact, pieces, found, sensitivity.key_steps(found), HEADS)
+    components = sensitivity.Components(exact, found, bases)
+    contexts = [scoring.prepare(exact, piece, 160, 0) for piece in pieces]
+    told = sensitivity.layer_divergences(exact, contexts, components, (0.3, 0.3), silent)
+    tried = torch.zeros_like(told)
+    for context in contexts:
+        for layer in range(LAYERS):
+            for plane in range(2):
+                cache = context.cache.clone()
+                cache[layer, plane] = rounded(components, cache[layer, plane], layer, plane)
+                said = exact.log_probabilities(cache, context.following)
+                tried[layer, plane] += scoring.divergence(context.expected, said) / 3
+    assert (tried > 1e-4).all()
+    assert ((told / tried).log().abs() < math.log(1.6)).all(), (told, tried)
 
 
 @pytest.mark.parametrize("kind", ["t2", "t3", "t4"])

@@ -17,7 +17,12 @@ from lmcache_kernels.codec_eval import capture
 from lmcache_kernels.codec_eval.models import Model
 from lmcache_kernels.codec_eval.progress import Progress, silent
 from lmcache_kernels.codec_eval.scoring import prepare
-from lmcache_kernels.codec_eval.sensitivity import gains, key_steps, layer_divergences
+from lmcache_kernels.codec_eval.sensitivity import (
+    Components,
+    gains,
+    key_steps,
+    layer_divergences,
+)
 
 Kind = Literal["t2", "t3", "t4"]
 
@@ -75,7 +80,8 @@ def calibrate(
         return rotated
     some = progress(texts[:GAIN_TEXTS], "contexts")
     contexts = [prepare(model, ids, len(ids) - SCORED, 0) for ids in some]
-    effects = layer_divergences(model, contexts, found, bases, GAIN_STEPS, progress)
+    components = Components(model, found, bases)
+    effects = layer_divergences(model, contexts, components, GAIN_STEPS, progress)
     return replace(rotated, gains=_raw(gains(effects)))
 
 

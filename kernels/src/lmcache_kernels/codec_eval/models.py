@@ -61,6 +61,11 @@ class Model:
         """Of each next token, len(ids) x vocabulary in float32, when ``ids`` follow ``cache``."""
         return torch.log_softmax(self._forward(ids[None], _dynamic(cache))[0].float(), -1)
 
+    def differentiable(self, cache: Tensor, ids: Tensor) -> Tensor:
+        """As `log_probabilities`, for gradients of a float32 ``cache``."""
+        logits = self.network(ids[None], **_cached(self.network, _dynamic(cache))).logits[0]
+        return torch.log_softmax(logits.float(), -1)
+
     def greedy(self, cache: Tensor, first: Tensor, count: int) -> Tensor:
         """The ``count`` most likely tokens, one after the other, behind ``cache`` and ``first``.
 
@@ -101,9 +106,10 @@ def load(path: str, threads: int | None = None) -> Model:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         network = AutoModelForCausalLM.from_pretrained(
             path, local_files_only=True, dtype=torch.float32
-        ).eval()
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"--model {path}: transformers can't load it: {error}") from None
+    network.eval().requires_grad_(False)
     return _described(Path(path).resolve().name, network, tokenizer, weights_identity(path))
 
 

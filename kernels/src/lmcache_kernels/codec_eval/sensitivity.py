@@ -1,11 +1,12 @@
 """What rounding one layer's keys or values does to what the model says, and the gains that follow.
 
-Rounds in torch as `cachegen` with a profile does, without coding anything.
+Knows how `cachegen` with a profile rounds. Codes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +14,11 @@ from torch import Tensor
 from lmcache_kernels.codec_eval.capture import Bases, Moments
 from lmcache_kernels.codec_eval.models import Model
 from lmcache_kernels.codec_eval.progress import Progress
-from lmcache_kernels.codec_eval.scoring import Context, divergence
+from lmcache_kernels.codec_eval.scoring import Context
 
 MOST_GAIN = 3.0
+SAMPLES = 4
+"""Of the tokens that the model would write behind each text."""
 
 
 def gains(divergences: Tensor) -> Tensor:
@@ -38,52 +41,73 @@ def gains(divergences: Tensor) -> Tensor:
 def layer_divergences(
     model: Model,
     contexts: Sequence[Context],
-    found: Moments,
-    bases: Bases,
+    components: Components,
     steps: tuple[float, float],
     progress: Progress,
 ) -> Tensor:
     """KL divergence in nats, layers x (keys, values), when that alone is rounded, with ``steps``.
 
-    ``steps`` of keys and values are those of `cachegen`'s option.
+    ``steps`` of keys and values are those of `cachegen`'s option. To second order the divergence is
+    half of what the Fisher information says of the errors, and that is the mean square of the
+    gradient of the log-probability of tokens that the model itself would write, times the errors'.
+    A few gradients tell of all layers at once, where trying each would take a run for each.
     """
-    layers = len(model.group.layers)
-    total = torch.zeros(layers, 2)
-    jobs = [(c, layer, plane) for c in contexts for layer in range(layers) for plane in range(2)]
-    rounded = Rounding(model, found, bases)
-    for context, layer, plane in progress(jobs, "layers"):
-        cache = context.cache.clone()
-        cache[layer, plane] = rounded.plane(cache[layer, plane], layer, plane, steps[plane])
-        said = model.log_probabilities(cache, context.following)
-        total[layer, plane] += divergence(context.expected, said)
-    return total / len(contexts)
+    total = torch.zeros(len(model.group.layers), 2)
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(len(context.following) for context in contexts)
+    for context in progress(contexts, "gradients"):
+        cache = context.cache.clone().float().requires_grad_()
+        said = model.differentiable(cache, context.following)
+        for _ in range(SAMPLES):
+            chosen = torch.multinomial(said.detach().exp(), 1, generator=generator)
+            (gradient,) = torch.autograd.grad(
+                said.gather(1, chosen).sum(), cache, retain_graph=True
+            )
+            for layer, plane in itertools.product(range(len(total)), range(2)):
+                x, g = cache.detach()[layer, plane], gradient[layer, plane]
+                total[layer, plane] += components.cost(x, g, layer, plane, steps[plane])
+    return total / (2 * SAMPLES * tokens)
 
 
-class Rounding:
-    """Rounds a layer's keys or values, tokens x heads x head size, in the profile's components.
+class Components:
+    """What is rounded: a profile's components of a layer's keys or values.
 
-    The first token stays as it is.
+    Those are tokens x heads x head size, keys rotated. A first token isn't rounded.
     """
 
     def __init__(self, model: Model, found: Moments, bases: Bases) -> None:
         self._model, self._found, self._bases = model, found, bases
         self._steps = key_steps(found)
 
-    def plane(self, x: Tensor, layer: int, plane: int, step: float) -> Tensor:
-        """Keys (``plane`` 0) or values (1)."""
+    def of(self, x: Tensor, layer: int, plane: int) -> list[Tensor]:
+        """Of keys (``plane`` 0) or values (1): for each block tokens - 1 x components."""
+        straight, scale = self._straight(x, plane), self._scale(x, layer, plane)
+        mean = (self._found.key_means, self._found.value_means)[plane][layer]
+        return self._in_blocks((straight - mean) / scale, layer, plane)
+
+    def cost(self, x: Tensor, gradient: Tensor, layer: int, plane: int, step: float) -> float:
+        """The sum of the squares of the errors of rounding ``x``, times those of its gradient."""
+        scaled = self._straight(gradient, plane) * self._scale(x, layer, plane)
+        total = 0.0
+        for z, g in zip(
+            self.of(x, layer, plane), self._in_blocks(scaled, layer, plane), strict=True
+        ):
+            total += float(((z - (z / step).round() * step) * g).square().sum())
+        return total
+
+    def _straight(self, x: Tensor, plane: int) -> Tensor:
         rest = x[1:].float()
+        return turned(rest, self._model, -1) if plane == 0 else rest
+
+    def _scale(self, x: Tensor, layer: int, plane: int) -> Tensor:
         if plane == 0:
-            y = turned(rest, self._model, -1)
-            mean, scale = self._found.key_means[layer], self._steps[layer]
-        else:
-            y = rest
-            mean = self._found.value_means[layer]
-            scale = rest.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-9)
+            return self._steps[layer]
+        return x[1:].float().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-9)
+
+    def _in_blocks(self, y: Tensor, layer: int, plane: int) -> list[Tensor]:
         blocks = (self._bases.keys, self._bases.values)[plane][layer]
-        y = _in_components((y - mean) / scale, blocks, step) * scale + mean
-        if plane == 0:
-            y = turned(y, self._model, 1)
-        return torch.cat((x[:1], y.to(x.dtype)))
+        pieces = y.flatten(1).split([len(basis) for basis in blocks], 1)
+        return [piece @ basis for piece, basis in zip(pieces, blocks, strict=True)]
 
 
 def key_steps(found: Moments) -> Tensor:
@@ -105,17 +129,3 @@ def turned(keys: Tensor, model: Model, sign: int, first: int = 1) -> Tensor:
     pairs = len(frequencies)
     a, b = keys[..., :pairs], keys[..., pairs : 2 * pairs]
     return torch.cat((a * cos - b * sin, b * cos + a * sin, keys[..., 2 * pairs :]), -1)
-
-
-def _in_components(x: Tensor, blocks: Sequence[Tensor], step: float) -> Tensor:
-    """Round each block's components to multiples of ``step``."""
-    flat = x.flatten(1)
-    parts = [
-        (piece @ basis / step).round() * step @ basis.T
-        for piece, basis in zip(_split(flat, blocks), blocks, strict=True)
-    ]
-    return torch.cat(parts, 1).view_as(x)
-
-
-def _split(flat: Tensor, blocks: Sequence[Tensor]) -> Iterator[Tensor]:
-    yield from flat.split([len(basis) for basis in blocks], 1)
