@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lmcache_core.testing import loop, transfer_processes
+
 pytest_plugins = ["pytester"]
 
 BACKENDS: dict[str, set[str]] = {
@@ -79,6 +81,40 @@ CONNECTORS: dict[str, set[str]] = {
     "GivesUpOnAll": {"test_scatter_with_checksums"},
 }
 
+CHANNELS: dict[str, set[str]] = {
+    "Correct": set(),
+    "TakesOneOffsetForBoth": {"test_read_fills_the_ranges_and_nothing_else"},
+    "SwapsOffsetsOfWrites": {"test_write_fills_the_ranges_and_nothing_else"},
+    "MovesTheFirstHundred": {"test_many_small_ranges"},
+    "RoundsUp": {"test_write_fills_the_ranges_and_nothing_else"},
+    "MovesBeforeItChecks": {"test_a_range_outside_is_refused_and_nothing_moves"},
+    "ClampsRanges": {"test_a_range_outside_is_refused_and_nothing_moves"},
+    "OpenForWriting": {"test_a_region_that_is_not_writable"},
+    "NoteFirst": {"test_a_note_comes_after_its_bytes"},
+    "NoteTwice": {"test_a_note_comes_after_its_bytes"},
+    "CutsNotes": {"test_notes_are_whole_in_order_and_say_who_sent_them"},
+    "NotesFromItsThread": {"test_notes_come_on_the_event_loop"},
+    "AnonymousNotes": {"test_notes_are_whole_in_order_and_say_who_sent_them"},
+    "OneNameForAll": {"test_descriptors_name_each_channel_differently"},
+    "BelievesDescriptors": {"test_a_damaged_descriptor_is_refused"},
+    "AsksForNoSecret": {"test_a_forged_descriptor_leads_nowhere"},
+    "StaysOpen": {
+        "test_a_channel_that_was_closed_is_unavailable",
+        "test_after_close_nobody_touches_the_region",
+        "test_close_leaves_no_thread_and_no_view",
+    },
+    "SwallowsDeath": {"test_a_process_that_was_killed_is_unavailable"},
+    "WaitsForTheDead": {"test_a_process_that_was_killed_is_unavailable"},
+    "OneThreadForAll": {"test_a_process_that_hangs_costs_others_nothing"},
+    "EndsBeforeItsThread": {"test_a_cancelled_call_to_a_process_leaves_memory_alone"},
+    "Sleeps": {"test_the_event_loop_is_never_blocked"},
+    "MixesCalls": {"test_concurrent_calls"},
+    "LeaksThread": {"test_close_leaves_no_thread_and_no_view"},
+    "KeepsAView": {"test_close_leaves_no_thread_and_no_view"},
+    "ClosesOnlyOnce": {"test_close_leaves_no_thread_and_no_view"},
+    "ForgetsToDisconnect": {"test_disconnect"},
+}
+
 STORAGE_MODULE = """
 import broken_backends, pytest
 from lmcache_core.testing.storage import StorageBackendTests
@@ -111,14 +147,22 @@ class TestIt(EngineConnectorTests):
         return broken_connectors.ToyEngine(broken_connectors.{name})
 """
 
+CHANNEL_MODULE = """
+from lmcache_core.testing.transfer import TransferChannelTests
 
-def failures(pytester: pytest.Pytester, code: str) -> set[str]:
+class TestIt(TransferChannelTests):
+    channel = "broken_channels:described_{name}"
+    process_bytes = 4 << 20
+"""
+
+
+def failures(pytester: pytest.Pytester, code: str, *options: str, at_least: int = 10) -> set[str]:
     """Run ``code`` as a test module; answer the names of the tests that fail."""
     pytester.syspathinsert(Path(__file__).parent)
     pytester.makepyfile(code)
-    recorded = pytester.inline_run("-q", "-p", "no:cacheprovider")
+    recorded = pytester.inline_run("-q", "-p", "no:cacheprovider", *options)
     reports = recorded.getreports("pytest_runtest_logreport")
-    assert len({report.nodeid for report in reports}) >= 10, "the kit didn't run"
+    assert len({report.nodeid for report in reports}) >= at_least, "the kit didn't run"
     return {
         report.nodeid.rpartition("::")[2].partition("[")[0] for report in reports if report.failed
     }
@@ -142,3 +186,18 @@ def test_serde_kit(name: str, pytester: pytest.Pytester) -> None:
 @pytest.mark.parametrize("name", CONNECTORS)
 def test_connector_kit(name: str, pytester: pytest.Pytester) -> None:
     check(failures(pytester, CONNECTOR_MODULE.format(name=name)), CONNECTORS[name])
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_transfer_kit(
+    name: str, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = CHANNELS[name]
+    code = CHANNEL_MODULE.format(name=name)
+    if not named:
+        check(failures(pytester, code), named)
+        return
+    # Some mistakes are hangs, and every test takes its time: only those that are to catch it.
+    monkeypatch.setattr(loop, "DEADLINE_S", 8.0)
+    monkeypatch.setattr(transfer_processes, "HANG_S", 3.0)
+    check(failures(pytester, code, "-k", " or ".join(named), at_least=1), named)
