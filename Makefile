@@ -55,7 +55,7 @@ docs: $(READY) ## the documentation, strictly, into site/
 e2e: ## the tests on real vLLM
 	@mkdir -p $(RESULTS)
 	@python=$$($(ENGINE)) && \
-	  "$$python" -m pytest -q -n 2 --dist loadfile --junit-xml=$(RESULTS)/vllm.xml $(WITH_VLLM)
+	  "$$python" -m pytest -q -n 2 --dist loadgroup --junit-xml=$(RESULTS)/vllm.xml $(WITH_VLLM)
 
 matrix: ## greedy equality in all configurations, one and two ranks; half an hour
 	@python=$$($(ENGINE)) && "$$python" tests/vllm/full_matrix.py $$("$$python" tools/models.py tiny)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from engine_host import EngineHost, arguments
+from pair import PROMPTS, prompt
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,3 +44,16 @@ def tiny() -> Path:
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, a real small model."""
     return _model("smollm2")
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
+    with EngineHost(tmp_path_factory.mktemp("engines")) as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def uncached(host: EngineHost, tiny: Path) -> dict[int, list[int]]:
+    """Greedy tokens of an engine without a connector, by prompt seed."""
+    with host.engine("uncached", arguments(tiny)) as engine:
+        return {seed: engine.ask(prompt(seed), max_tokens=16).tokens for seed in range(PROMPTS)}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_host import EngineHost, arguments
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
@@ -119,39 +120,10 @@ def prompt(length: int = 200, seed: int = 0) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[int]]:
+def plain(host: EngineHost, tiny: Path) -> dict[int, list[int]]:
     """Greedy tokens of the first prompts, from an engine that has no connector."""
-    import subprocess
-    import sys
-
-    folder = tmp_path_factory.mktemp("plain")
-    case = {
-        "name": "plain",
-        "engine": {
-            "model": str(tiny),
-            "dtype": "float32",
-            "enforce_eager": True,
-            "max_model_len": 1024,
-            "block_size": 32,
-            "enable_prefix_caching": False,
-        },
-        "prompts": [prompt(seed=seed) for seed in range(4)],
-        "wave": 1,
-        "max_tokens": 8,
-    }
-    (folder / "cases.json").write_text(json.dumps([case]))
-    subprocess.run(
-        [
-            sys.executable,
-            str(Path(__file__).with_name("run_engine.py")),
-            str(folder / "cases.json"),
-            str(folder / "results.json"),
-        ],
-        check=True,
-        timeout=300,
-    )
-    result = json.loads((folder / "results.json").read_text())[0]
-    return dict(enumerate(result["tokens"]))
+    with host.engine("plain", arguments(tiny, max_model_len=1024)) as engine:
+        return {seed: engine.ask(prompt(seed=seed), max_tokens=8).tokens for seed in range(4)}
 
 
 @pytest.mark.parametrize("way", WAYS)

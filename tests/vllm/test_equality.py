@@ -132,6 +132,7 @@ def matrix(run: Run, tiny: Path, many: list[list[int]]) -> dict[str, dict[str, A
     return {result["name"]: result for result in run(cases)}
 
 
+@pytest.mark.xdist_group("matrix")
 @pytest.mark.parametrize(("block", "chunk", "mode"), MATRIX)
 def test_every_block_and_chunk_size_and_way_of_loading(
     matrix: dict[str, dict[str, Any]], many: list[list[int]], block: int, chunk: int, mode: str
@@ -189,6 +190,7 @@ def variants(run: Run, tiny: Path, few: list[list[int]]) -> dict[str, dict[str, 
     return {result["name"]: result for result in run(cases)}
 
 
+@pytest.mark.xdist_group("variants")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants(variants: dict[str, dict[str, Any]], few: list[list[int]], name: str) -> None:
     floor = expected_hits(few, WAVE, 16)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from engine_host import EngineHost, arguments
 from server import ServerError, VllmServer
 
 pytestmark = pytest.mark.vllm
@@ -31,13 +32,12 @@ SECOND = FIRST + " (MoE) models"
 SMALL = {"LMCACHE_MAX_LOCAL_CPU_SIZE": "0.2"}
 
 
-@pytest.fixture(scope="module")
-def uncached(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
-    """Greedy tokens of a server that has no connector."""
-    log = tmp_path_factory.mktemp("plain") / "vllm.log"
-    with VllmServer(ENGINE, tiny, log, COMMON) as server:
-        texts = [FIRST, SECOND, *(f"{i} {FIRST * 8}" for i in range(6))]
-        return {text: server.complete(text).token_ids for text in texts}
+@pytest.fixture(scope="session")
+def uncached(host: EngineHost, tiny: Path) -> dict[str, list[int]]:
+    """Greedy tokens of an engine that has no connector."""
+    texts = [FIRST, SECOND, *(f"{i} {FIRST * 8}" for i in range(6))]
+    with host.engine("uncached-texts", arguments(tiny)) as engine:
+        return {text: engine.ask(text).tokens for text in texts}
 
 
 def test_the_guides_two_requests(

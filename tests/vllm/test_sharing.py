@@ -5,35 +5,24 @@ With the deployment guide's configuration files, unchanged: stores listen on the
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from pair import ENGINE, PROMPTS, prompt, shared, two_servers, until_shared
 from redis_servers import Replicated, Server, cluster, running, until
 from server import VllmServer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
-ENGINE = Path(sys.executable)
 ROOT = Path(__file__).parents[2]
 CHECK = ROOT / "deploy" / "compose" / "check.py"
-CHUNK = 256
-PROMPTS, FRESH = 20, 4
-ARGUMENTS = [
-    "--enforce-eager",
-    *("--max-model-len", "2048", "--block-size", "32", "--dtype", "float32"),
-    "--no-enable-prefix-caching",
-    *(
-        "--kv-transfer-config",
-        '{"kv_connector":"LMCacheConnectorV1", "kv_role":"kv_both"}',
-    ),
-]
+FRESH = 4
 LM_SERVER = 'chunk_size: 256\nremote_url: "lm://localhost:65432"\nremote_serde: "naive"\n'
 REDIS = 'chunk_size: 256\nremote_url: "redis://localhost:6379"\nremote_serde: "naive"\n'
 SENTINEL = """chunk_size: 256
@@ -41,75 +30,6 @@ SENTINEL = """chunk_size: 256
 remote_url: "redis-sentinel://localhost:26379,localhost:26380,localhost:26381"
 remote_serde: "naive"
 """
-
-Pair = tuple[VllmServer, VllmServer]
-
-
-def prompt(seed: int) -> list[int]:
-    draw = random.Random(seed)
-    return [draw.randrange(10, 500) for _ in range(3 * CHUNK + 17)]
-
-
-@pytest.fixture(scope="module")
-def uncached(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[int]]:
-    """Greedy tokens of a server without a connector, by prompt seed."""
-    log = tmp_path_factory.mktemp("plain") / "vllm.log"
-    with VllmServer(ENGINE, tiny, log, ARGUMENTS[:-2]) as server:
-        return {seed: server.complete(prompt(seed)).token_ids for seed in range(PROMPTS)}
-
-
-@contextmanager
-def two_servers(model: Path, folder: Path, config: str, **environ: str) -> Iterator[Pair]:
-    """Started side by side, with one configuration file."""
-    file = folder / "lmcache.yaml"
-    file.write_text(config)
-    variables = {
-        "LMCACHE_CONFIG_FILE": str(file),
-        "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.2",
-        **environ,
-    }
-    pair = tuple(
-        VllmServer(ENGINE, model, folder / f"vllm{i}.log", ARGUMENTS, variables) for i in range(2)
-    )
-    with ExitStack() as stack, ThreadPoolExecutor(2) as threads:
-        for server in pair:
-            stack.callback(server.stop)
-        list(threads.map(VllmServer.start, pair))
-        yield pair[0], pair[1]
-
-
-def settled(stored: Callable[[], int]) -> None:
-    """Wait until nothing more comes into a store, ten seconds at the most."""
-    deadline = time.monotonic() + 10
-    before, since = -1, time.monotonic()
-    while time.monotonic() < deadline and time.monotonic() - since < 0.7:
-        if (now := stored()) != before:
-            before, since = now, time.monotonic()
-        time.sleep(0.05)
-
-
-def shared(
-    pair: Pair, seed: int, uncached: dict[int, list[int]], stored: Callable[[], int]
-) -> bool:
-    """Whether the second server finds what the first computes. Its tokens are right in any case."""
-    first = pair[0].complete(prompt(seed))
-    assert first.token_ids == uncached[seed]
-    assert first.cached_tokens == 0
-    settled(stored)
-    second = pair[1].complete(prompt(seed))
-    assert second.token_ids == uncached[seed]
-    return second.cached_tokens == 3 * CHUNK
-
-
-def until_shared(
-    pair: Pair, seeds: range, uncached: dict[int, list[int]], stored: Callable[[], int]
-) -> None:
-    """After a failure: ask new prompts until one is shared."""
-    for seed in seeds:
-        if shared(pair, seed, uncached, stored):
-            return
-        time.sleep(1)
-    pytest.fail("sharing didn't come back")
 
 
 # -- our own server --------------------------------------------------------------------------------
@@ -167,6 +87,7 @@ def keys_of(*servers: Server) -> int:
     return total
 
 
+@pytest.mark.xdist_group("port 6379")
 def test_redis(tiny: Path, tmp_path: Path, uncached: dict[int, list[int]]) -> None:
     server = Server(tmp_path / "redis", port=6379)
     with running(server), two_servers(tiny, tmp_path, REDIS) as pair:
@@ -204,6 +125,7 @@ def guides_sentinels(folder: Path) -> Iterator[Replicated]:
             yield topology
 
 
+@pytest.mark.xdist_group("port 6379")
 def test_redis_sentinel(tiny: Path, tmp_path: Path, uncached: dict[int, list[int]]) -> None:
     """The primary is killed between requests and during them: misses for a moment, nothing else."""
     with (
