@@ -9,11 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.request import urlopen
 
 from lmcache_backend_mooncake.config import MooncakeConfig
 
@@ -42,10 +43,13 @@ def binary() -> str:
 
 
 class Master:
-    """A master with its HTTP metadata server; a context manager that kills it."""
+    """A master with its HTTP metadata server; a context manager that kills it.
 
-    def __init__(self, *flags: str) -> None:
-        self.port, self.metadata_port, self.metrics_port = free_ports(3)
+    ``ports``: its own, the metadata server's and that of its metrics; free ones if not said.
+    """
+
+    def __init__(self, *flags: str, ports: Sequence[int] = ()) -> None:
+        self.port, self.metadata_port, self.metrics_port = ports or free_ports(3)
         self._flags = flags
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -95,6 +99,12 @@ class Master:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    def keys(self) -> int:
+        """How many objects it knows."""
+        with urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        return next(int(float(s.split()[1])) for s in lines if s.startswith("master_key_count"))
 
     def pause(self) -> None:
         self._signal(signal.SIGSTOP)
