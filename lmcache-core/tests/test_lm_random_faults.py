@@ -110,6 +110,6 @@ def test_random_faults(run: Loop) -> None:
     gc.collect()
     assert not unheard, "errors that nobody asked for, which asyncio logs"
     left = [t.name for t in threading.enumerate() if t not in before and t.is_alive()]
-    assert (seen["wrong"], seen["late"], left) == (0, 0, [])
+    assert (seen["wrong"], seen["late"], left) == (0, 0, []), traffic.late
     assert seen["hits"]
     print(seen, "faults of the link:", link.faults, "kills and hangs:", harmed)

@@ -105,6 +105,8 @@ class Traffic:
         late_after_s: float,
     ) -> None:
         self.seen = {"hits": 0, "wrong": 0, "late": 0, "done": 0}
+        self.late: list[str] = []
+        """What took how long; for messages."""
         self._tier = tier
         self._contents = contents
         self._chance = chance
@@ -134,7 +136,9 @@ class Traffic:
                 await tier.contains(batch, leading=False)
             else:
                 await tier.delete(batch)
-            seen["late"] += time.monotonic() - start > self._late_after_s
+            if (took := time.monotonic() - start) > self._late_after_s:
+                seen["late"] += 1
+                self.late.append(f"{kind} of {len(batch)}: {took:.1f} s")
             if unsettled is not None:
                 await asyncio.wait([unsettled])
             await asyncio.sleep(0.001)
