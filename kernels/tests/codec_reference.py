@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,17 @@ def _frequencies() -> tuple[list[list[int]], list[list[int]]]:
 
 
 VALUES, EXPONENTS = _frequencies()
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a profile says: float32 and bfloat16 of layers x heads x dims; bases of binary16."""
+
+    steps: np.ndarray
+    means: np.ndarray
+    key_means: np.ndarray | None = None
+    key_bases: Sequence[Sequence[np.ndarray]] = ()
+    value_bases: Sequence[Sequence[np.ndarray]] = ()
 
 
 class _Parts:
@@ -103,17 +115,15 @@ def _patch(block: np.ndarray, patches: np.ndarray) -> None:
         block.reshape(-1)[position] = bits & (2 ** (8 * block.itemsize) - 1)
 
 
-def decode(
-    stream: bytes, steps: np.ndarray | None = None, means: np.ndarray | None = None
-) -> bytes:
-    """The chunk. ``steps`` (float32), ``means`` (bfloat16): a profile's, layers x heads x dims."""
+def decode(stream: bytes, profile: Numbers | None = None) -> bytes:
+    """The chunk."""
     magic, version, _, dtype, layers, planes, flags, heads, size, tokens, pairs = (
         struct.unpack_from("<4sHBBIHHIIII", stream)
     )
-    key_step, _, tables, block_heads, count, _, zero, check = struct.unpack_from(
+    key_step, _, tables, block_heads, count, _, start, check = struct.unpack_from(
         "<ffHHIQII", stream, 32
     )
-    assert (magic, version, tables, zero) == (b"KVC1", 1, 1, 0)
+    assert (magic, version, tables) == (b"KVC1", 1, 1)
     directory = 64 + 16 * pairs
     payload = directory + 32 * count
     head = stream[:60] + bytes(4) + stream[64:payload]
@@ -144,8 +154,9 @@ def decode(
         elif mode == 1:
             block = _lossless(parts, dtype, tokens, channels, numbers)
         elif mode == 2:
-            own = None if steps is None else (steps[layer, mine].reshape(-1) * _F32(key_step))
-            mean = None if means is None else means[layer, mine].reshape(-1)
+            own = None
+            if profile is not None:
+                own = _own(profile, layer, plane, mine, block_heads, key_step)
             block = _values(
                 parts,
                 dtype,
@@ -156,8 +167,8 @@ def decode(
                 mode_flags,
                 turns,
                 flags,
+                start,
                 own,
-                mean,
             )
         else:
             block = _bytes(parts, dtype, mode, tokens, here.shape[1], size, patches)
@@ -165,6 +176,27 @@ def decode(
         chunk[layer, plane, :, mine] = block.reshape(here.shape)
     assert payload + end == len(stream)
     return chunk.tobytes()
+
+
+@dataclass(frozen=True)
+class _Own:
+    """A profile's numbers for a section."""
+
+    steps: np.ndarray
+    means: np.ndarray | None
+    basis: np.ndarray | None
+
+
+def _own(
+    profile: Numbers, layer: int, plane: int, heads: slice, block_heads: int, step: float
+) -> _Own:
+    means = (profile.key_means, profile.means)[plane]
+    bases = (profile.key_bases, profile.value_bases)[plane]
+    return _Own(
+        profile.steps[layer, heads].reshape(-1) * _F32(step),
+        None if means is None else means[layer, heads].reshape(-1),
+        bases[layer][heads.start // block_heads] if bases else None,
+    )
 
 
 def _channel_passes(
@@ -217,15 +249,15 @@ def _values(
     flags: int,
     turns: np.ndarray,
     stream_flags: int,
-    profile_steps: np.ndarray | None,
-    profile_means: np.ndarray | None,
+    start: int,
+    own: _Own | None,
 ) -> np.ndarray:
     words, escapes, patch_count = numbers
     channels, first = heads * size, flags & 1
     rows = tokens - first
     states = parts.take(32, "<u4")
-    step = profile_steps if flags & 8 else np.repeat(parts.take(heads, "<f4"), size)
-    mean = _widen(profile_means if flags & 16 else parts.take(channels, "<u2"))  # type: ignore[arg-type]
+    step = own.steps if own and flags & 8 else np.repeat(parts.take(heads, "<f4"), size)
+    mean = _widen(own.means if own and flags & 16 else parts.take(channels, "<u2"))  # type: ignore[arg-type]
     ids = parts.take(channels)
     centres = parts.take(heads, "i1").astype("i4") if flags & 2 else np.zeros(heads, "i4")
     passes: list[tuple[int, list[list[int]]]] = []
@@ -242,11 +274,14 @@ def _values(
         level = level + resolved.pop(0).reshape(-1)[: rows * heads].reshape(rows, heads)
     q = np.concatenate(resolved, 1)[:, :channels].astype("f4")
     scale = np.ldexp(_QUARTERS[level % 4], level // 4).astype("f4").repeat(size, 1)
+    if flags & 32:
+        assert own is not None
+        assert own.basis is not None
+        q = _from_components(q, own.basis.astype("f4"))
     y = (q * (step * scale) + mean).astype("f4")
     if flags & 4:
-        y = _turn(y.reshape(rows, heads, size), turns, first, bool(stream_flags & 1)).reshape(
-            rows, channels
-        )
+        y = y.reshape(rows, heads, size)
+        y = _turn(y, turns, start, first, bool(stream_flags & 1)).reshape(rows, channels)
     block = np.zeros((tokens, channels), item)
     block[:first] = raw.reshape(first, channels)
     block[first:] = _narrow(dtype, np.ascontiguousarray(y))
@@ -254,10 +289,24 @@ def _values(
     return block
 
 
-def _turn(y: np.ndarray, turns: np.ndarray, first: int, interleaved: bool) -> np.ndarray:
+def _from_components(q: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """Sums over components, one after the other, each product and each sum rounded."""
+    sums = np.zeros_like(q)
+    for k in range(q.shape[1]):
+        sums = sums + q[:, k : k + 1] * basis[:, k]
+    return sums
+
+
+def _turn(
+    y: np.ndarray, turns: np.ndarray, start: int, first: int, interleaved: bool
+) -> np.ndarray:
     pairs = len(turns)
     c1, s1 = turns[:, 0], turns[:, 1]
     c, s = np.ones(pairs), np.zeros(pairs)
+    for bit in range(31, -1, -1):
+        c, s = c * c - s * s, s * c + c * s
+        if start >> bit & 1:
+            c, s = c * c1 - s * s1, s * c1 + c * s1
     for t in range(first + len(y)):
         if t >= first:
             row = y[t - first]

@@ -29,6 +29,9 @@ class Case:
     profile: bool
     content: str
     seed: int
+    basis_heads: int = 0
+    """With a profile: heads of its bases, which has gains, too; 0 for none."""
+    start: int | None = None
 
     def chunk(self) -> bytes:
         dtype, layers, planes, heads, size, tokens = self.shape
@@ -61,18 +64,43 @@ class Case:
     def channels(self) -> tuple[int, int, int]:
         return self.shape[1], self.shape[3], self.shape[4]
 
-    def numbers(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """A profile's steps and means."""
+    def numbers(self) -> codec_reference.Numbers | None:
+        """What a profile holds."""
         if not self.profile or self.shape[2] != 2:
             return None
         draw = np.random.default_rng(self.seed + 1)
+        layers, heads, size = self.channels
+
+        def means() -> np.ndarray:
+            return (draw.normal(size=self.channels).astype("<f4").view("<u4") >> 16).astype("<u2")
+
+        def bases() -> list[list[np.ndarray]]:
+            widths = [
+                min(self.basis_heads, heads - first) * size
+                for first in range(0, heads, self.basis_heads)
+            ]
+            return [[_orthogonal(draw, width) for width in widths] for _ in range(layers)]
+
         steps = np.exp(draw.normal(0, 1, self.channels)).astype("<f4")
-        means = (draw.normal(size=self.channels).astype("<f4").view("<u4") >> 16).astype("<u2")
-        return steps, means
+        if not self.basis_heads:
+            return codec_reference.Numbers(steps, means())
+        return codec_reference.Numbers(steps, means(), means(), bases(), bases())
 
     def native_profile(self) -> _native.CodecProfile | None:
         numbers = self.numbers()
-        return numbers and _native.CodecProfile(42, numbers[0].tobytes(), numbers[1].tobytes())
+        if numbers is None:
+            return None
+        key_means = b"" if numbers.key_means is None else numbers.key_means.tobytes()
+        return _native.CodecProfile(
+            42,
+            numbers.steps.tobytes(),
+            numbers.means.tobytes(),
+            key_means,
+            np.linspace(0.5, 2, self.shape[1], dtype="<f4").tobytes() if self.basis_heads else b"",
+            self.basis_heads,
+            b"".join(basis.tobytes() for layer in numbers.key_bases for basis in layer),
+            b"".join(basis.tobytes() for layer in numbers.value_bases for basis in layer),
+        )
 
     def encode(self, codec: _native.Codec) -> bytes:
         angles = [f(0.7 / (1 + j)) for j in range(self.pairs) for f in (np.cos, np.sin)]
@@ -87,6 +115,7 @@ class Case:
             self.interleaved,
             self.first_raw,
             self.native_profile(),
+            self.start,
         )
         return bytes(into[:size])
 
@@ -94,6 +123,10 @@ class Case:
         into = bytearray(len(self.chunk()))
         codec.decode(self.kind, self.shape, stream, into, self.native_profile())
         return bytes(into)
+
+
+def _orthogonal(draw: np.random.Generator, width: int) -> np.ndarray:
+    return np.linalg.qr(draw.normal(size=(width, width)))[0].astype("<f2")
 
 
 @st.composite
@@ -117,6 +150,8 @@ def cases(draw: st.DrawFn, most_tokens: int = 70) -> Case:
         draw(st.booleans()),
         draw(st.sampled_from(["normal", "normal", "odd", "heavy", "bits", "zeros"])),
         draw(st.integers(0, 1000)),
+        draw(st.sampled_from([0, 1, 2, shape[3]])) % (shape[3] + 1),
+        draw(st.sampled_from([None, 0, 1, 1000, 2**32 - 1])),
     )
 
 
@@ -142,9 +177,9 @@ def test_levels_agree(case: Case) -> None:
 @given(cases(most_tokens=12))
 def test_the_documented_decoder_reads_it(case: Case) -> None:
     stream = case.encode(CODECS[0])
-    numbers = case.numbers() or (None, None)
     with np.errstate(all="ignore"):
-        assert codec_reference.decode(stream, *numbers) == case.decode(CODECS[0], stream)
+        found = codec_reference.decode(stream, case.numbers())
+    assert found == case.decode(CODECS[0], stream)
 
 
 def test_threads_write_the_same() -> None:

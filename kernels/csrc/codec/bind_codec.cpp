@@ -50,27 +50,66 @@ void check_size(const char* what, int64_t given, size_t needed) {
            std::to_string(needed));
 }
 
-Profile* make_profile(uint64_t id, nb::handle steps, nb::handle means) {
-  const Buffer step_bytes(steps, false), mean_bytes(means, false);
-  const size_t channels = static_cast<size_t>(mean_bytes.size()) / 2;
-  if (id == 0 || channels == 0) refuse("a profile has an id other than 0, and channels");
-  check_size("a profile's steps", step_bytes.size(), channels * sizeof(float));
-  check_size("a profile's means", mean_bytes.size(), channels * 2);
+template <class Number>
+std::vector<Number> numbers(nb::handle bytes) {
+  const Buffer source(bytes, false);
+  const size_t count = static_cast<size_t>(source.size()) / sizeof(Number);
+  std::vector<Number> made(count);
+  if (count != 0) std::memcpy(made.data(), source.data(), count * sizeof(Number));
+  return made;
+}
+
+// binary16, as a profile's file has it. Not finite is refused: sums must be the same everywhere.
+std::vector<float> halves(nb::handle bytes) {
+  const std::vector<uint16_t> source = numbers<uint16_t>(bytes);
+  std::vector<float> made(source.size());
+  if (codec::codec_simd()->widen(codec::DType::f16,
+                                 reinterpret_cast<const uint8_t*>(source.data()), made.data(),
+                                 made.size()))
+    refuse("a profile's basis has numbers that aren't finite");
+  return made;
+}
+
+Profile* make_profile(uint64_t id, nb::handle steps, nb::handle means, nb::handle key_means,
+                      nb::handle value_gains, int64_t basis_heads, nb::handle key_basis,
+                      nb::handle value_basis) {
   auto made = std::make_unique<Profile>();
   made->id = id;
-  made->steps.resize(channels);
-  made->means.resize(channels);
-  std::memcpy(made->steps.data(), step_bytes.data(), channels * sizeof(float));
-  std::memcpy(made->means.data(), mean_bytes.data(), channels * 2);
+  made->steps = numbers<float>(steps);
+  made->means = numbers<uint16_t>(means);
+  made->key_means = numbers<uint16_t>(key_means);
+  made->value_gains = numbers<float>(value_gains);
+  made->basis_heads = static_cast<uint32_t>(basis_heads);
+  made->key_basis = halves(key_basis);
+  made->value_basis = halves(value_basis);
+  if (id == 0 || made->means.empty()) refuse("a profile has an id other than 0, and channels");
+  if (basis_heads < 0 || basis_heads > 65535) refuse("a basis is of 0 to 65,535 heads");
   return made.release();
+}
+
+void check_count(const char* what, size_t given, size_t needed) {
+  if (given != needed)
+    refuse("a profile has " + std::to_string(given) + " " + what + ", and not " +
+           std::to_string(needed) + " as this chunk");
 }
 
 void check_profile(const Profile* profile, const Shape& shape) {
   if (profile == nullptr) return;
   const size_t channels = size_t{shape.layers} * shape.heads * shape.head_size;
-  if (shape.planes != 2 || profile->means.size() != channels)
-    refuse("a profile of " + std::to_string(profile->means.size()) +
-           " channels isn't one of this chunk");
+  if (shape.planes != 2) refuse("a profile is of keys and values, which this chunk hasn't got");
+  check_count("steps", profile->steps.size(), channels);
+  check_count("means", profile->means.size(), channels);
+  if (!profile->key_means.empty() || profile->basis_heads != 0)
+    check_count("means of keys", profile->key_means.size(), channels);
+  if (!profile->value_gains.empty())
+    check_count("gains", profile->value_gains.size(), shape.layers);
+  if (profile->basis_heads > shape.heads) refuse("a profile's basis has more heads than a chunk");
+  const size_t basis = shape.layers * profile->basis_size(shape);
+  check_count("numbers in bases of keys", profile->key_basis.size(), basis);
+  check_count("numbers in bases of values", profile->value_basis.size(), basis);
+  const auto most = static_cast<unsigned __int128>(kMost) / shape.itemsize() / shape.head_size;
+  if (static_cast<unsigned __int128>(profile->basis_heads) * shape.tokens >= most)
+    refuse("a section's tokens take 4 GiB or more");
 }
 
 class Codec {
@@ -85,7 +124,7 @@ class Codec {
 
   size_t encode(int64_t kind, const Sizes& sizes, nb::handle chunk, nb::handle into,
                 std::tuple<float, float> steps, nb::handle turns, bool interleaved, int first_raw,
-                const Profile* profile) {
+                const Profile* profile, std::optional<int64_t> start) {
     const Shape shape = shape_of(sizes);
     const Buffer source(chunk, false), target(into, true), angles(turns, false);
     check_size("the chunk", source.size(), shape.bytes());
@@ -100,6 +139,7 @@ class Codec {
     if (pairs != 0) std::memcpy(options.turns.data(), angles.data(), pairs * 16);
     options.interleaved = interleaved;
     options.first_raw = first_raw;
+    if (start && *start >= 0 && *start < kMost) options.start = static_cast<uint32_t>(*start);
     check_profile(profile, shape);
     options.profile = options.kind == Kind::values ? profile : nullptr;
     const size_t room = codec::max_encoded(shape, pairs);
@@ -165,13 +205,16 @@ uint64_t profile_of(nb::handle encoded) {
 
 void bind_codec(nb::module_& module) {
   nb::class_<Profile>(module, "CodecProfile")
-      .def(nb::new_(&make_profile), nb::arg("id"), nb::arg("steps"), nb::arg("means"));
+      .def(nb::new_(&make_profile), nb::arg("id"), nb::arg("steps"), nb::arg("means"),
+           nb::arg("key_means") = nb::bytes("", 0), nb::arg("value_gains") = nb::bytes("", 0),
+           nb::arg("basis_heads") = 0, nb::arg("key_basis") = nb::bytes("", 0),
+           nb::arg("value_basis") = nb::bytes("", 0));
   nb::class_<Codec>(module, "Codec")
       .def(nb::init<int, const std::optional<std::string>&>(), nb::arg("threads"),
            nb::arg("simd") = nb::none())
       .def("encode", &Codec::encode, nb::arg("kind"), nb::arg("shape"), nb::arg("chunk"),
            nb::arg("into"), nb::arg("steps"), nb::arg("turns"), nb::arg("interleaved"),
-           nb::arg("first_raw"), nb::arg("profile").none())
+           nb::arg("first_raw"), nb::arg("profile").none(), nb::arg("start") = nb::none())
       .def("decode", &Codec::decode, nb::arg("kind"), nb::arg("shape"), nb::arg("encoded"),
            nb::arg("into"), nb::arg("profile").none(), nb::arg("first_layer") = 0,
            nb::arg("layers") = nb::none())

@@ -1,6 +1,7 @@
 # The codecs. Included by the CMakeLists.txt above, which has the flags' reasons.
 set(CODEC ${CMAKE_CURRENT_LIST_DIR})
-set(CODEC_SOURCES ${CODEC}/codec.cpp ${CODEC}/section.cpp ${CODEC}/values.cpp ${CODEC}/exact.cpp
+set(CODEC_SOURCES ${CODEC}/codec.cpp ${CODEC}/section.cpp ${CODEC}/values.cpp ${CODEC}/components.cpp
+  ${CODEC}/survey.cpp ${CODEC}/exact.cpp
   ${CODEC}/tables.cpp ${CODEC}/codec_base.cpp)
 target_sources(_native PRIVATE ${CODEC_SOURCES} ${CODEC}/bind_codec.cpp)
 # A fused multiplication rounds once instead of twice: levels would differ in the last bit.

@@ -101,6 +101,7 @@ Header header_of(const Plan& plan, const Options& options) {
   header.block_heads = static_cast<uint16_t>(plan.block_heads);
   header.sections = static_cast<uint32_t>(plan.sections);
   header.profile = options.profile != nullptr ? options.profile->id : 0;
+  header.start = plan.pairs != 0 ? options.start.value_or(0) : 0;
   return header;
 }
 
@@ -117,7 +118,7 @@ Header read_header(const uint8_t* stream, size_t bytes) {
   std::memcpy(&header, stream, sizeof(Header));
   if (std::memcmp(header.magic, kMagic, sizeof(kMagic)) != 0)
     throw BadStream("no stream of these codecs begins like this");
-  if (header.version != kVersion || header.table_set != kTableSet || header.reserved != 0 ||
+  if (header.version != kVersion || header.table_set != kTableSet ||
       (header.flags & ~kInterleaved) != 0)
     throw BadStream("a stream of a later format");
   return header;
@@ -176,11 +177,20 @@ size_t Shape::itemsize() const {
   return sizes[static_cast<size_t>(dtype)];
 }
 
-Angles::Angles(const double* turns, size_t pairs, size_t tokens)
+Angles::Angles(const double* turns, size_t pairs, size_t tokens, uint32_t start)
     : cosines(pairs * tokens), sines(pairs * tokens) {
   for (size_t j = 0; j < pairs; ++j) {
     const double c1 = turns[2 * j], s1 = turns[2 * j + 1];
     double c = 1, s = 0;
+    for (int bit = 31; bit >= 0; --bit) {
+      const double twice = c * c - s * s;
+      s = s * c + c * s;
+      c = twice;
+      if (!(start >> bit & 1)) continue;
+      const double next = c * c1 - s * s1;
+      s = s * c1 + c * s1;
+      c = next;
+    }
     for (size_t t = 0; t < tokens; ++t) {
       cosines[t * pairs + j] = static_cast<float>(c);
       sines[t * pairs + j] = static_cast<float>(s);
@@ -191,15 +201,30 @@ Angles::Angles(const double* turns, size_t pairs, size_t tokens)
   }
 }
 
+size_t Profile::basis_size(const Shape& shape) const {
+  if (basis_heads == 0) return 0;
+  const size_t whole = shape.heads / basis_heads, rest = shape.heads % basis_heads;
+  const size_t numbers = whole * basis_heads * basis_heads + rest * rest;
+  return numbers * shape.head_size * shape.head_size;
+}
+
+const float* Profile::basis(bool keys, const Shape& shape, uint32_t layer, uint32_t block) const {
+  const size_t width = size_t{basis_heads} * shape.head_size;
+  return (keys ? key_basis : value_basis).data() + layer * basis_size(shape) +
+         block * width * width;
+}
+
 size_t max_encoded(const Shape& shape, size_t pairs) {
-  return Plan(shape, pairs, block_heads(shape)).payload + shape.bytes();
+  return Plan(shape, pairs, 1).payload + shape.bytes();
 }
 
 size_t encode(const Machine& machine, const Shape& shape, const Options& options,
               const uint8_t* chunk, uint8_t* into) {
   const bool turns = options.kind == Kind::values && shape.planes == 2;
-  const Plan plan(shape, turns ? options.turns.size() / 2 : 0, block_heads(shape));
-  const Angles angles(options.turns.data(), plan.pairs, shape.tokens);
+  const bool bases = options.profile != nullptr && options.profile->basis_heads != 0;
+  const Plan plan(shape, turns ? options.turns.size() / 2 : 0,
+                  bases ? options.profile->basis_heads : block_heads(shape));
+  const Angles angles(options.turns.data(), plan.pairs, shape.tokens, options.start.value_or(0));
   Survey survey(shape.layers);
   const Job job{machine.codec, plan, &options, options.profile, angles, options.interleaved,
                 &survey};
@@ -264,7 +289,7 @@ void decode(const Machine& machine, const Shape& shape, Kind kind, const Profile
             const uint8_t* stream, size_t bytes, uint8_t* into, uint32_t first, uint32_t count) {
   const Stream_ read = read_head(machine, shape, kind, profile, stream, bytes);
   const Plan plan(shape, read.header.pairs, read.header.block_heads);
-  const Angles angles(read.turns.data(), plan.pairs, shape.tokens);
+  const Angles angles(read.turns.data(), plan.pairs, shape.tokens, read.header.start);
   Options options;
   options.kind = kind;
   options.key_step = read.header.key_step;

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <vector>
 
@@ -30,11 +31,19 @@ struct Shape {
 };
 
 // What a profile knows of a model: a step for each channel of keys and a mean for each of values,
-// layer by layer. Empty without a profile.
+// layer by layer. What a profile needn't have is empty.
 struct Profile {
   uint64_t id = 0;
-  std::vector<float> steps;
-  std::vector<uint16_t> means;  // bf16
+  std::vector<float> steps;                // with the layers' gains
+  std::vector<uint16_t> means, key_means;  // bf16; of keys before rotation
+  std::vector<float> value_gains;          // of each layer
+  uint32_t basis_heads = 0;                // heads that share a basis, 0 without bases
+  std::vector<float> key_basis, value_basis;
+
+  // How many numbers the bases of keys, or of values, of a chunk's layer have.
+  size_t basis_size(const Shape& shape) const;
+  // The square matrix of a block of heads: rows are channels, columns components.
+  const float* basis(bool keys, const Shape& shape, uint32_t layer, uint32_t block) const;
 };
 
 struct Options {
@@ -42,6 +51,7 @@ struct Options {
   float key_step = 0.3f, value_step = 0.3f;  // by the rms of a head, and of a token's head
   std::vector<double> turns;                 // cosine and sine of each pair's angle for one token
   bool interleaved = false;
+  std::optional<uint32_t> start;             // the first token's position, if it is known
   int first_raw = -1;                        // the first token: 1 raw, 0 not, -1 if it stands out
   const Profile* profile = nullptr;
 };
@@ -57,6 +67,7 @@ struct Machine {
   Pool& pool;
 };
 
+// Whatever the profile.
 size_t max_encoded(const Shape& shape, size_t pairs);
 
 // Encode `chunk` into `into`, which has `max_encoded` bytes; the answer is how many were used.

@@ -16,6 +16,8 @@ constexpr uint32_t kLow = 1u << 16;     // a state is never below, nor is it whe
 constexpr size_t kPadding = 256;        // bytes that may be read behind a stream's words
 constexpr size_t kSlack = 16;           // words that may be written in front of a stream's words
 
+constexpr size_t kTile = 32;            // tokens that go through a basis together
+
 constexpr size_t kValueTables = 32, kExponentTables = 64, kTables = kValueTables + kExponentTables;
 constexpr size_t kSlots = size_t{1} << kBits, kSymbols = 128;
 
@@ -78,6 +80,14 @@ struct CodecSimd {
   // to = (symbol - 64) * (step * by) + mean
   void (*dequantise)(const uint8_t* row, const float* step, const float* mean, float by, float* to,
                      size_t count);
+
+  // row = (row - mean) * inverse * by, and back: row = row * (step * by) + mean
+  void (*centre)(float* row, const float* mean, const float* inverse, float by, size_t count);
+  void (*scale)(float* row, const float* step, const float* mean, float by, size_t count);
+  // to[o][t] = the sum over r of `rows`, in their order and from 0, of
+  // basis[r * row_step + o * out_step] * from[r][t], for `outputs` o and all t of a tile.
+  void (*project)(const float* basis, size_t row_step, size_t out_step, const uint32_t* rows,
+                  size_t count, const float* from, float* to, size_t outputs);
 
   // 16-bit floats: exponents, and sign and upper mantissa bits with the lowest ones.
   void (*split)(DType dtype, const uint16_t* row, uint8_t* exponents, uint8_t* low, uint8_t* high,

@@ -27,7 +27,7 @@ struct Header {
   uint16_t table_set, block_heads;  // heads of a section
   uint32_t sections;
   uint64_t profile;
-  uint32_t reserved;
+  uint32_t start;        // the position that the first token is turned back by
   uint32_t checksum;     // of header (with 0 here), angles and directory
 };
 static_assert(sizeof(Header) == 64);
@@ -36,7 +36,7 @@ enum class Mode : uint8_t { raw = 0, lossless = 1, values = 2, int8 = 3, e4m3 = 
 
 // Flags of a section of values.
 constexpr uint8_t kFirstRaw = 1, kTokenSteps = 2, kRotated = 4, kProfileSteps = 8,
-                  kProfileMeans = 16, kSectionFlags = 31;
+                  kProfileMeans = 16, kBasis = 32, kSectionFlags = 63;
 
 struct Section {
   uint64_t offset;  // behind the directory
@@ -77,17 +77,18 @@ inline uint32_t block_heads(const Shape& shape) {
 
 // One section's place in a chunk: rows of `channels` elements, `stride` bytes apart.
 struct Block {
-  uint32_t layer, plane, first_head, heads, head_size;
+  uint32_t layer, plane, number, first_head, heads, head_size;  // number: of its row's blocks
   size_t rows, channels, width;  // width: channels, in whole passes
   size_t offset, stride, itemsize;
   bool keys;
 
   Block(const Plan& plan, size_t index) {
     const Shape& shape = plan.shape;
-    const size_t block = index % plan.blocks, plane_index = index / plan.blocks;
+    const size_t plane_index = index / plan.blocks;
+    number = static_cast<uint32_t>(index % plan.blocks);
     layer = static_cast<uint32_t>(plane_index / shape.planes);
     plane = static_cast<uint32_t>(plane_index % shape.planes);
-    first_head = static_cast<uint32_t>(block) * plan.block_heads;
+    first_head = number * plan.block_heads;
     heads = shape.heads - first_head < plan.block_heads ? shape.heads - first_head
                                                         : plan.block_heads;
     head_size = shape.head_size;
@@ -109,11 +110,11 @@ struct Block {
   }
 };
 
-// Cosines and sines of every token's angles, by repeated multiplication: no mathematical library,
-// so the same everywhere.
+// Cosines and sines of every token's angles, the first of which is at position `start`, by repeated
+// multiplication: no mathematical library, so the same everywhere.
 struct Angles {
   std::vector<float> cosines, sines;
-  Angles(const double* turns, size_t pairs, size_t tokens);
+  Angles(const double* turns, size_t pairs, size_t tokens, uint32_t start);
 };
 
 }  // namespace lmcache::codec

@@ -93,9 +93,12 @@ class Coder {
 
   bool prepare_values(const uint8_t* chunk);
   bool widen_rows(const uint8_t* chunk);
+  void choose_profile();
+  const uint16_t* known_means() const;
   bool key_steps();
   bool token_steps();
   bool quantise_rows();
+  bool quantise_components();
   void choose_tables();
   void collect_escapes();
   bool prepare_lossless(const uint8_t* chunk);
@@ -107,6 +110,9 @@ class Coder {
   void parse_lossless(const Section& section, Reader reader);
   void parse_bytes(const Section& section, Reader reader);
   void restore_values(uint8_t* chunk);
+  void restore_components(const std::vector<Escape>& escapes, uint8_t* chunk);
+  size_t read_token_steps();
+  void finish_row(float* values, size_t t, uint8_t* chunk) const;
   void restore_lossless(uint8_t* chunk);
   void restore_bytes(uint8_t* chunk);
   void apply_patches(uint8_t* chunk) const;
@@ -134,7 +140,8 @@ class Coder {
   std::vector<uint8_t> tables_, radius_, references_, step_tables_;
   std::vector<int8_t> centres_;
   std::vector<uint32_t> counts_;
-  Room<float> x_;
+  const float* basis_ = nullptr;
+  Room<float> x_, tile_;
   Room<int16_t> q_;
   Room<uint8_t> symbols_, step_symbols_, exponents_, bytes_;
   Room<int16_t> step_q_;

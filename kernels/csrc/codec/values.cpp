@@ -13,7 +13,6 @@ constexpr int kLevels = 120;                           // of token steps, either
 constexpr int kFiner = 24, kCoarser = 12;              // than the middle one: by 2^6 and 2^3
 
 constexpr float kFinest = 0.25f, kCoarsest = 4.0f;     // a head's step, by what it would be alone
-constexpr size_t kSample = 32;                         // tokens that a survey looks at
 
 uint32_t bits(float value) {
   uint32_t u;
@@ -49,51 +48,6 @@ int level_of(float square) {
 bool trusted(float step) { return step >= kLeast && step <= kMost; }
 
 }  // namespace
-
-Survey::Survey(uint32_t layers) : key_rms(layers), drained(layers) {}
-
-// What a layer's sections must agree on, from tokens spread over the chunk.
-void Survey::look(const Job& job, uint32_t layer, const uint8_t* chunk) {
-  const Shape& shape = job.plan.shape;
-  const size_t channels = size_t{shape.heads} * shape.head_size, rows = shape.tokens;
-  const size_t sample = std::min(kSample, rows);
-  std::vector<float> row(channels), sums(channels), squares(channels);
-  const uint8_t* plane = chunk + layer * shape.layer_bytes();
-  if (shape.planes == 2) {
-    for (size_t i = 0; i < sample; ++i) {
-      const size_t t = (i + 1) * rows / sample - 1;
-      job.codec.widen(shape.dtype, plane + t * shape.row_bytes(), row.data(), channels);
-      if (job.plan.pairs != 0)
-        job.codec.rotate(row.data(), shape.heads, shape.head_size, job.rotation(), t, true);
-      for (size_t c = 0; c < channels; ++c) {
-        sums[c] += row[c];
-        squares[c] += row[c] * row[c];
-      }
-    }
-    const float count = static_cast<float>(sample);
-    float variance = 0;
-    for (size_t c = 0; c < channels; ++c) {
-      const float mean = sums[c] / count;
-      variance += std::max(squares[c] / count - mean * mean, 0.0f);
-    }
-    key_rms[layer] = std::sqrt(variance / static_cast<float>(channels));
-  }
-  plane += (shape.planes - 1) * rows * shape.row_bytes();
-  const auto energy = [&](size_t t) {
-    job.codec.widen(shape.dtype, plane + t * shape.row_bytes(), row.data(), channels);
-    return job.codec.energy(row.data(), channels);
-  };
-  float others = 0;
-  for (size_t i = 0; i < sample; ++i) others += energy((i + 1) * rows / sample - 1);
-  drained[layer] = 4 * energy(0) < others / static_cast<float>(sample);
-}
-
-// The first token of a sequence draws attention that means nothing (arXiv 2309.17453), and so has
-// small values nearly everywhere. Whatever is wrong with it weighs heavily: it is stored as it is.
-void Survey::conclude(int wish) {
-  const auto many = std::count(drained.begin(), drained.end(), uint8_t{1});
-  first_raw = wish >= 0 ? wish == 1 : 2 * static_cast<size_t>(many) >= drained.size();
-}
 
 // Elements as numbers. What isn't finite is 0 here, and a patch.
 bool Coder::widen_rows(const uint8_t* chunk) {
@@ -178,7 +132,9 @@ bool Coder::token_steps() {
     by_[i] = 1.0f / power(centre + level);
   }
   std::fill(levels + count, levels + step_rows() * kLanes, int16_t{0});
-  const float step = job_->options->value_step;
+  const Profile* profile = job_->profile;
+  const bool gain = (flags_ & kProfileMeans) && !profile->value_gains.empty();
+  const float step = job_->options->value_step * (gain ? profile->value_gains[b.layer] : 1.0f);
   if (!trusted(step)) return false;
   steps_.assign(b.heads, step);
   std::fill_n(inverse_.begin(), b.channels, 1.0f / step);
@@ -245,6 +201,24 @@ void Coder::collect_escapes() {
         if (to[t * b.width + c] == 0) escapes_.push_back(q[t * b.width + c]);
 }
 
+// What is taken from a profile. A basis of keys is of absolute positions.
+void Coder::choose_profile() {
+  const Profile* profile = job_->profile;
+  if (profile == nullptr || job_->plan.shape.planes != 2) return;
+  const bool keys = block_->keys, placed = job_->options->start.has_value() && (flags_ & kRotated);
+  flags_ |= keys ? kProfileSteps : kProfileMeans;
+  if (profile->basis_heads == 0 || (keys && !placed)) return;
+  flags_ |= kBasis | kProfileMeans;
+  basis_ = profile->basis(keys, job_->plan.shape, block_->layer, block_->number);
+}
+
+// A profile's means of this section's channels.
+const uint16_t* Coder::known_means() const {
+  const Block& b = *block_;
+  const auto& means = b.keys ? job_->profile->key_means : job_->profile->means;
+  return means.data() + (size_t{b.layer} * job_->plan.shape.heads + b.first_head) * b.head_size;
+}
+
 bool Coder::prepare_values(const uint8_t* chunk) {
   const Block& b = *block_;
   if (job_->plan.shape.dtype == DType::u8 || !widen_rows(chunk)) return false;
@@ -255,8 +229,7 @@ bool Coder::prepare_values(const uint8_t* chunk) {
       job_->codec.rotate(rows_ + t * b.width, b.heads, b.head_size, rotation, t, true);
   }
   if (!b.keys) flags_ |= kTokenSteps;
-  if (job_->profile != nullptr && job_->plan.shape.planes == 2)
-    flags_ |= b.keys ? kProfileSteps : kProfileMeans;
+  choose_profile();
   for (auto* each : {&sums_, &squares_, &means_, &inverse_}) each->resize(b.width);
   means16_.resize(b.channels);
   job_->codec.columns(rows_, b.rows, b.width, sums_.data(), squares_.data());
@@ -266,18 +239,15 @@ bool Coder::prepare_values(const uint8_t* chunk) {
     raw_row_ = chunk + b.offset;
     job_->codec.columns(rows_ + b.width, b.rows - 1, b.width, sums_.data(), squares_.data());
   }
-  const uint16_t* known =
-      flags_ & kProfileMeans ? job_->profile->means.data() +
-                                   (size_t{b.layer} * job_->plan.shape.heads + b.first_head) *
-                                       b.head_size
-                             : nullptr;
+  const uint16_t* known = flags_ & kProfileMeans ? known_means() : nullptr;
   for (size_t c = 0; c < b.channels; ++c) {
     means16_[c] = known ? known[c] : to_bf16(sums_[c] / static_cast<float>(stream_rows()));
     means_[c] = number(static_cast<uint32_t>(means16_[c]) << 16);
     if (!(std::fabs(means_[c]) < kMost)) return false;
   }
   steps_.clear();
-  if (!(b.keys ? key_steps() : token_steps()) || !quantise_rows()) return false;
+  if (!(b.keys ? key_steps() : token_steps())) return false;
+  if (!(flags_ & kBasis ? quantise_components() : quantise_rows())) return false;
   choose_tables();
   lay_out_passes();
   collect_escapes();
@@ -321,8 +291,15 @@ void Coder::parse_values(const Section& section, Reader reader) {
   if ((flags_ & ~kSectionFlags) || dtype == DType::u8)
     throw BadStream("a section of values has flags or elements that it can't have");
   const Profile* profile = job_->profile;
-  if ((flags_ & (kProfileSteps | kProfileMeans)) && profile == nullptr)
+  if ((flags_ & (kProfileSteps | kProfileMeans | kBasis)) && profile == nullptr)
     throw BadStream("a section needs a profile");
+  if ((flags_ & kProfileMeans) && b.keys && profile->key_means.empty())
+    throw BadStream("a section needs means of keys, which its profile hasn't got");
+  if (flags_ & kBasis) {
+    if (profile->basis_heads != job_->plan.block_heads)
+      throw BadStream("a section has other heads than its profile's basis");
+    basis_ = profile->basis(b.keys, job_->plan.shape, b.layer, b.number);
+  }
   if ((flags_ & kRotated) && job_->plan.pairs == 0)
     throw BadStream("a section was turned, but the angles aren't there");
   if ((flags_ & kFirstRaw) && b.rows < 2) throw BadStream("a section has no tokens left");
@@ -339,7 +316,7 @@ void Coder::parse_values(const Section& section, Reader reader) {
       std::memcpy(&inverse_[c], from + c / b.head_size * sizeof(float), sizeof(float));
   }
   const uint8_t* means = flags_ & kProfileMeans
-                             ? reinterpret_cast<const uint8_t*>(profile->means.data() + known)
+                             ? reinterpret_cast<const uint8_t*>(known_means())
                              : reader.take(b.channels * 2);
   for (size_t c = 0; c < b.channels; ++c) {
     uint16_t mean;
@@ -366,34 +343,39 @@ void Coder::parse_values(const Section& section, Reader reader) {
   lay_out_passes();
 }
 
+// The steps of tokens' heads. How many escapes they took.
+size_t Coder::read_token_steps() {
+  if (!(flags_ & kTokenSteps)) return 0;
+  const uint8_t* symbols = step_symbols_.get(0);
+  const size_t heads = block_->heads, count = stream_rows() * heads;
+  size_t taken = 0;
+  by_.resize(step_rows() * kLanes);
+  for (size_t i = 0; i < by_.size(); ++i) {
+    int16_t level = static_cast<int16_t>(symbols[i] - 64);
+    if (symbols[i] == 0) {
+      if (taken == escape_count_) throw BadStream("a section has more escapes than it says");
+      std::memcpy(&level, escapes_at_ + 2 * taken++, 2);
+    }
+    if (i >= count) continue;
+    const int sum = centres_[i % heads] + level;
+    if (sum < -2 * kLevels || sum > 2 * kLevels) throw BadStream("a token's step is out of range");
+    by_[i] = power(sum);
+  }
+  return taken;
+}
+
 void Coder::restore_values(uint8_t* chunk) {
   const Block& b = *block_;
   const CodecSimd& codec = job_->codec;
-  const DType dtype = job_->plan.shape.dtype;
-  size_t taken = 0;
-  if (flags_ & kTokenSteps) {
-    const uint8_t* symbols = step_symbols_.get(0);
-    const size_t count = stream_rows() * b.heads;
-    by_.resize(step_rows() * kLanes);
-    for (size_t i = 0; i < by_.size(); ++i) {
-      int16_t level = static_cast<int16_t>(symbols[i] - 64);
-      if (symbols[i] == 0) {
-        if (taken == escape_count_) throw BadStream("a section has more escapes than it says");
-        std::memcpy(&level, escapes_at_ + 2 * taken++, 2);
-      }
-      if (i >= count) continue;
-      const int sum = centres_[i % b.heads] + level;
-      if (sum < -2 * kLevels || sum > 2 * kLevels) throw BadStream("a token's step is out of range");
-      by_[i] = power(sum);
-    }
+  const std::vector<Escape> escapes = resolve(0, read_token_steps());
+  if (first_ != 0) std::memcpy(chunk + b.offset, raw_row_, b.row_bytes());
+  if (flags_ & kBasis) {
+    restore_components(escapes, chunk);
+    return apply_patches(chunk);
   }
-  const std::vector<Escape> escapes = resolve(0, taken);
-  const Rotation rotation = job_->rotation();
   const uint8_t* symbols = symbols_.get(0);
   float* values = x_.get(b.width);
   size_t next = 0;
-  uint8_t* to = chunk + b.offset;
-  if (first_ != 0) std::memcpy(to, raw_row_, b.row_bytes());
   for (size_t t = 0; t < stream_rows(); ++t, symbols += b.width) {
     if (flags_ & kTokenSteps)
       for (size_t h = 0, c = 0; h < b.heads; ++h, c += b.head_size)
@@ -407,11 +389,18 @@ void Coder::restore_values(uint8_t* chunk) {
       const float by = flags_ & kTokenSteps ? by_[t * b.heads + c / b.head_size] : 1.0f;
       values[c] = static_cast<float>(escapes[next].value) * (inverse_[c] * by) + means_[c];
     }
-    if (flags_ & kRotated)
-      codec.rotate(values, b.heads, b.head_size, rotation, first_ + t, false);
-    codec.narrow(dtype, values, to + (first_ + t) * b.stride, b.channels);
+    finish_row(values, t, chunk);
   }
   apply_patches(chunk);
+}
+
+// Turn coded token t's values, and write them.
+void Coder::finish_row(float* values, size_t t, uint8_t* chunk) const {
+  const Block& b = *block_;
+  if (flags_ & kRotated)
+    job_->codec.rotate(values, b.heads, b.head_size, job_->rotation(), first_ + t, false);
+  job_->codec.narrow(job_->plan.shape.dtype, values, chunk + b.offset + (first_ + t) * b.stride,
+                     b.channels);
 }
 
 }  // namespace lmcache::codec

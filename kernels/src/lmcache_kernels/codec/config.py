@@ -39,8 +39,15 @@ class CacheGenConfig(CodecConfig):
         description="How coarsely K and V are rounded: fine, safe, small, or a share of a head's "
         "rms such as 0.3.",
     )
-    profile: Path | None = Field(
-        None, description="A profile of this model; without one nothing of the model is used."
+    profile: Literal["auto", "none"] | Path = Field(
+        "auto",
+        description="What calibration found out about the model: a file; auto looks in `profiles` "
+        "for one of the model's weights; none encodes without.",
+    )
+    profiles: Path | None = Field(
+        None,
+        description="Folder of profiles; LMCACHE_PROFILES, or lmcache/profiles in the user's "
+        "cache, if not said.",
     )
 
 

@@ -42,6 +42,7 @@ def all_of(threads: Threads) -> list[SerdeDescriptor]:
             lossless=False,
             config=CacheGenConfig,
             create=native("cachegen"),
+            environment=("LMCACHE_PROFILES",),
         ),
         SerdeDescriptor(
             name="int8",

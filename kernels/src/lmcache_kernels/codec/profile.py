@@ -61,7 +61,7 @@ class Profile:
     value_basis: bytes = b""
     gains: bytes = b""
     _natives: dict[tuple[object, ...], _native.CodecProfile] = field(
-        default_factory=dict, repr=False, compare=False
+        default_factory=dict, init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
@@ -187,21 +187,67 @@ class Profile:
             return cls.load(path)
         return None
 
-    def of(self, group: LayerGroup) -> _native.CodecProfile | None:
-        """This profile for ``group``; ``None`` if it isn't one of these layers and heads."""
-        if group.planes != 2 or (group.heads, group.head_size) != (self.heads, self.head_size):
-            return None
+    def of(
+        self, group: LayerGroup, shard: int = 0, shard_count: int = 1
+    ) -> _native.CodecProfile | None:
+        """This profile for one shard's ``group``; ``None`` if it isn't of these layers and heads.
+
+        Without its bases, if those mix heads of several shards.
+        """
+        first = shard * self.heads // shard_count
+        even = self.heads % shard_count == 0 or shard_count % self.heads == 0
+        heads = (max(1, self.heads // shard_count), self.head_size)
         rows = [layer - self.first_layer for layer in group.layers]
-        if min(rows) < 0 or max(rows) >= self.layers:
+        if (
+            group.planes != 2
+            or not even
+            or (group.heads, group.head_size) != heads
+            or min(rows) < 0
+            or max(rows) >= self.layers
+        ):
             return None
-        if group.layers not in self._natives:
-            each = self.heads * self.head_size
-            self._natives[group.layers] = _native.CodecProfile(
-                self.id,
-                b"".join(self.steps[4 * each * row : 4 * each * (row + 1)] for row in rows),
-                b"".join(self.means[2 * each * row : 2 * each * (row + 1)] for row in rows),
-            )
-        return self._natives[group.layers]
+        key = (group.layers, first, group.heads)
+        if key not in self._natives:
+            self._natives[key] = self._make_native(rows, first, group.heads)
+        return self._natives[key]
+
+    def _make_native(self, rows: list[int], first: int, heads: int) -> _native.CodecProfile:
+        """For layers number ``rows`` of these, and ``heads`` heads from number ``first`` on."""
+        every, part = self.heads * self.head_size, slice(first, first + heads)
+
+        def of_channels(data: bytes, size: int) -> bytes:
+            one = size * self.head_size
+            begins = [size * every * row + one * part.start for row in rows]
+            return b"".join(data[at : at + one * heads] for at in begins if data)
+
+        gains = struct.unpack(f"<{len(self.gains) // 4}f", self.gains)
+        steps = of_channels(self.steps, 4)
+        if gains:
+            plain = struct.iter_unpack(f"<{heads * self.head_size}f", steps)
+            scaled = [s * gains[2 * r] for r, row in zip(rows, plain, strict=True) for s in row]
+            steps = struct.pack(f"<{len(scaled)}f", *scaled)
+        whole = heads == self.heads
+        bases = self.basis_heads
+        if bases and not whole and (first % bases or heads % bases):
+            bases = 0
+        layer = basis_bytes(self.heads, self.head_size, bases)
+        skip = basis_bytes(first, self.head_size, bases)
+        size = basis_bytes(heads, self.head_size, bases)
+
+        def of_bases(data: bytes) -> bytes:
+            begins = [layer * row + skip for row in rows]
+            return b"".join(data[at : at + size] for at in begins)
+
+        return _native.CodecProfile(
+            self.id,
+            steps,
+            of_channels(self.means, 2),
+            of_channels(self.key_means, 2),
+            struct.pack(f"<{len(rows)}f", *(gains[2 * row + 1] for row in rows)) if gains else b"",
+            bases,
+            of_bases(self.key_basis),
+            of_bases(self.value_basis),
+        )
 
 
 def basis_bytes(heads: int, head_size: int, basis_heads: int) -> int:

@@ -6,7 +6,9 @@ is described in docs/codec-format.md.
 
 from __future__ import annotations
 
+import copy
 import math
+import os
 import struct
 from typing import ClassVar
 
@@ -16,6 +18,7 @@ from lmcache_core.serde import Rope, Serde, SerdeFacts
 from lmcache_kernels import _native
 from lmcache_kernels.codec.config import STEPS, VALUES_BY_KEYS, CacheGenConfig, CodecConfig
 from lmcache_kernels.codec.profile import Profile
+from lmcache_kernels.codec.profiles import Profiles, profile_folder
 from lmcache_kernels.cpu import CpuKernels
 
 _DTYPES = {DType.BF16: 0, DType.F16: 1, DType.F32: 2}
@@ -108,9 +111,9 @@ class Fp8Serde(CodecSerde):
 class CacheGenSerde(CodecSerde):
     """K without its rotation and mean, V with steps by its size; rounded, then coded with rANS.
 
-    The position of a chunk's first token isn't known here and needn't be: keys are turned back by
-    their distance from it. What is left is one rotation for the whole chunk, which neither a
-    channel's variance around its own mean nor the decoder depends on.
+    Keys are turned back by their position, or by their distance from the chunk's start where that
+    isn't known: what is left then is one rotation for the whole chunk, on which neither a channel's
+    variance around its own mean nor the decoder depends.
     """
 
     number, id = 2, 13
@@ -121,7 +124,7 @@ class CacheGenSerde(CodecSerde):
         codec: _native.Codec | None = None,
         *,
         rope: Rope | None = None,
-        profile: Profile | None = None,
+        profile: Profile | Profiles | None = None,
     ) -> None:
         super().__init__(config, codec)
         self._options = config
@@ -130,16 +133,26 @@ class CacheGenSerde(CodecSerde):
             raise ConfigError(
                 f"cachegen's step is {self._step}: set it to 0.001 to 10, such as 0.3"
             )
-        if profile is None and config.profile is not None:
-            profile = Profile.load(config.profile)
-        self._rope, self._profile = rope, profile
+        if not isinstance(profile, Profiles):
+            folder = profile_folder(config.profiles, os.environ)
+            profile = Profiles(config.profile if profile is None else profile, folder)
+        self._profiles = profile
+        self._rope = rope
         self._turns = b"" if rope is None else _turns(rope)
+        self._start: int | None = None
 
     def bound(self, facts: SerdeFacts) -> Serde:
-        return CacheGenSerde(self._options, self._codec, rope=facts.rope, profile=self._profile)
+        return CacheGenSerde(
+            self._options, self._codec, rope=facts.rope, profile=self._profiles.bound(facts)
+        )
+
+    def for_chunk(self, key: bytes, start: int | None) -> Serde:  # noqa: ARG002  any chunk
+        placed = copy.copy(self)
+        placed._start = start
+        return placed
 
     def encode(self, chunk: memoryview, into: memoryview, group: LayerGroup, tokens: int) -> int:
-        profile = self._of(group)
+        profile = self._profiles.to_encode(group)
         keys = self._step / 2 if profile else self._step
         interleaved = self._rope is not None and self._rope.interleaved
         return self._codec.encode(
@@ -152,11 +165,12 @@ class CacheGenSerde(CodecSerde):
             interleaved,
             -1,
             profile,
+            self._start,
         )
 
     def decode(self, encoded: memoryview, into: memoryview, group: LayerGroup, tokens: int) -> None:
-        shape = _shape(group, tokens)
-        self._codec.decode(self.number, shape, encoded, into, self._of(group))
+        profile = self._profiles.to_decode(encoded, group)
+        self._codec.decode(self.number, _shape(group, tokens), encoded, into, profile)
 
     def decode_layers(
         self,
@@ -171,7 +185,7 @@ class CacheGenSerde(CodecSerde):
             _shape(group, tokens),
             encoded,
             into,
-            self._of(group),
+            self._profiles.to_decode(encoded, group),
             first_layer=layers.start,
             layers=len(layers),
         )
@@ -180,10 +194,6 @@ class CacheGenSerde(CodecSerde):
         """Each pair's cosine and sine, for a group that has keys with so many pairs."""
         turned = group.kind in (AttentionKind.FULL, AttentionKind.SLIDING_WINDOW)
         return self._turns if turned and len(self._turns) // 16 <= group.head_size // 2 else b""
-
-    def _of(self, group: LayerGroup) -> _native.CodecProfile | None:
-        """The profile, if it is one of this group's layers."""
-        return None if self._profile is None else self._profile.of(group)
 
 
 def create(name: str, config: CodecConfig, threads: int | None) -> Serde:
