@@ -8,7 +8,7 @@ common="-std=c++17 -O2 -g -DLMCACHE_X86 -DFUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTI
 wide="-mavx512f -mavx512bw -mavx512vl -mavx512dq"
 
 objects() { # the sanitizers, a prefix
-  for file in codec/codec codec/section codec/values codec/exact codec/tables codec/codec_base \
+  for file in codec/codec codec/section codec/values codec/components codec/survey codec/exact codec/tables codec/codec_base \
     codec/codec_avx2 codec/codec_avx512 simd simd_base simd_avx2 simd_avx512 xxh3 pool; do
     case $file in *avx512) level=$wide ;; *avx2) level=-mavx2 ;; *) level= ;; esac
     # shellcheck disable=SC2086

@@ -29,14 +29,32 @@ Shape shape_of(const uint8_t* choice) {
           in_range(choice[3], 3), sizes[choice[4] % 8], in_range(choice[5], 10)};
 }
 
-Profile profile_of(const Shape& shape) {
+// With bases of `basis_heads` heads, or without.
+Profile profile_of(const Shape& shape, uint32_t basis_heads) {
   const size_t channels = size_t{shape.layers} * shape.heads * shape.head_size;
-  return {1, std::vector<float>(channels, 0.5f), std::vector<uint16_t>(channels, 0x3F00)};
+  Profile made;
+  made.id = 1;
+  made.steps.assign(channels, 0.5f);
+  made.means.assign(channels, 0x3F00);
+  made.basis_heads = basis_heads;
+  if (basis_heads == 0) return made;
+  made.key_means.assign(channels, 0xBE80);
+  made.value_gains.assign(shape.layers, 1.5f);
+  made.key_basis.resize(shape.layers * made.basis_size(shape));
+  for (size_t i = 0; i < made.key_basis.size(); ++i)
+    made.key_basis[i] = static_cast<float>(i * 37 % 64) / 128.0f - 0.25f;
+  made.value_basis.assign(made.key_basis.rbegin(), made.key_basis.rend());
+  return made;
+}
+
+// How many heads share a basis, by the first byte: in half of the cases none.
+uint32_t basis_heads_of(const uint8_t* choice, const Shape& shape) {
+  return choice[0] & 0x20 ? 1 + (choice[0] >> 2 & 7) % shape.heads : 0;
 }
 
 // Make header and directory of a changed stream agree with its shape and length, so that most runs
 // get as far as sections.
-void repair(uint8_t* stream, size_t bytes, const Shape& shape, Kind kind) {
+void repair(uint8_t* stream, size_t bytes, const Shape& shape, Kind kind, uint32_t basis_heads) {
   if (bytes < sizeof(Header)) return;
   Header header;
   std::memcpy(&header, stream, sizeof(header));
@@ -54,7 +72,8 @@ void repair(uint8_t* stream, size_t bytes, const Shape& shape, Kind kind) {
   header.table_set = kTableSet;
   header.block_heads = static_cast<uint16_t>(1 + header.block_heads % shape.heads);
   header.profile = header.profile != 0 && shape.planes == 2;
-  header.reserved = 0;
+  if (header.profile != 0 && basis_heads != 0)
+    header.block_heads = static_cast<uint16_t>(basis_heads);
   const Plan plan(shape, header.pairs, header.block_heads);
   header.sections = static_cast<uint32_t>(plan.sections);
   std::memcpy(stream, &header, sizeof(header));
@@ -93,12 +112,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (size < kChoice) return 0;
   const Shape shape = shape_of(data);
   const Kind kind = static_cast<Kind>(1 + data[0] % 4);
-  const Profile profile = profile_of(shape);
+  const uint32_t basis_heads = basis_heads_of(data, shape);
+  const Profile profile = profile_of(shape, basis_heads);
   // In memory of exactly its size, so that the sanitizer sees every byte too far.
   const size_t bytes = size - kChoice;
   const std::unique_ptr<uint8_t[]> stream(new uint8_t[bytes]);
   std::memcpy(stream.get(), data + kChoice, bytes);
-  if (data[0] & 0x80) repair(stream.get(), bytes, shape, kind);
+  if (data[0] & 0x80) repair(stream.get(), bytes, shape, kind, basis_heads);
   std::vector<uint8_t> first;
   int verdict = -1;
   for (const auto& [codec, simd] : levels().found) {
@@ -143,8 +163,9 @@ int main(int, char** arguments) {
     for (size_t j = 0; j < pairs; ++j) options.turns.insert(options.turns.end(), {0.8, 0.6});
     options.interleaved = number % 2 == 0;
     options.first_raw = number % 3 - 1;
-    const Profile profile = profile_of(shape);
-    if (number % 4 == 0 && shape.planes == 2 && options.kind == Kind::values)
+    const Profile profile = profile_of(shape, basis_heads_of(choice, shape));
+    options.start = 256u * (draw() % 4);
+    if (number % 4 != 3 && shape.planes == 2 && options.kind == Kind::values)
       options.profile = &profile;
     std::vector<uint8_t> into(max_encoded(shape, pairs));
     Levels& all = levels();

@@ -90,7 +90,17 @@ def xxh3_64(data: Buffer, simd: str | None = None) -> int: ...
 def simd_levels() -> list[str]: ...
 
 class CodecProfile:
-    def __init__(self, id: int, steps: Buffer, means: Buffer) -> None: ...
+    def __init__(
+        self,
+        id: int,
+        steps: Buffer,
+        means: Buffer,
+        key_means: Buffer = b"",
+        value_gains: Buffer = b"",
+        basis_heads: int = 0,
+        key_basis: Buffer = b"",
+        value_basis: Buffer = b"",
+    ) -> None: ...
 
 class Codec:
     def __init__(self, threads: int, simd: str | None = None) -> None: ...
@@ -105,6 +115,7 @@ class Codec:
         interleaved: bool,
         first_raw: int,
         profile: CodecProfile | None,
+        start: int | None = None,
     ) -> int: ...
     def decode(
         self,
