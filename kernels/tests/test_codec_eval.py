@@ -20,7 +20,7 @@ from lmcache_kernels.codec_eval import capture, needle, references, scoring, sen
 from lmcache_kernels.codec_eval.calibration import Options, basis_heads, calibrate
 from lmcache_kernels.codec_eval.models import Model, load
 from lmcache_kernels.codec_eval.progress import silent
-from lmcache_kernels.codec_eval.schemes import serde_scheme, takes
+from lmcache_kernels.codec_eval.schemes import serde_scheme, takes_profile
 
 KINDS = ("llama", "qwen2", "qwen3")
 LAYERS, HEADS, SIZE = 3, 2, 16
@@ -157,9 +157,7 @@ def rounded(components: sensitivity.Components, x: Tensor, layer: int, plane: in
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_gradients_tell_what_rounding_each_layer_costs(
-    models: dict[str, Model], kind: str
-) -> None:
+def test_gradients_tell_what_rounding_each_layer_costs(models: dict[str, Model], kind: str) -> None:
     exact = replace(models[kind], dtype=torch.float32)
     pieces = [ids(exact, 220, seed) for seed in range(3)]
     found = capture.moments(exact, pieces)
@@ -376,9 +374,28 @@ def test_what_cant_be_measured_is_refused(llama: Model, plugins: Plugins, tmp_pa
 
 
 def test_which_serdes_take_a_profile(plugins: Plugins) -> None:
-    assert takes("cachegen:step=fine", "profile", plugins)
-    assert not takes("lossless", "profile", plugins)
-    assert not takes("cachegen:profile=x.kvprofile", "profile", plugins)
+    assert takes_profile("cachegen:step=fine", plugins)
+    assert takes_profile("cachegen+lossless", plugins)
+    assert not takes_profile("lossless", plugins)
+    assert not takes_profile("cachegen:profile=x.kvprofile", plugins)
+
+
+def test_a_profile_is_used_only_if_it_is_asked_for(
+    llama: Model, plugins: Plugins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMCACHE_PROFILES", str(tmp_path))
+    path = calibrate(llama, [ids(llama, 300, 5)], Options("t2")).save(tmp_path)
+    cache = llama.prefill(ids(llama, 256))
+    plain, given, found = (
+        serde_scheme(words, llama, plugins, profile=profile).code(cache)
+        for words, profile in (
+            ("cachegen", None),
+            ("cachegen", path),
+            ("cachegen:profile=auto", None),
+        )
+    )
+    assert plain.bits != given.bits == found.bits
+    assert torch.equal(given.cache, found.cache)
 
 
 @pytest.mark.parametrize(

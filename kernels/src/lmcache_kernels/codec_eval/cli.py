@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lmcache_core.errors import ConfigError
 from lmcache_core.plugins import Plugins
+from lmcache_kernels.codec.profiles import FOLDER_VARIABLE, profile_folder
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace, _SubParsersAction
@@ -60,7 +62,13 @@ def _add_calibrate(commands: _SubParsersAction[ArgumentParser]) -> None:
     )
     _add_common(parser)
     add = parser.add_argument
-    add("--out", type=Path, default=Path(), metavar="DIR", help="where it is written (default: .)")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"where it is written (default: where cachegen looks for it: ${FOLDER_VARIABLE}, or "
+        "lmcache/profiles in the user's cache)",
+    )
     add("--tokens", type=_count, default=16384, metavar="N", help="to read (default: 16384)")
     add(
         "--kind",
@@ -99,8 +107,10 @@ def _add_eval(commands: _SubParsersAction[ArgumentParser]) -> None:
     add(
         "--profile",
         type=Path,
+        action="append",
+        default=[],
         metavar="FILE",
-        help="measure those serdes that can use a profile with this one, too",
+        help="measure those serdes that can use a profile with this one, too; may be given again",
     )
     add("--no-references", action="store_true", help="leave the schemes of others out")
     add("--contexts", type=_count, default=4, metavar="N", help="prompts (default: 4)")
@@ -147,10 +157,11 @@ def calibrate(args: Namespace) -> int:
     )
     options = Options(kind=args.kind, ranks=args.tensor_parallel)
     profile = calibrated(model, pieces, options, progress)
+    folder = profile_folder(args.out, os.environ)
     try:
-        path = profile.save(args.out)
+        path = profile.save(folder)
     except OSError as error:
-        raise ConfigError(f"--out {args.out}: {error.strerror}; name a folder") from None
+        raise ConfigError(f"--out {folder}: {error.strerror}; name a folder") from None
     print(path)
     group = model.group
     print(
@@ -194,13 +205,13 @@ def evaluate(args: Namespace) -> int:
 
 def _schemes(args: Namespace, words: list[str], model: Model, plugins: Plugins) -> list[Scheme]:
     from lmcache_kernels.codec_eval.references import references
-    from lmcache_kernels.codec_eval.schemes import serde_scheme, takes
+    from lmcache_kernels.codec_eval.schemes import serde_scheme, takes_profile
 
     found: list[Scheme] = []
     for name in words:
         found.append(serde_scheme(name, model, plugins))
-        if args.profile and takes(name, "profile", plugins):
-            found.append(serde_scheme(name, model, plugins, profile=args.profile))
+        if takes_profile(name, plugins):
+            found += [serde_scheme(name, model, plugins, profile=path) for path in args.profile]
     return found if args.no_references else [*found, *references()]
 
 

@@ -1,4 +1,4 @@
-"""Bars for what takes minutes, on stderr; nothing where that isn't a terminal and nobody asked."""
+"""Bars for what takes minutes, on stderr; none where that isn't a terminal."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ def bars(things: Iterable[T], label: str) -> Iterable[T]:
         from tqdm import tqdm
     except ImportError:
         raise ConfigError("progress needs tqdm: pip install lmcache-kernels[eval]") from None
-    shown: Iterable[T] = tqdm(things, desc=label, dynamic_ncols=True, mininterval=0.5)
+    shown: Iterable[T] = tqdm(things, desc=label, dynamic_ncols=True, disable=None)
     return shown

@@ -20,6 +20,7 @@ from lmcache_core.errors import ConfigError
 from lmcache_core.plugins import Plugins
 from lmcache_core.serde import Serde, SerdeDescriptor, SerdeFacts
 from lmcache_core.serde_chain import chain
+from lmcache_kernels.codec.config import CacheGenConfig
 from lmcache_kernels.codec.profile import Profile
 from lmcache_kernels.codec_eval.models import Model
 
@@ -91,34 +92,44 @@ def serde_scheme(
 ) -> SerdeScheme:
     """The serde that ``words`` name: ``NAME[+NAME…][:OPTION=VALUE,…]``.
 
-    ``profile`` goes to those serdes of the chain that can use one.
+    `cachegen` uses ``profile``, or none: what it would find in a folder is for who asks for it.
 
     Raises:
         PluginError: none is called that; the message lists those that are installed.
         ConfigError: none of them has such an option, or it refuses its value.
     """
-    names, _, rest = words.partition(":")
-    said = dict(_option(words, pair) for pair in rest.split(",") if pair)
-    descriptors = [plugins.serde(name.strip()) for name in names.split("+")]
+    names, said = _parsed(words)
+    descriptors = [plugins.serde(name) for name in names]
     for option in said:
         if not any(option in d.config.model_fields for d in descriptors):
             known = sorted({field for d in descriptors for field in d.config.model_fields})
             raise ConfigError(
-                f"--serde {words}: {names} has no option {option!r}; it has {', '.join(known)}"
+                f"--serde {words}: {'+'.join(names)} has no option {option!r}; it has "
+                f"{', '.join(known)}"
             )
-    wanted = said if profile is None else {**said, "profile": profile}
-    serde = chain([_link(words, descriptor, wanted) for descriptor in descriptors])
+    default = {"profile": "none" if profile is None else profile}
+    serde = chain(
+        [
+            _link(words, one, {**default, **said} if one.config is CacheGenConfig else said)
+            for one in descriptors
+        ]
+    )
     facts = SerdeFacts(model.identity, model.rope, model.identity)
     name = words if profile is None else f"{words} {Profile.load(profile).kind}"
     return SerdeScheme(name, serde.bound(facts), model)
 
 
-def takes(words: str, option: str, plugins: Plugins) -> bool:
-    """Whether a serde in ``words`` has ``option``, and they don't set it."""
+def takes_profile(words: str, plugins: Plugins) -> bool:
+    """Whether a serde in ``words`` uses a profile, and they don't say which."""
+    names, said = _parsed(words)
+    uses = any(plugins.serde(name).config is CacheGenConfig for name in names)
+    return uses and "profile" not in said
+
+
+def _parsed(words: str) -> tuple[list[str], dict[str, str]]:
     names, _, rest = words.partition(":")
-    said = [pair.partition("=")[0] for pair in rest.split(",")]
-    found = [plugins.serde(name.strip()).config.model_fields for name in names.split("+")]
-    return option not in said and any(option in fields for fields in found)
+    options = dict(_option(words, pair) for pair in rest.split(",") if pair)
+    return [name.strip() for name in names.split("+")], options
 
 
 def _option(words: str, pair: str) -> tuple[str, str]:
