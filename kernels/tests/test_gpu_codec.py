@@ -33,7 +33,9 @@ from lmcache_kernels.codec.gpu.encoder import GpuEncoder  # noqa: E402
 from lmcache_kernels.codec.gpu.work import Options  # noqa: E402
 
 CPU = torch.device("cpu")
-LAYOUTS = int(os.environ.get("LMCACHE_TEST_LAYOUTS", "25"))
+LAYOUTS = int(os.environ.get("LMCACHE_TEST_LAYOUTS", "24"))
+PARTS = range(4)
+"""So that several processes can share them."""
 SETTINGS = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
@@ -75,25 +77,30 @@ def decode(case: Case, stream: bytes, streams: int = 1) -> bytes:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Smaller ones than the C++ is tested with: the interpreter is slow."""
-    size = draw(st.sampled_from([1, 2, 7, 8, 16, 20, 32, 40, 64]))
+    """Smaller ones than the C++ is tested with, as the interpreter is slow, but seldom raw."""
+    kind = draw(st.sampled_from([LOSSLESS, VALUES, VALUES, VALUES, INT8, E4M3]))
+    size = draw(st.sampled_from([1, 7, 8, 16, 20, 32, 32, 40, 64]))
+    # What has no loss must save more bytes before it saves any.
+    tokens = [1, 3, 20, 25, 33, 40] if kind == LOSSLESS else [1, 2, 3, 7, 9, 12, 13, 16, 17]
     shape = (
-        draw(st.sampled_from([0, 0, 0, 1, 1, 2, 3])),
-        draw(st.integers(1, 2)),
+        draw(st.sampled_from([0, 0, 0, 1, 1, 1, 2, 3])),
+        draw(st.sampled_from([1, 1, 2])),
         draw(st.sampled_from([2, 2, 2, 1, 3])),
-        draw(st.integers(1, 3 if size > 16 else 5)),
+        draw(st.sampled_from([1, 2, 3] if size > 16 else [2, 3, 4, 5])),
         size,
-        draw(st.integers(1, 20 if size < 16 else 12)),
+        draw(st.sampled_from(tokens)),
     )
     return Case(
-        kind=draw(st.sampled_from([LOSSLESS, VALUES, VALUES, VALUES, INT8, E4M3])),
+        kind=kind,
         shape=shape,
         pairs=draw(st.sampled_from([0, size // 2, size // 4])),
         interleaved=draw(st.booleans()),
         first_raw=draw(st.sampled_from([-1, 0, 1])),
         step=draw(st.sampled_from([0.02, 0.15, 0.3, 2.0])),
         profile=draw(st.booleans()),
-        content=draw(st.sampled_from(["normal", "normal", "odd", "heavy", "bits", "zeros"])),
+        content=draw(
+            st.sampled_from(["normal", "normal", "normal", "odd", "heavy", "bits", "zeros"])
+        ),
         seed=draw(st.integers(0, 1000)),
     )
 
@@ -106,9 +113,10 @@ def test_tables_are_those_of_the_format() -> None:
     assert list(tables.THRESHOLDS) == [int(n) for n in numbers]
 
 
-@settings(SETTINGS, max_examples=LAYOUTS)
+@pytest.mark.parametrize("part", PARTS)
+@settings(SETTINGS, max_examples=LAYOUTS // len(PARTS))
 @given(case=cases(), streams=st.sampled_from(sorted(ENCODERS)))
-def test_gpu_and_all_instruction_sets_agree(case: Case, streams: int) -> None:
+def test_gpu_and_all_instruction_sets_agree(part: int, case: Case, streams: int) -> None:
     """The same stream, and the same elements from it."""
     stream = encode(case, streams)
     chunk = decode(case, stream, streams)
@@ -159,9 +167,10 @@ def outcome(work: Callable[[], bytes], dtype: int) -> list[float] | None:
     return np.where(np.isnan(found), 1e38, found.astype("f8")).tolist()
 
 
-@settings(SETTINGS, max_examples=LAYOUTS)
+@pytest.mark.parametrize("part", PARTS)
+@settings(SETTINGS, max_examples=LAYOUTS // len(PARTS))
 @given(case=cases(), seed=st.integers(0, 2**32), streams=st.sampled_from(sorted(DECODERS)))
-def test_damaged_streams(case: Case, seed: int, streams: int) -> None:
+def test_damaged_streams(part: int, case: Case, seed: int, streams: int) -> None:
     """An error where the C++ finds one, and otherwise the same elements."""
     broken = damage(case.encode(CODECS[0]), np.random.default_rng(seed))
     expected = outcome(lambda: case.decode(CODECS[0], broken), case.shape[0])
