@@ -81,6 +81,13 @@ def _pass_tables(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _next16(stream, start, used, count, place, mask):  # type: ignore[no-untyped-def]
+    """Of a section's 16-bit integers, that behind the ``used`` ones; 0 where none is left."""
+    at = used[:, None] + place
+    return read16(stream + start[:, None] + 2 * at.to(tl.int64), mask & (at < count[:, None]))
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
 def decode_symbols(  # type: ignore[no-untyped-def]
     stream,  # bytes
     sections,
@@ -132,23 +139,16 @@ def decode_symbols(  # type: ignore[no-untyped-def]
             after = (e >> 20) * (x >> 10) + (e >> 8 & 0xFFF)
             need = active & (after < _STATE)
             escaped = active & (symbol == ESCAPE)
-            # Both are counted at once, in bytes of their own: there are 32 at most.
-            both_counts = need.to(tl.int32) | escaped.to(tl.int32) << 8
-            place = tl.cumsum(both_counts, 1) - both_counts
-            total = tl.sum(both_counts, 1)
-            at = used[:, None] + (place & 0xFF)
-            read = need & (at < word_count[:, None])
-            word_at = stream + words[:, None] + 2 * at.to(tl.int64)
-            word = tl.load(word_at, mask=read, other=0).to(tl.uint32)
-            word |= tl.load(word_at + 1, mask=read, other=0).to(tl.uint32) << 8
+            # Counted at once, in bytes of their own: there are 32 at most.
+            counts = need.to(tl.int32) | escaped.to(tl.int32) << 8
+            place, total = tl.cumsum(counts, 1) - counts, tl.sum(counts, 1)
+            word = _next16(stream, words, used, word_count, place & 0xFF, need)
             x = tl.where(active, tl.where(need, after << 16 | word, after), x)
             value = symbol
             if tl.max(total, 0) > 0xFF:
-                place = taken[:, None] + (place >> 8)
-                read = escaped & (place < escape_count[:, None])
-                escape_at = stream + escapes[:, None] + 2 * place.to(tl.int64)
-                escape = read16(escape_at, read).to(tl.int32)
-                value = 256 + (escape & 0xFF) if LOSSLESS else signed16(escape)
+                value = _next16(stream, escapes, taken, escape_count, place >> 8, escaped)
+                value = value.to(tl.int32)
+                value = 256 + (value & 0xFF) if LOSSLESS else signed16(value)
             used += total & 0xFF
             taken += total >> 8
             value = tl.where(escaped, value, symbol - ZERO)

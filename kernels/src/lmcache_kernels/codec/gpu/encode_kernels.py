@@ -103,10 +103,9 @@ def encode_symbols(  # type: ignore[no-untyped-def]
             e = tl.load(code, mask=active, other=1).to(tl.uint32)
             f = e & 0xFFFF
             need = active & (x >= f << 22)
-            # Both are counted at once, in bytes of their own: there are 32 at most.
-            both_counts = need.to(tl.int32) | escape.to(tl.int32) << 8
-            place = tl.cumsum(both_counts, 1) - both_counts
-            total = tl.sum(both_counts, 1)
+            # Counted at once, in bytes of their own: there are 32 at most.
+            counts = need.to(tl.int32) | escape.to(tl.int32) << 8
+            place, total = tl.cumsum(counts, 1) - counts, tl.sum(counts, 1)
             given += total & 0xFF
             escaped += total >> 8
             tl.store(words + (end - given)[:, None] + (place & 0xFF), x.to(tl.int16), mask=need)
