@@ -19,7 +19,7 @@ from lmcache_kernels.codec.profile import Profile
 from lmcache_kernels.codec_eval import capture, needle, references, scoring, sensitivity, texts
 from lmcache_kernels.codec_eval.calibration import Options, basis_heads, calibrate
 from lmcache_kernels.codec_eval.models import Model, load
-from lmcache_kernels.codec_eval.progress import silent
+from lmcache_kernels.codec_eval.progress import bars, silent
 from lmcache_kernels.codec_eval.schemes import serde_scheme, takes_profile
 
 KINDS = ("llama", "qwen2", "qwen3")
@@ -436,3 +436,9 @@ def test_cachegens_bits_are_entropies_and_side_information(name: str) -> None:
 def test_entropy_is_shannons() -> None:
     symbols = torch.tensor([[0.0, 0], [0, 1], [1, 2], [1, 3]])
     assert references._entropy_bits(symbols, 4).tolist() == pytest.approx([4.0, 8.0])
+
+
+def test_progress_passes_everything_through(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(silent([1, 2], "counted")) == [1, 2]
+    assert list(bars([1, 2], "counted")) == [1, 2]
+    assert "counted" in capsys.readouterr().err

@@ -226,7 +226,9 @@ def _started(args: Namespace) -> tuple[Model, Progress]:
             raise ConfigError(f"`lmcache codec` needs {name}: pip install lmcache-kernels[eval]")
     from lmcache_kernels.codec_eval import models, progress
 
-    return models.load(args.model, args.threads), progress.silent if args.quiet else progress.bars
+    quiet = args.quiet or not sys.stderr.isatty()
+    model = models.load(args.model, args.threads, quiet=quiet)
+    return model, progress.silent if quiet else progress.bars
 
 
 def _count(text: str) -> int:

@@ -85,14 +85,15 @@ class Model:
         return logits
 
 
-def load(path: str, threads: int | None = None) -> Model:
-    """The model in the folder ``path``.
+def load(path: str, threads: int | None = None, *, quiet: bool = False) -> Model:
+    """The model in the folder ``path``. ``quiet``: without transformers' own progress.
 
     Raises:
         ConfigError: there is none, or transformers isn't installed, or doesn't know it.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
     except ImportError as error:
         raise ConfigError(f"`lmcache codec` needs {error.name}: {INSTALL}") from None
     if not (Path(path) / "config.json").is_file():
@@ -102,6 +103,8 @@ def load(path: str, threads: int | None = None) -> Model:
         )
     if threads is not None:
         torch.set_num_threads(threads)
+    if quiet:
+        logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         network = AutoModelForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""Bars for what takes minutes, on stderr; none where that isn't a terminal."""
+"""Bars for what takes minutes, on stderr."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ def bars(things: Iterable[T], label: str) -> Iterable[T]:
         from tqdm import tqdm
     except ImportError:
         raise ConfigError("progress needs tqdm: pip install lmcache-kernels[eval]") from None
-    shown: Iterable[T] = tqdm(things, desc=label, dynamic_ncols=True, disable=None)
+    shown: Iterable[T] = tqdm(things, desc=label, dynamic_ncols=True)
     return shown
