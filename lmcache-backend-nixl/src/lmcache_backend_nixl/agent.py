@@ -62,7 +62,7 @@ class Agent:
             raise BackendRejected(
                 f"this build of NIXL has no plugin {plugin}; it has {', '.join(sorted(known))}"
             )
-        with _as_rejection(
+        with as_rejection(
             f"NIXL can't start its plugin {plugin} with the parameters "
             f"{', '.join(sorted(params)) or '(none)'}: the line above, from NIXL, may say why; "
             "check nixl_backend_params, and that the plugin's libraries are installed"
@@ -75,7 +75,7 @@ class Agent:
         Raises:
             BackendRejected: NIXL refuses.
         """
-        with _as_rejection(f"NIXL's {self._plugin} can't register {len(descriptors)} × {kind}"):
+        with as_rejection(f"NIXL's {self._plugin} can't register {len(descriptors)} × {kind}"):
             return self._agent.register_memory(list(descriptors), kind, backends=[self._plugin])
 
     def deregister(self, registered: Any) -> None:
@@ -233,7 +233,8 @@ def address_of(view: memoryview) -> int:
 
 
 @contextmanager
-def _as_rejection(message: str) -> Iterator[None]:
+def as_rejection(message: str) -> Iterator[None]:
+    """Within, what NIXL raises becomes a `BackendRejected` that says ``message`` too."""
     try:
         yield
     except BackendError:

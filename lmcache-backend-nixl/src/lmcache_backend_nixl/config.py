@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 
 FILE_PLUGINS: Final = ("POSIX", "GDS", "GDS_MT", "HF3FS")
 _ON_DEVICES: Final = ("GDS", "GDS_MT")
+_SAME_HOST: Final = ("self", "shm", "sm", "mm", "posix", "sysv", "cma", "knem", "xpmem")
 PAGE_BYTES: Final = 4096
 """What O_DIRECT asks of addresses, offsets and lengths."""
 
@@ -112,4 +113,49 @@ class NixlConfig(BaseModel):
             found += [f"{name} has no effect: OBJ has no files" for name in sorted(set_here)]
         else:
             found += ["prefix has no effect: files have none"] * ("prefix" in self.model_fields_set)
+        return found
+
+
+class NixlChannelConfig(BaseModel):
+    """Options of the ``nixl`` transfer channel."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    devices: str | None = Field(
+        None,
+        min_length=1,
+        description="Network devices, separated by commas, such as `mlx5_0:1` or `lo`. Unset: "
+        "`UCX_NET_DEVICES`, or all of them.",
+    )
+    transport: str | None = Field(
+        None,
+        pattern=r"^\^?[a-z0-9_]+$",
+        description="A transport of UCX or a group of them, such as `tcp`, `rc` or `ib`. Unset: "
+        "`UCX_TLS`, which may list several, or all of them.",
+    )
+    params: dict[str, str] = Field(
+        default_factory=dict, description="More parameters of NIXL's UCX plugin."
+    )
+    calls: int = Field(4, ge=1, le=64, description="Calls to one peer at a time, a thread each.")
+    connect_timeout_s: float = Field(
+        5.0, gt=0, description="How long to wait for a peer's first sign of life."
+    )
+
+    @field_validator("transport")
+    @classmethod
+    def _reports_errors(cls, value: str | None) -> str | None:
+        if value in _SAME_HOST:
+            raise ValueError(
+                f"{value!r} alone can't tell when a peer dies, and UCX 1.20 crashes with it: take "
+                "one that leaves the machine, such as tcp, or leave it out for all of them"
+            )
+        return value
+
+    def plugin_params(self) -> dict[str, str]:
+        """What NIXL's UCX plugin is created with."""
+        found = dict(self.params)
+        if self.devices is not None:
+            found["ucx_devices"] = self.devices
+        if self.transport is not None:
+            found["engine_config"] = f"TLS={self.transport}"
         return found

@@ -6,20 +6,25 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Final
 
-from lmcache_backend_nixl.config import NixlConfig
+from lmcache_backend_nixl.config import NixlChannelConfig, NixlConfig
 from lmcache_core.errors import BackendRejected
 from lmcache_core.hookspecs import hookimpl
 from lmcache_core.storage import StorageBackend, StorageBackendDescriptor
+from lmcache_core.transfer import TransferChannel, TransferChannelDescriptor
 
 INSTALL: Final = "pip install numpy && pip install --no-deps nixl nixl-cu12"
 """NIXL isn't a requirement of this distribution, because its own pull a CUDA build of torch."""
 
 
-def _create(config: NixlConfig) -> StorageBackend:
-    # Only looked for: it is imported where a backend is opened that moves bytes.
+def _check_installed() -> None:
+    # Only looked for: it is imported where something is opened that moves bytes.
     missing = [name for name in ("nixl", "numpy") if find_spec(name) is None]
     if missing:
         raise BackendRejected(f"{' and '.join(missing)} isn't installed; {INSTALL}")
+
+
+def _create(config: NixlConfig) -> StorageBackend:
+    _check_installed()
     if config.backend == "OBJ":
         from lmcache_backend_nixl.objects import NixlObjectBackend
 
@@ -27,6 +32,26 @@ def _create(config: NixlConfig) -> StorageBackend:
     from lmcache_backend_nixl.files import NixlFileBackend
 
     return NixlFileBackend(config)
+
+
+def _create_channel(config: NixlChannelConfig) -> TransferChannel:
+    _check_installed()
+    from lmcache_backend_nixl.channel import NixlChannel
+
+    return NixlChannel(config)
+
+
+@hookimpl
+def lmcache_transfer_channels() -> Sequence[TransferChannelDescriptor]:
+    return [
+        TransferChannelDescriptor(
+            name="nixl",
+            summary="NIXL over UCX: RDMA where there is any, sockets and shared memory otherwise",
+            config=NixlChannelConfig,
+            create=_create_channel,
+            isolated=True,  # UCX 1.20 ended its process where a peer vanished in the middle
+        )
+    ]
 
 
 @hookimpl

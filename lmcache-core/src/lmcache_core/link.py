@@ -10,14 +10,20 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lmcache_core.creation import created
 from lmcache_core.errors import BackendError, BackendTimeout, ConfigError
 from lmcache_core.guard import Answer, Guard
 from lmcache_core.metrics import Counters
 from lmcache_core.plugins import Plugins
-from lmcache_core.transfer import Peer, Range, TransferChannel, TransferContext
+from lmcache_core.transfer import (
+    Peer,
+    Range,
+    TransferChannel,
+    TransferChannelDescriptor,
+    TransferContext,
+)
 
 
 async def open_channel(
@@ -26,9 +32,13 @@ async def open_channel(
     options: Mapping[str, Any],
     context: TransferContext,
     *,
-    deadline_s: float = 10.0,
+    isolated: bool | None = None,
+    deadline_s: float = 30.0,
 ) -> TransferChannel:
     """The channel called ``name`` with ``options``, open on ``context.region``.
+
+    ``isolated``: in a process of its own, which needs a region with an ``fd``; ``None``: as its
+    plugin says.
 
     Raises:
         PluginError: no usable plugin provides it.
@@ -36,7 +46,7 @@ async def open_channel(
         BackendError: it can't be opened; the message says why.
     """
     descriptor = plugins.transfer_channel(name)
-    where = f"transfer channel {name!r}"
+    where = _where(descriptor)
     try:
         config = descriptor.config.model_validate(dict(options))
     except ValidationError as error:
@@ -45,17 +55,33 @@ async def open_channel(
             for one in error.errors(include_url=False, include_context=False, include_input=False)
         ]
         raise ConfigError(f"{where}: {'; '.join(wrong)}") from None  # it may quote a secret
-    channel = created(
-        lambda: descriptor.create(config),
-        TransferChannel,  # type: ignore[type-abstract]
-        where,
-        descriptor.create,
-    )
+    channel = make_channel(descriptor, config, isolated=isolated)
     try:
         await asyncio.wait_for(channel.open(context), deadline_s)
     except asyncio.TimeoutError:
         raise BackendTimeout(f"{where}: open took longer than {deadline_s:g} s") from None
     return channel
+
+
+def make_channel(
+    descriptor: TransferChannelDescriptor, config: BaseModel, *, isolated: bool | None = None
+) -> TransferChannel:
+    """A channel that isn't open yet, here or in a process of its own; see `open_channel`.
+
+    Raises:
+        ConfigError, PluginLoadError: it can't be made.
+    """
+    where = _where(descriptor)
+    if descriptor.isolated if isolated is None else isolated:
+        from lmcache_core.isolation.channel import IsolatedChannel
+
+        return IsolatedChannel(descriptor.name, config, where=where)
+    return created(
+        lambda: descriptor.create(config),
+        TransferChannel,  # type: ignore[type-abstract]
+        where,
+        descriptor.create,
+    )
 
 
 class Link:
@@ -134,6 +160,10 @@ class Link:
         return await self._once.once(
             "disconnect", lambda: self._channel.disconnect(self.peer), deadline_s=deadline_s
         )
+
+
+def _where(descriptor: TransferChannelDescriptor) -> str:
+    return f"transfer channel {descriptor.name!r}"
 
 
 def _cancelled(answer: Answer[None]) -> Answer[None]:

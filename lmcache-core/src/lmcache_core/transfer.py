@@ -274,6 +274,9 @@ class TransferChannelDescriptor:
     """Its options; ``extra="forbid"``."""
     create: Callable[[Any], TransferChannel]
     """Makes the channel from a validated ``config``. Imports the client library."""
+    isolated: bool = False
+    """Its client library may crash or hang: unless the user says otherwise, run it in a process of
+    its own, which maps the same region. ``create`` is then called there."""
 
 
 def check_call(

@@ -1,4 +1,5 @@
-"""Runs storage backends in processes of their own, where nothing of theirs can hurt an engine.
+"""Runs storage backends and transfer channels in processes of their own, where they can't hurt an
+engine.
 
 Some client libraries crash on a call too late, block for ever or leak. A backend whose descriptor
 says ``isolated`` (or whose section does) is created and called in a child process. The child maps
@@ -10,6 +11,7 @@ is killed and replaced; meanwhile everything in it is a miss.
     scratch    shared room for values that don't lie in host memory for chunks
     wire       what crosses, as plain data
     child      the child's side; ``python -m lmcache_core.isolation.child``
+    channel, channel_child    the same two for a transfer channel
 
 Plugins know nothing of all this.
 """

@@ -15,12 +15,13 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lmcache_core.creation import NotCreated, created
 from lmcache_core.errors import BackendUnavailable, LMCacheError, PluginError
@@ -115,8 +116,8 @@ class Service:
 
     async def _open(self, request: Message) -> dict[str, Any]:
         sys.path[:] = request["sys_path"]
-        _log_to_stderr(request["log_level"])
-        self._memory = [None if one is None else _attached(*one) for one in request["memory"]]
+        log_to_stderr(request["log_level"])
+        self._memory = [None if one is None else attached(*one) for one in request["memory"]]
         try:
             backend = _make(request["type"], request["where"], request["options"])
         except LMCacheError as error:
@@ -138,7 +139,8 @@ class Service:
         return None if failed else usage
 
 
-def _attached(fd: int, nbytes: int) -> HostRegion:
+def attached(fd: int, nbytes: int) -> HostRegion:
+    """The memory behind an inherited descriptor."""
     os.set_inheritable(fd, False)
     return attach(fd, nbytes)
 
@@ -147,17 +149,30 @@ def _named(outcome: object) -> str:
     return outcome.name if isinstance(outcome, StoreOutcome) else repr(outcome)[:80]
 
 
-def _make(kind: str, where: str, plain: dict[str, Any]) -> StorageBackend:
-    # The parent has told what is wrong with other plugins.
+def plugins_here() -> Plugins:
+    """This process's plugins; the parent has told what is wrong with them."""
     logging.getLogger("lmcache_core.plugins").setLevel(logging.ERROR)
-    descriptor = Plugins().storage_backend(kind)
+    return Plugins()
+
+
+def options_of(config: type[BaseModel], plain: dict[str, Any], where: str) -> BaseModel:
+    """Options as the parent had them.
+
+    Raises:
+        PluginError: they can't be written as plain data.
+    """
     try:
-        options = descriptor.config.model_validate(plain)
+        return config.model_validate(plain)
     except ValidationError as error:
         raise PluginError(
             f"{where}: its options were valid, but aren't after being written as plain data and "
             f"read again, so it can't be isolated; this is a mistake in the plugin: {error}"
         ) from None
+
+
+def _make(kind: str, where: str, plain: dict[str, Any]) -> StorageBackend:
+    descriptor = plugins_here().storage_backend(kind)
+    options = options_of(descriptor.config, plain, where)
     return created(
         lambda: descriptor.create(options),
         StorageBackend,  # type: ignore[type-abstract]
@@ -180,7 +195,8 @@ class _Formatter(logging.Formatter):
         return f"<{mark}>{super().format(record)}"
 
 
-def _log_to_stderr(level: int) -> None:
+def log_to_stderr(level: int) -> None:
+    """Let the parent log what is logged here."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(message)s (%(name)s)"))
     logging.basicConfig(level=level, handlers=[handler])
@@ -193,20 +209,20 @@ def _die_with(parent: int) -> None:
         os._exit(0)  # it died before that
 
 
-async def _serve(control: socket.socket) -> None:
-    service = Service()
+async def _serve(control: socket.socket, make: Callable[[], Service]) -> None:
+    service = make()
     await asyncio.get_running_loop().create_connection(lambda: service.channel, sock=control)
     await asyncio.Event().wait()  # until the channel is lost, which ends the process
 
 
-def main() -> None:
+def serve(make: Callable[[], Service] = Service) -> None:
     """Serve until the parent hangs up."""
     _, control, parent = sys.argv[1:]
     _die_with(int(parent))
     attempt(Path("/proc/self/oom_score_adj").write_text, _KILL_FIRST)
     os.set_inheritable(int(control), False)
-    asyncio.run(_serve(socket.socket(fileno=int(control))))
+    asyncio.run(_serve(socket.socket(fileno=int(control)), make))
 
 
 if __name__ == "__main__":
-    main()
+    serve()

@@ -36,15 +36,19 @@ _LEVELS = {3: logging.ERROR, 4: logging.WARNING, 6: logging.INFO, 7: logging.DEB
 
 
 class Child:
-    """A fresh interpreter that serves one backend. Lives on one event loop.
+    """A fresh interpreter that serves one backend, or one channel. Lives on one event loop.
 
     ``gone`` is done once the process is dead and its last lines were read; from the first moment
     that it is dead, every call to it has failed with `BackendUnavailable`, and none of them touches
-    a buffer any more. ``memory_bytes``: the private memory that it may take.
+    a buffer any more. ``memory_bytes``: the private memory that it may take; ``module``: what runs
+    in it, beside this one.
     """
 
-    def __init__(self, name: str, *, memory_bytes: int | None = None) -> None:
+    def __init__(
+        self, name: str, *, memory_bytes: int | None = None, module: str = "child"
+    ) -> None:
         self.name = name
+        self._module = module
         self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.reason = "died"
         """In a word why it is dead, or about to be: ``died``, ``hung``, ``memory``, ``closed``."""
@@ -168,7 +172,7 @@ class Child:
         The child asks the kernel to be killed when the thread that started it ends, so it has to
         be this one, which outlives it.
         """
-        module = f"{__package__}.child"
+        module = f"{__package__}.{self._module}"
         # Nothing that lies in the current folder by chance is to be imported.
         flags = ["-u", "-X", "faulthandler", *(["-P"] if sys.version_info >= (3, 11) else [])]
         arguments = [self.name, str(control.fileno()), str(os.getpid())]
