@@ -66,6 +66,7 @@ class Disk:
         self._waiting_bytes = 0
         self._most_waiting = min(WAITING_BYTES, arena.capacity // 4)
         self._writes: set[Any] = set()
+        self._storing: dict[str, set[asyncio.Future[None]]] = {}
         self._logged_at = -LOG_EVERY_S
 
     def check(self) -> None:
@@ -152,6 +153,7 @@ class Disk:
         """Forget files; answer how many."""
 
         async def forget() -> int:
+            await self._stored(space)
             return await (await self._open(space)).delete(keys)
 
         return await self._run("delete", forget(), 0)
@@ -160,6 +162,7 @@ class Disk:
         """Forget a namespace's files; answer how many."""
 
         async def forget() -> int:
+            await self._stored(space)
             return await (await self._open(space)).clear()
 
         return await self._run("clear", forget(), 0)
@@ -190,7 +193,16 @@ class Disk:
             if task.done() and not task.cancelled() and task.exception() is None:
                 await task.result().close()
 
+    async def _stored(self, space: str) -> None:
+        """Wait for files that are being written of values that were just forgotten in memory."""
+        if storing := self._storing.get(space):
+            await asyncio.wait(storing)
+
     async def _write(self, value: Value) -> None:
+        # Known before it is asked for: who forgets it afterwards waits until its file is there.
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        storing = self._storing.setdefault(value.space, set())
+        storing.add(done)
         try:
             if not value.linked:  # forgotten meanwhile
                 return
@@ -206,6 +218,8 @@ class Disk:
         except BackendError as error:
             self._failed("store", error)
         finally:
+            storing.discard(done)
+            done.set_result(None)
             self._wrote(value)
 
     def _wrote(self, value: Value) -> None:
