@@ -52,7 +52,9 @@ def _watched() -> Iterator[None]:
 
 def profile_of(case: Case) -> DeviceProfile | None:
     numbers = case.numbers()
-    return numbers and DeviceProfile.of(42, numbers[0].tobytes(), numbers[1].tobytes(), CPU)
+    if numbers is None:
+        return None
+    return DeviceProfile.of(42, numbers.steps.tobytes(), numbers.means.tobytes(), CPU)
 
 
 def encode(case: Case, streams: int = 1) -> bytes:
