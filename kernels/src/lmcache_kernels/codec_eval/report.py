@@ -18,7 +18,7 @@ from lmcache_kernels.codec_eval.models import INSTALL
 from lmcache_kernels.codec_eval.scoring import Score
 
 _HEAD = ("scheme", "", "ratio", "bits", "KL", "top-1", "perplexity", "greedy", "needles")
-LOWEST_KL = 1e-6
+LOWEST_KL = 1e-5
 """In plots, whose axis is logarithmic, this stands for none."""
 
 
@@ -121,14 +121,20 @@ def plot(report: Report, path: Path) -> None:
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for row in report.rows:
+    # Labels above and below in turn: neighbours are often at the same height.
+    for number, row in enumerate(sorted(report.rows, key=lambda row: row.score.kl)):
         x = max(row.score.kl, LOWEST_KL)
         colour, marker = ("tab:grey", "x") if row.reference else ("tab:blue", "o")
         axes.plot(x, row.ratio, marker, color=colour)
         axes.annotate(
-            row.scheme, (x, row.ratio), xytext=(5, 4), textcoords="offset points", fontsize=8
+            row.scheme,
+            (x, row.ratio),
+            xytext=(4, -11 if number % 2 else 5),
+            textcoords="offset points",
+            fontsize=7,
         )
     axes.set_xscale("log")
+    axes.margins(x=0.12)
     axes.set_xlabel("KL divergence of the next token, nats (less is better)")
     axes.set_ylabel("times smaller than it was")
     axes.set_title(f"{report.model}: KV cache codecs (grey: references)")
