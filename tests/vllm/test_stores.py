@@ -304,8 +304,8 @@ backends:
 
 
 def short(number: int) -> list[int]:
-    """A prompt of two chunks and a token; every second one is that of eight requests before."""
-    draw = random.Random(number - 8 if number % 2 and number > 8 else number)
+    """A prompt of two chunks and a token; every second one is that of nine requests before."""
+    draw = random.Random(number - 9 if number % 2 and number > 8 else number)
     return [draw.randrange(10, 500) for _ in range(33)]
 
 
