@@ -21,6 +21,7 @@ import argparse
 import asyncio
 import base64
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -145,6 +146,7 @@ def serve_raw_agent(descriptor: str, nbytes: str) -> None:
         told = {"metadata": metadata, "address": address(memory)}
         connection.sendall(json.dumps(told).encode() + b"\n")
         connection.recv(1)  # until it is closed
+    os._exit(0)  # as in `main`
 
 
 def compare(
@@ -189,6 +191,8 @@ def main() -> None:
     if arguments.mib < 2 or arguments.mib % 2:
         options.error(f"--mib {arguments.mib}: a multiple of 2")
     measure(arguments)
+    sys.stdout.flush()
+    os._exit(0)  # NIXL 1.5.1's UCX crashes in an ordinary exit
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The ``nixl`` channel keeps the transfer contract, with real agents in one process and two."""
+"""The ``nixl`` channel keeps the transfer contract, with real agents.
+
+Always isolated, as it is by default: NIXL 1.5.1's UCX crashes its process when that exits.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +11,37 @@ from dataclasses import replace
 import pytest
 from pydantic import ValidationError
 
-from lmcache_backend_nixl.channel import NixlChannel
 from lmcache_backend_nixl.config import NixlChannelConfig
 from lmcache_core.errors import BackendRejected
 from lmcache_core.host_memory import allocate_region
+from lmcache_core.link import open_channel
+from lmcache_core.plugins import Plugins
 from lmcache_core.testing.transfer import TransferChannelTests
-from lmcache_core.transfer import PeerDescriptor, TransferContext
+from lmcache_core.testing.transfer_processes import BetweenProcesses
+from lmcache_core.transfer import PeerDescriptor, TransferChannel, TransferContext
 
 LOOPBACK = {"devices": "lo"}
 OVER_TCP = {**LOOPBACK, "transport": "tcp"}
 
 
 class TestUcx(TransferChannelTests):
-    """Whatever UCX chooses: shared memory and its kin, on one machine. In a process of its own."""
+    """Whatever UCX chooses: shared memory and its kin, on one machine."""
 
     channel = "nixl"
     options = LOOPBACK
 
 
-class TestUcxOverTcp(TransferChannelTests):
+class TestUcxOverTcp(BetweenProcesses):
     """As between machines."""
 
     channel = "nixl"
     options = OVER_TCP
     process_bytes = 16 << 20  # slow where two cores are shared
+
+
+async def opened(options: dict[str, object]) -> TransferChannel:
+    context = TransferContext("one", allocate_region(1 << 16, shared=True).region)
+    return await open_channel(Plugins(environ={}), "nixl", options, context)
 
 
 @pytest.mark.parametrize("transport", ["shm", "sysv", "self"])
@@ -44,29 +54,22 @@ def test_a_transport_that_cannot_tell_of_a_dead_peer_is_refused(transport: str) 
     "params", [{"devices": "lo", "transport": "nope"}, {"params": {"num_workers": "x"}}], ids=str
 )
 def test_what_ucx_refuses_is_named(params: dict[str, object]) -> None:
-    async def open_it() -> None:
-        channel = NixlChannel(NixlChannelConfig.model_validate(params))
-        await channel.open(TransferContext("here", allocate_region(1 << 16).region))
-
     with pytest.raises(BackendRejected, match=r"can't start its plugin UCX.*UCX_TLS"):
-        asyncio.run(open_it())
+        asyncio.run(opened(params))
 
 
 def test_metadata_that_is_anothers_or_nonsense_is_refused() -> None:
     async def connect() -> None:
-        config = NixlChannelConfig.model_validate(OVER_TCP)
-        channels = [NixlChannel(config) for _ in range(3)]
-        for channel in channels:
-            await channel.open(TransferContext("one", allocate_region(1 << 16).region))
-        here, *others = channels
+        here, *others = [await opened(OVER_TCP) for _ in range(3)]
         one, two = (PeerDescriptor.decode(other.descriptor, "nixl") for other in others)
-        bad = [replace(one, body=two.body), replace(one, body=one.body[:8])]
+        own = PeerDescriptor.decode(here.descriptor, "nixl")
+        bad = [own, replace(one, body=two.body), replace(one, body=one.body[:8])]
         bad.append(replace(one, body=one.body[:8] + b"\x80\x05" + bytes(200)))  # a pickle's start
         for descriptor in bad:
             with pytest.raises(BackendRejected):
                 await here.connect(descriptor.encode())
         await here.connect(others[0].descriptor)
-        for channel in channels:
+        for channel in (here, *others):
             await channel.close()
 
     asyncio.run(connect())

@@ -82,6 +82,8 @@ class NixlChannel(BlockingChannel):
     def connect_blocking(self, descriptor: PeerDescriptor, stop: Stop) -> NixlPeer:
         if len(descriptor.body) <= _ADDRESS.size:
             raise BackendRejected(f"the descriptor of peer {descriptor.name} has no metadata")
+        if descriptor.name == self.name:
+            raise BackendRejected("a nixl channel doesn't connect to itself: NIXL can't")
         (address,) = _ADDRESS.unpack_from(descriptor.body)
         peer = NixlPeer(
             descriptor.name, descriptor.region_bytes, descriptor.writable, address=address

@@ -49,7 +49,7 @@ def lmcache_transfer_channels() -> Sequence[TransferChannelDescriptor]:
             summary="NIXL over UCX: RDMA where there is any, sockets and shared memory otherwise",
             config=NixlChannelConfig,
             create=_create_channel,
-            isolated=True,  # UCX 1.20 ended its process where a peer vanished in the middle
+            isolated=True,  # UCX ended its process where a peer vanished, and crashes at its exit
         )
     ]
 

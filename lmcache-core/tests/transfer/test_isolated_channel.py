@@ -62,6 +62,15 @@ def test_a_child_that_dies_fails_calls_and_nothing_else() -> None:
     with_child(die)
 
 
+def test_a_loop_that_ends_without_closing_ends() -> None:
+    """What waits for notes is cancelled then, and mustn't wait for the child for ever."""
+
+    async def forget_to_close() -> None:
+        await isolated().open(context())
+
+    asyncio.run(forget_to_close())
+
+
 def test_a_region_that_cannot_be_shared_is_refused() -> None:
     with pytest.raises(BackendRejected, match="shared=True"):
         asyncio.run(isolated().open(context(shared=False)))

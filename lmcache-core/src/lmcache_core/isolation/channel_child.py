@@ -51,8 +51,6 @@ class ChannelService(Service):
         channel = self._transfer
         if channel is None:
             raise BackendUnavailable("the channel isn't open")
-        if what == "notes":
-            return await self._noted()
         task = asyncio.current_task()
         if task is not None:
             self._calls[request["call"]] = task
@@ -62,6 +60,8 @@ class ChannelService(Service):
             self._calls.pop(request["call"], None)
 
     async def _on(self, channel: TransferChannel, what: str, request: Message) -> Any:
+        if what == "notes":
+            return await self._noted()
         if what == "close":
             await channel.close()
             return None
