@@ -55,6 +55,7 @@ PROGRAMS = [
     Program("redis_store", ("--quick",)),
     Program("mooncake_store", ("--quick",)),
     Program("nixl_store", ("--quick",)),
+    Program("transfer", ("--quick", "--mib", "256")),
     Program("infinistore_store", ("--quick",)),
     Program("isolated", ("--quick",)),
     Program("codec_speed", ("--quick",)),

@@ -22,6 +22,7 @@ import asyncio
 import base64
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -131,7 +132,8 @@ class RawAgents:
 def raw_agent(name: str, memory: memoryview) -> Any:
     from nixl import nixl_agent, nixl_agent_config
 
-    agent = nixl_agent(name, nixl_agent_config(backends=[]))
+    # Without its own thread, which takes a CPU all the time, from whatever else is measured here.
+    agent = nixl_agent(name, nixl_agent_config(enable_prog_thread=False, backends=[]))
     agent.create_backend("UCX", {"ucx_devices": NIXL_OPTIONS["devices"]})
     agent.register_memory([(address(memory), memory.nbytes, 0, "")], "DRAM")
     return agent
@@ -145,7 +147,8 @@ def serve_raw_agent(descriptor: str, nbytes: str) -> None:
     with socket.socket(fileno=int(descriptor)) as connection:
         told = {"metadata": metadata, "address": address(memory)}
         connection.sendall(json.dumps(told).encode() + b"\n")
-        connection.recv(1)  # until it is closed
+        while not select.select([connection], [], [], 0.0005)[0]:  # until it is closed
+            agent.get_new_notifs()  # answers the other one
     os._exit(0)  # as in `main`
 
 

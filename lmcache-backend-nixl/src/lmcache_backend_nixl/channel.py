@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from lmcache_backend_nixl.agent import address_of
 from lmcache_backend_nixl.config import PAGE_BYTES, NixlChannelConfig
-from lmcache_backend_nixl.ucx import UcxAgent
+from lmcache_backend_nixl.ucx import Pace, UcxAgent
 from lmcache_core.blocking_channel import BlockingChannel, Stop
 from lmcache_core.errors import BackendRejected, BackendUnavailable
 from lmcache_core.transfer import (
@@ -34,9 +34,8 @@ if TYPE_CHECKING:
     from lmcache_backend_nixl.ucx import Places
 
 _ADDRESS: Final = struct.Struct("<Q")
-_SHORTEST_PAUSE_S: Final = 0.0002
-_LONGEST_PAUSE_S: Final = 0.005
-"""Between two looks for notes: NIXL has nothing to wait on."""
+_LONGEST_PAUSE_S: Final = 0.001
+"""Between two looks for notes and at peers' doings: NIXL has nothing to wait on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,8 +189,9 @@ class NixlChannel(BlockingChannel):
     # -- the listener's thread -------------------------------------------------------------
 
     def _listen(self, agent: UcxAgent) -> None:
-        pause_s = _SHORTEST_PAUSE_S
-        while not self._closing.wait(pause_s):
+        pace = Pace(_LONGEST_PAUSE_S)
+        while not self._closing.wait(pace.pause_s()):
+            pace.begin()
             try:
                 came = agent.notes()
             except BackendUnavailable:
@@ -200,8 +200,7 @@ class NixlChannel(BlockingChannel):
             while taken and not self._closing.is_set():  # so that notes don't pile up in core
                 if taken[-1].done():
                     break
-                self._closing.wait(_SHORTEST_PAUSE_S)
-            pause_s = _SHORTEST_PAUSE_S if came else min(2 * pause_s, _LONGEST_PAUSE_S)
+                self._closing.wait(_LONGEST_PAUSE_S)
 
 
 def _rows(places: Sequence[tuple[int, int]]) -> Places:

@@ -146,7 +146,7 @@ class NixlChannelConfig(BaseModel):
     def _reports_errors(cls, value: str | None) -> str | None:
         if value in _SAME_HOST:
             raise ValueError(
-                f"{value!r} alone can't tell when a peer dies, and UCX 1.20 crashes with it: take "
+                f"{value!r} alone can't tell when a peer dies, and UCX crashes with it: take "
                 "one that leaves the machine, such as tcp, or leave it out for all of them"
             )
         return value

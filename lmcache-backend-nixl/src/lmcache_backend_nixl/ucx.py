@@ -26,9 +26,32 @@ if TYPE_CHECKING:
     """Rows of address, length and device, which is 0 for host memory."""
 
 _PLUGIN: Final = "UCX"
-_POLL_SHARE: Final = 0.02
-"""A transfer is looked at again after this part of the time that it has taken so far."""
+_AT_WORK_S: Final = 20e-6
+"""A look that takes longer has moved something."""
+_SHORTEST_PAUSE_S: Final = 20e-6
 _LONGEST_PAUSE_S: Final = 0.001
+
+
+class Pace:
+    """How long to wait before the next look: not at all while looks move something, then longer and
+    longer, up to ``longest_s``."""
+
+    def __init__(self, longest_s: float) -> None:
+        self._longest_s = longest_s
+        self._pause_s = 0.0
+        self._looked_at = time.perf_counter()
+
+    def begin(self) -> None:
+        """A look begins."""
+        self._looked_at = time.perf_counter()
+
+    def pause_s(self) -> float:
+        """It has ended."""
+        if time.perf_counter() - self._looked_at > _AT_WORK_S:
+            self._pause_s = 0.0
+        else:
+            self._pause_s = min(max(2 * self._pause_s, _SHORTEST_PAUSE_S), self._longest_s)
+        return self._pause_s
 
 
 class UcxAgent:
@@ -44,8 +67,9 @@ class UcxAgent:
         from nixl._api import nixl_thread_sync_t
 
         strict = nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
-        # Its thread answers peers, who read and write without this process's doing.
-        config = nixl_agent_config(enable_prog_thread=True, backends=[], sync_mode=strict)
+        # NIXL's own thread would never rest: a whole CPU for an agent that does nothing. Without
+        # it, peers are answered by whoever looks: `notes`, again and again.
+        config = nixl_agent_config(enable_prog_thread=False, backends=[], sync_mode=strict)
         self.name = name
         self._agent: Any = nixl_agent(name, config)
         self._lock = threading.Condition()
@@ -143,13 +167,14 @@ class UcxAgent:
                 backends=[_PLUGIN],
             )
             try:
-                began = time.perf_counter()
+                pace = Pace(_LONGEST_PAUSE_S)
                 state = agent.transfer(handle)
-                while state == "PROC" and (state := agent.check_xfer_state(handle)) == "PROC":
+                while state == "PROC":
+                    pace.begin()
+                    state = agent.check_xfer_state(handle)
                     if self._ending or give_up():
                         break
-                    took = time.perf_counter() - began
-                    time.sleep(min(took * _POLL_SHARE, _LONGEST_PAUSE_S))
+                    time.sleep(pace.pause_s())
             finally:
                 with suppress(Exception):  # as in `remove`
                     agent.release_xfer_handle(handle)
