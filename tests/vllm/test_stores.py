@@ -9,11 +9,9 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -245,23 +243,29 @@ def nic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return infini_server.emulated_nic(tmp_path_factory.mktemp("nic"))
 
 
-@contextmanager
-def forgetting(server: infini_server.Server) -> Iterator[None]:
-    """For the length of the block, the server forgets all keys again and again."""
-    over = threading.Event()
-    dice = random.Random(0)
+def until_keys_vanish_in_time(
+    engine: Engine, server: infini_server.Server, seed: int, uncached: Answers
+) -> None:
+    """Until keys were there when they were looked for, and gone when they were to be read.
 
-    def forget() -> None:
-        while not over.wait(dice.random() * 0.05):
-            server.empty()
+    Each try empties the server a little later after a request if that found nothing, and a little
+    earlier if it found all: so tries gather around the moment between the two.
+    """
+    deadline = time.monotonic() + 2 * PATIENCE_S
+    delay_s = 0.005
+
+    def forget(after_s: float) -> None:
+        time.sleep(after_s)
+        server.empty()
 
     with ThreadPoolExecutor(1) as threads:
-        forgets = threads.submit(forget)
-        try:
-            yield
-        finally:
-            over.set()
-        forgets.result()
+        while not engine.metric("lmcache_load_failures"):
+            assert time.monotonic() < deadline, f"no key vanished in time; at {delay_s:.4f} s"
+            until_hit(engine, seed, uncached, WHOLE_CHUNKS)
+            forgetting = threads.submit(forget, delay_s)
+            found = hit(engine, seed, uncached)
+            forgetting.result()
+            delay_s *= 0.9 if found == WHOLE_CHUNKS else 1.12
 
 
 @pytest.mark.xdist_group("port 12345")
@@ -275,12 +279,7 @@ def test_infinistore(start: Start, nic: Path, uncached: Answers, link: str) -> N
         settled(server.chunks)
         assert hit(engine, 0, uncached) == WHOLE_CHUNKS
 
-        with forgetting(server):
-            deadline = time.monotonic() + PATIENCE_S
-            while not engine.metric("lmcache_load_failures"):
-                assert time.monotonic() < deadline, "no key vanished at the right moment"
-                for seed in (0, 0, 1, 1):
-                    hit(engine, seed, uncached)
+        until_keys_vanish_in_time(engine, server, 0, uncached)
         until_hit(engine, 0, uncached, WHOLE_CHUNKS)
 
         with ThreadPoolExecutor(1) as threads:
