@@ -93,6 +93,7 @@ class Master:
         )
         await_port(self.port)
         await_port(self.metadata_port)
+        await_port(self.metrics_port)
 
     def kill(self) -> None:
         if self._process is not None:
