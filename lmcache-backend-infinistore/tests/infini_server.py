@@ -101,10 +101,14 @@ class Server:
 
     def stop(self) -> None:
         """Let it hang: connections stay, nothing answers."""
-        self._signal(signal.SIGSTOP)
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        # The signal is only on its way.
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def go_on(self) -> None:
-        self._signal(signal.SIGCONT)
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def empty(self) -> None:
         """Forget all keys; a server that has died is started again, and the log says so."""
@@ -139,10 +143,6 @@ class Server:
         except OSError:
             return False
         return True
-
-    def _signal(self, number: int) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
 
     def _manage(self, path: str, data: bytes | None = None) -> dict[str, Any]:
         address = f"http://127.0.0.1:{self._manage_port}{path}"

@@ -108,14 +108,12 @@ class Master:
         return next(int(float(s.split()[1])) for s in lines if s.startswith("master_key_count"))
 
     def pause(self) -> None:
-        self._signal(signal.SIGSTOP)
+        assert self._process is not None
+        pause(self._process)
 
     def resume(self) -> None:
-        self._signal(signal.SIGCONT)
-
-    def _signal(self, number: int) -> None:
         assert self._process is not None
-        self._process.send_signal(number)
+        self._process.send_signal(signal.SIGCONT)
 
     def __enter__(self) -> Master:
         self.start()
@@ -164,7 +162,7 @@ for line in sys.stdin:
         assert int(self._line()) >= 0
 
     def pause(self) -> None:
-        self._process.send_signal(signal.SIGSTOP)
+        pause(self._process)
 
     def resume(self) -> None:
         self._process.send_signal(signal.SIGCONT)
@@ -214,6 +212,12 @@ class MetadataServer:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+def pause(process: subprocess.Popen[Any]) -> None:
+    """Stop a process, all threads of it, before this returns: a signal alone is only on its way."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
 def await_port(port: int) -> None:

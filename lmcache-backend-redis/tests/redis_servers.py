@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import os
 import shutil
 import signal
 import socket
@@ -125,6 +126,9 @@ class Server:
 
     def pause(self) -> None:
         self.signal(signal.SIGSTOP)
+        assert self.process is not None
+        # The signal is only on its way.
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         self.signal(signal.SIGCONT)
