@@ -44,6 +44,7 @@ from lmcache_core.lm.shared import (
     Staging,
 )
 from lmcache_core.lm.stream import TICK_S, Plain, Stream, Tls, dial, dial_unix
+from lmcache_core.tls import client_context
 
 logger = logging.getLogger(__name__)
 
@@ -401,8 +402,7 @@ class Connection:
     def _encrypted(self, sock: socket.socket) -> Stream:
         config = self._config
         try:
-            context = ssl.create_default_context(cafile=config.ca_file)
-            context.minimum_version = ssl.TLSVersion.TLSv1_2
+            context = client_context(config.ca_file)
             return Tls(sock, context, config.host, config.connect_timeout_s)
         except BaseException:
             sock.close()

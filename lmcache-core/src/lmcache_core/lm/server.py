@@ -31,6 +31,7 @@ from lmcache_core.lm.session import SCRATCH_BYTES, Leases, Service, Session
 from lmcache_core.lm.values import Values
 from lmcache_core.lm.wire import Wire
 from lmcache_core.metrics import Counters
+from lmcache_core.tls import server_context
 
 logger = logging.getLogger(__name__)
 
@@ -309,15 +310,12 @@ def _tls_context(options: ServerOptions) -> ssl.SSLContext | None:
         if options.tls_key is not None:
             raise ConfigError("--tls-key is set without --tls-cert")
         return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        context.load_cert_chain(options.tls_cert, options.tls_key)
-    except (OSError, ssl.SSLError) as error:
+        return server_context(options.tls_cert, options.tls_key)
+    except OSError as error:
         raise ConfigError(
             f"--tls-cert {options.tls_cert}, --tls-key {options.tls_key}: {error}"
         ) from error
-    return context
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:

@@ -19,6 +19,7 @@ from typing import ClassVar
 from lmcache_core.blocking_channel import BlockingChannel, Stop
 from lmcache_core.errors import BackendRejected, BackendTimeout, BackendUnavailable
 from lmcache_core.lm.stream import Plain, Stream, Tls, dial
+from lmcache_core.tls import client_context
 from lmcache_core.transfer import (
     Peer,
     PeerDescriptor,
@@ -171,8 +172,7 @@ class TcpChannel(BlockingChannel):
         try:
             stream: Stream = Plain(sock)
             if address.tls:
-                context = ssl.create_default_context(cafile=config.ca_file)
-                context.minimum_version = ssl.TLSVersion.TLSv1_2
+                context = client_context(config.ca_file)
                 stream = Tls(sock, context, address.host, config.connect_timeout_s)
             line = Line(stream, peer.where, config.connect_timeout_s)
             with stop.calls(line.shutdown):

@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
 from lmcache_core.lm.stream import Plain, Stream, Tls
 from lmcache_core.storage import HostRegion
+from lmcache_core.tls import server_context
 from lmcache_core.transfer import Note
 from lmcache_core.transfer_tcp import wire
 from lmcache_core.transfer_tcp.config import TcpChannelConfig
@@ -241,12 +242,9 @@ def _listen(config: TcpChannelConfig) -> socket.socket:
 def _tls_context(config: TcpChannelConfig) -> ssl.SSLContext | None:
     if config.tls_cert is None:
         return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
-    except (OSError, ssl.SSLError) as error:
+        return server_context(config.tls_cert, config.tls_key)
+    except OSError as error:
         raise BackendRejected(
             f"tls_cert {config.tls_cert}, tls_key {config.tls_key}: {error}"
         ) from error
-    return context
