@@ -1,13 +1,15 @@
 // Moves one layer of one span. Only `paged.cpp` includes this.
 //
-// Knows how tokens may lie inside a block, and the fastest way for each. Knows nothing about threads.
+// Knows the fastest way for each order of tokens inside a block. Knows nothing about threads.
 #pragma once
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <utility>
 
+#include "block_order.hpp"
 #include "paged.hpp"
 #include "xxh3.hpp"
 
@@ -25,52 +27,6 @@ constexpr int64_t kTile = 512 << 10;
 // Memory is asked for so many bytes ahead. Hardware prefetchers stop at each 4 KiB page, and don't
 // know where the next block lies. Tuned with bench/block_copies.py on Zen 4.
 constexpr int64_t kAhead = 4 * kGroup;
-
-// How one plane's tokens lie inside a block.
-enum class Order {
-  canonical,   // token after token, as in a chunk
-  rows,        // pieces of a token are contiguous
-  transposed,  // tokens of one element are contiguous: vLLM's keys on CPU
-  any,
-};
-
-struct Inner {
-  Order order;
-  int64_t pieces, piece_stride, piece_bytes;  // of a token, for Order::rows
-
-  Inner(const Layout& layout, const Plane& p) {
-    const bool dims = layout.head_size == 1 || p.dim == layout.itemsize;
-    const int64_t head_bytes = layout.head_size * layout.itemsize;
-    const bool heads = layout.heads == 1 || p.head == head_bytes;
-    pieces = dims && heads ? 1 : layout.heads;
-    piece_stride = pieces == 1 ? 0 : p.head;
-    piece_bytes = layout.row_bytes() / pieces;
-    if (dims && heads && (layout.block_tokens == 1 || p.token == layout.row_bytes()))
-      order = Order::canonical;
-    else if (dims)
-      order = Order::rows;
-    else if (p.token == layout.itemsize && p.dim % layout.itemsize == 0)
-      order = Order::transposed;
-    else
-      order = Order::any;
-  }
-};
-
-// Tokens of one span that are contiguous in one block: `at` of the span, `tokens` of them.
-struct Piece {
-  int64_t block, offset, at, tokens;
-};
-
-template <class F>
-void each_piece(const Layout& layout, const Span& span, F take) {
-  int64_t offset = span.first;
-  for (int64_t at = 0, i = 0; at < span.tokens; ++i) {
-    const int64_t tokens = std::min(layout.block_tokens - offset, span.tokens - at);
-    take(Piece{span.blocks[i], offset, at, tokens});
-    at += tokens;
-    offset = 0;
-  }
-}
 
 inline uint8_t* scratch() {
   struct Free {
@@ -105,16 +61,22 @@ class LayerMover {
                straight(paged, tokens * row_));
           return;
         }
+        const int64_t joined = join(plane, inner, paged, canonical, tokens);
         const int64_t most = gather_tile();
         if (most == 0 || scratch() == nullptr) {
-          collect(plane, inner, paged, canonical, tokens);
+          collect(plane, inner, paged + joined * plane.token, canonical + joined * row_,
+                  tokens - joined);
           note(canonical + tokens * row_);
           return;
         }
-        for (int64_t t = 0; t < tokens; t += most) {
+        for (int64_t t = joined; t < tokens; t += most) {
           const int64_t n = std::min(most, tokens - t);
-          collect(plane, inner, paged + t * plane.token, scratch(), n);
           uint8_t* to = canonical + t * row_;
+          if (by_lines(inner, to, n)) {
+            write_lines(plane, paged + t * plane.token, to, n, block_ahead(plane, inner, t, tokens));
+            continue;
+          }
+          collect(plane, inner, paged + t * plane.token, scratch(), n);
           emit(to, scratch(), n * row_, to, block_ahead(plane, inner, t, tokens));
         }
       });
@@ -134,7 +96,7 @@ class LayerMover {
           return;
         }
         const int64_t most = tokens * row_ <= kTile ? tokens : std::max<int64_t>(kTile / row_, 1);
-        for (int64_t t = 0; t < tokens; t += most) {
+        for (int64_t t = split(plane, inner, paged, canonical, tokens); t < tokens; t += most) {
           const int64_t n = std::min(most, tokens - t);
           const uint8_t* tile = canonical + t * row_;
           into_cache(tile, n * row_);
@@ -204,6 +166,49 @@ class LayerMover {
       std::memcpy(dst, src, static_cast<size_t>(bytes));
   }
 
+  // Tokens whose pieces are whole lines are copied and hashed in one go. How many were.
+  int64_t join(const Plane& plane, const Inner& inner, uint8_t* paged, uint8_t* canonical,
+               int64_t tokens) {
+    const Rows rows = rows_at(plane, inner, paged);
+    const auto [count, acc] = direct(inner, rows, canonical, tokens);
+    if (count > 0)
+      simd_.join(acc, canonical, rows, static_cast<size_t>(count * row_) / kGroup,
+                 is_aligned(canonical) ? store_ : Store::cached,
+                 block_ahead(plane, inner, 0, tokens));
+    return count;
+  }
+
+  int64_t split(const Plane& plane, const Inner& inner, uint8_t* paged, const uint8_t* canonical,
+                int64_t tokens) {
+    const Rows rows = rows_at(plane, inner, paged);
+    const auto [count, acc] = direct(inner, rows, canonical, tokens);
+    if (count > 0)
+      simd_.split(acc, rows, canonical, static_cast<size_t>(count * row_) / kGroup,
+                  rows.aligned() ? store_ : Store::cached, {canonical + kAhead, 0, 0, sum_});
+    return count;
+  }
+
+  static Rows rows_at(const Plane& plane, const Inner& inner, uint8_t* paged) {
+    return {paged, static_cast<size_t>(inner.pieces), static_cast<size_t>(inner.piece_bytes),
+            static_cast<ptrdiff_t>(inner.piece_stride), static_cast<ptrdiff_t>(plane.token)};
+  }
+
+  static bool is_aligned(const uint8_t* p) { return reinterpret_cast<uintptr_t>(p) % kLine == 0; }
+
+  // How many of `tokens` tokens are whole groups, and what hashes them, if anything does.
+  std::pair<int64_t, uint64_t*> direct(const Inner& inner, const Rows& rows,
+                                       const uint8_t* canonical, int64_t tokens) {
+    if (inner.order != Order::rows || !rows.in_lines()) return {0, nullptr};
+    for (; tokens > 0; --tokens) {
+      const size_t bytes = static_cast<size_t>(tokens * row_);
+      if (bytes % kGroup != 0) continue;
+      if (!sum_ || !whole_) return {tokens, nullptr};
+      uint64_t* acc = cursor_.lend(static_cast<size_t>(canonical - chunk_), bytes);
+      if (acc != nullptr) return {tokens, acc};
+    }
+    return {0, nullptr};
+  }
+
   // While a run is copied: what is ahead in it, then the run after it. Into the first-level cache
   // where it is hashed, the second where it is only copied: 1.05 and 1.2 times as fast, on Zen 4.
   Fetch straight(const uint8_t* src, int64_t bytes) const {
@@ -226,7 +231,38 @@ class LayerMover {
       pieces = layout_.heads;
     }
     return {next_ + t * pieces / tokens * stride, static_cast<size_t>(bytes) / kGroup,
-            static_cast<ptrdiff_t>(stride), stride == bytes};
+            static_cast<ptrdiff_t>(stride), false};
+  }
+
+  // Whether so many transposed tokens can be written line by line, past the caches.
+  bool by_lines(const Inner& inner, const uint8_t* canonical, int64_t tokens) const {
+    return inner.order == Order::transposed && store_ == Store::streaming &&
+           simd_.transpose_lines != nullptr && layout_.itemsize == 2 && tokens % 16 == 0 &&
+           layout_.head_size % 32 == 0 && is_aligned(canonical);
+  }
+
+  // Transposed tokens into canonical order. While they are written, memory has time to take lines;
+  // while a copy of them is hashed, to deliver what comes next.
+  void write_lines(const Plane& plane, const uint8_t* paged, uint8_t* canonical, int64_t tokens,
+                   Fetch fetch) {
+    const bool hashes = sum_ && whole_;
+    const int64_t head_bytes = layout_.head_size * layout_.itemsize;
+    const auto groups = static_cast<int64_t>(fetch.groups);
+    for (int64_t h = 0; h < layout_.heads; ++h) {
+      const int64_t at = h * head_bytes * tokens / static_cast<int64_t>(kGroup);
+      const int64_t ahead = groups == 0 ? at * static_cast<int64_t>(kGroup)
+                                        : at / groups * fetch.stride +
+                                              at % groups * static_cast<int64_t>(kGroup);
+      simd_.transpose_lines(canonical + h * head_bytes,
+                            hashes ? scratch() + h * head_bytes : nullptr,
+                            static_cast<size_t>(row_), paged + h * plane.head,
+                            static_cast<size_t>(plane.dim),
+                            static_cast<size_t>(layout_.head_size), static_cast<size_t>(tokens),
+                            {fetch.at + ahead});
+    }
+    if (hashes)
+      cursor_.read(scratch(), static_cast<size_t>(tokens * row_),
+                   static_cast<size_t>(canonical - chunk_), {scratch() + kAhead, 0, 0, true});
   }
 
   // The chunk is there up to `end`.
@@ -294,7 +330,9 @@ class LayerMover {
         transpose()(through ? scratch() : to, static_cast<size_t>(plane.dim / item), from,
                     static_cast<size_t>(row_ / item), static_cast<size_t>(tokens),
                     static_cast<size_t>(layout_.head_size));
-        if (through) simd_.stream(to, scratch(), static_cast<size_t>(head_bytes), {scratch()});
+        if (through)
+          simd_.stream(to, scratch(), static_cast<size_t>(head_bytes),
+                       {canonical + tokens * row_ + h * head_bytes});
       } else {
         for (int64_t t = 0; t < tokens; ++t)
           for (int64_t d = 0; d < layout_.head_size; ++d)

@@ -114,10 +114,26 @@ void Xxh3Cursor::copy(uint8_t* dst, const uint8_t* src, size_t bytes, size_t at,
   std::memcpy(dst + stripes * kLine, src + stripes * kLine, bytes - stripes * kLine);
 }
 
+void Xxh3Cursor::read(const uint8_t* src, size_t bytes, size_t at, Fetch fetch) {
+  if (at != done_ * kLine) return catch_up(at + bytes);
+  const size_t stripes = std::min(bytes / kLine, stripes_ - done_);
+  simd_.hash(acc_, src, stripes, done_, fetch);
+  done_ += stripes;
+}
+
+uint64_t* Xxh3Cursor::lend(size_t at, size_t bytes) {
+  const size_t stripes = bytes / kLine;
+  if (at != done_ * kLine || at % kGroup != 0 || bytes % kGroup != 0 || stripes > stripes_ - done_)
+    return nullptr;
+  done_ += stripes;
+  return acc_;
+}
+
 void Xxh3Cursor::catch_up(size_t end) {
   const size_t until = std::min(end / kLine, stripes_);
   if (until <= done_) return;
-  simd_.hash(acc_, memory_ + done_ * kLine, until - done_, done_);
+  const uint8_t* next = memory_ + done_ * kLine;
+  simd_.hash(acc_, next, until - done_, done_, {next + 4 * kGroup});
   done_ = until;
 }
 

@@ -20,6 +20,13 @@ class Xxh3Cursor {
   void copy(uint8_t* dst, const uint8_t* src, size_t bytes, size_t at, Store store,
             Fetch fetch);
 
+  // Hash bytes `at` ... of the input, which are in `memory` already, from a copy of them.
+  void read(const uint8_t* src, size_t bytes, size_t at, Fetch fetch);
+
+  // The accumulators, for somebody who takes the input's bytes `at` ... `at + bytes` into them
+  // before anything else is called; nullptr: they aren't whole blocks that come next.
+  uint64_t* lend(size_t at, size_t bytes);
+
   // Hash what lies in `memory` up to byte `end` and isn't hashed yet.
   void catch_up(size_t end);
 

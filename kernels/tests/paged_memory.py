@@ -84,6 +84,13 @@ ORDERS = {
 }
 
 
+def aligned(size: int) -> torch.Tensor:
+    """`size` bytes that begin with a cache line, as an engine's tensors and an arena's slots do."""
+    whole = torch.empty(size + 64, dtype=torch.uint8)
+    begin = -whole.data_ptr() % 64
+    return whole[begin : begin + size]
+
+
 class Paged:
     """Layers of paged memory, which the tests read as raw bytes and the kernels as tensors."""
 
@@ -110,13 +117,12 @@ class Paged:
         self.fill(0)
 
     def fill(self, seed: int) -> None:
-        """Every layer anew, in memory of its own, with random bits."""
+        """Every layer anew, in memory of its own that begins with a line, with random bits."""
         draw = numpy.random.default_rng(seed)
         size = (self._elements + self._shift) * self._dtype.itemsize
-        self.bytes = [
-            torch.frombuffer(bytearray(draw.bytes(size)), dtype=torch.uint8)
-            for _ in self.group.layers
-        ]
+        self.bytes = [aligned(size) for _ in self.group.layers]
+        for raw in self.bytes:
+            raw.copy_(torch.frombuffer(bytearray(draw.bytes(size)), dtype=torch.uint8))
         self.tensors = [raw.view(TORCH[self._dtype])[self._shift :] for raw in self.bytes]
 
     def content(self) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import threading
@@ -15,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_memory import ORDERS, Paged, TorchMemory, situations
+from paged_memory import ORDERS, Paged, TorchMemory, aligned, situations
 
 from lmcache_core.checksums import checksums, layer_checksums
 from lmcache_core.connector import BlockSpan, HostKernels, PagedLayout
@@ -41,6 +42,19 @@ def empty(group: LayerGroup, spans: list[BlockSpan]) -> list[bytearray]:
 
 def views(chunks: list[bytearray]) -> list[memoryview]:
     return [memoryview(chunk) for chunk in chunks]
+
+
+def check_aligned_gather(kernels: CpuKernels, situation: Situation) -> None:
+    paged, spans, layers = situation
+    expected = empty(paged.group, spans)
+    REFERENCE.gather(paged.tensors, paged.layout, spans, views(expected), layers)
+    actual = [memoryview(aligned(len(chunk)).numpy()) for chunk in expected]
+    kernels.gather(paged.tensors, paged.layout, spans, actual, layers)
+    assert actual == expected
+    again = [memoryview(aligned(len(chunk)).numpy()) for chunk in expected]
+    sums = kernels.gather_checked(paged.tensors, paged.layout, spans, again, layers)
+    assert again == expected
+    assert sums == [checksum(paged.group, chunk, layers) for chunk in expected]
 
 
 def drawn(group: LayerGroup, spans: list[BlockSpan], seed: int) -> list[bytearray]:
@@ -101,7 +115,7 @@ def test_scatter_equals_the_reference(level: str, situation: Situation, seed: in
     check_scatter(KERNELS[level], situation, seed)
 
 
-def big(order: str, dtype: DType = DType.BF16, block_tokens: int = 16) -> Paged:
+def big(order: str, dtype: DType = DType.BF16, block_tokens: int = 16, shift: int = 32) -> Paged:
     """Memory of which 128 tokens are shared by threads and streamed."""
     paged = Paged(
         order,
@@ -111,12 +125,13 @@ def big(order: str, dtype: DType = DType.BF16, block_tokens: int = 16) -> Paged:
         tokens=block_tokens,
         heads=16 if "latent" not in order else 32,
         dim=128 * 2 // dtype.itemsize,
-        shift=32,
+        shift=shift,
     )
     assert paged.group.chunk_bytes(128) >= STREAMED
     return paged
 
 
+@pytest.mark.parametrize("shift", [0, 32])
 @pytest.mark.parametrize("first", [0, 5])
 @pytest.mark.parametrize(
     ("order", "dtype", "block_tokens"),
@@ -130,16 +145,30 @@ def big(order: str, dtype: DType = DType.BF16, block_tokens: int = 16) -> Paged:
 )
 @pytest.mark.parametrize("level", LEVELS)
 def test_big_copies_equal_the_reference(
-    level: str, order: str, dtype: DType, block_tokens: int, first: int
+    level: str, order: str, dtype: DType, block_tokens: int, first: int, shift: int
 ) -> None:
     """Those take other paths: several threads, streaming stores, rearranging in a buffer."""
-    paged = big(order, dtype, block_tokens)
+    paged = big(order, dtype, block_tokens, shift)
     count = paged.layout.blocks
     blocks = random.Random(0).sample(range(count), count)
     tokens = 128 + first
     situation = (paged, [BlockSpan(blocks, first, tokens, tokens)], range(4))
     check_gather(KERNELS[level], situation)
+    check_aligned_gather(KERNELS[level], situation)
     check_scatter(KERNELS[level], situation, seed=1)
+
+
+@pytest.mark.parametrize("dim", [16, 32, 48, 64, 128, 512, 1024])
+@pytest.mark.parametrize("level", LEVELS)
+def test_heads_of_every_size(level: str, dim: int) -> None:
+    """Heads that are whole lines are hashed while they are copied, whatever a token's size."""
+    for heads, tokens, order in itertools.product((2, 3, 8), (5, 16, 2048), ("hnd", "packed")):
+        tokens = min(tokens, (5 << 20) // (heads * dim * 4))
+        count = -(-tokens // 16)
+        paged = Paged(order, DType.BF16, layers=1, blocks=count, tokens=16, heads=heads, dim=dim)
+        situation = (paged, [BlockSpan(range(count)[::-1], 0, tokens, tokens)], range(1))
+        check_aligned_gather(KERNELS[level], situation)
+        check_scatter(KERNELS[level], situation, seed=2)
 
 
 def test_unaligned_buffers() -> None:
