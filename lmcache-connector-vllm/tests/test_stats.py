@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 stats = pytest.importorskip("lmcache_connector_vllm.stats")
 prometheus = pytest.importorskip("prometheus_client")
 
-from lmcache_core.metrics import GAUGES, Counters  # noqa: E402
+from lmcache_core.metrics import GAUGES, METRICS, Counters  # noqa: E402
 
 
 @pytest.fixture
@@ -52,5 +52,11 @@ def test_counters_add_up(registry: Any, exported: Any) -> None:
     assert registry.get_sample_value("vllm:lmcache_load_chunks_total", labels) == 6
 
 
-def test_every_gauge_is_exported() -> None:
-    assert set(stats.METRICS) >= GAUGES
+@pytest.mark.parametrize("name", METRICS)
+def test_each_is_exported_with_its_labels(registry: Any, exported: Any, name: str) -> None:
+    counters = Counters()
+    labels = {label: f"a {label}" for label in METRICS[name][1]}
+    counters.add(name, 2, **labels)
+    exported.observe(stats.LMCacheStats.from_delta(counters.delta()).data)
+    sample = f"vllm:lmcache_{name}" + ("" if name in GAUGES else "_total")
+    assert registry.get_sample_value(sample, {"engine": "0", **labels}) == 2

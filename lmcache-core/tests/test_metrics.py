@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
-from lmcache_core.metrics import Counters, render_prometheus
+import lmcache_core
+from lmcache_core.metrics import GAUGES, METRICS, Counters, render_prometheus
 
 
 def test_series_are_told_apart_by_labels_in_any_order() -> None:
@@ -90,3 +94,27 @@ def test_prometheus_text() -> None:
 
 def test_prometheus_text_of_nothing_is_empty() -> None:
     assert render_prometheus({}) == ""
+
+
+def counted() -> Iterator[tuple[str, set[str]]]:
+    """Name and labels of every ``counters.add(...)`` in core but those of the ``lm://`` server."""
+    for file in Path(lmcache_core.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            match node:
+                case ast.Call(
+                    func=ast.Attribute(
+                        value=ast.Attribute(attr="_counters" | "counters"), attr="add"
+                    ),
+                    args=[ast.Constant(value=str(name)), *_],
+                    keywords=keywords,
+                ) if not name.startswith("server_"):
+                    yield name, {keyword.arg for keyword in keywords if keyword.arg}
+
+
+def test_what_is_counted_is_in_the_table() -> None:
+    """Exporters show only what is there."""
+    found = list(counted())
+    assert {name for name, _ in found} == set(METRICS)
+    for name, labels in found:
+        assert labels <= set(METRICS[name][1])
+    assert set(METRICS) >= GAUGES

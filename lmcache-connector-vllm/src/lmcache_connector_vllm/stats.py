@@ -14,32 +14,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     PromMetricT,
 )
 
-from lmcache_core.metrics import GAUGES
+from lmcache_core.metrics import GAUGES, METRICS
 
 Labels = tuple[tuple[str, str], ...]
-
-METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "lookup_requests": ("Lookups that were made", ()),
-    "lookup_tokens": ("Tokens that lookups asked for", ()),
-    "lookup_hit_tokens": ("Tokens that were found", ("tier",)),
-    "store_chunks": ("Chunks copied into host memory", ()),
-    "store_bytes": ("Bytes copied into host memory", ()),
-    "store_dropped": ("Chunks that were not stored", ("reason",)),
-    "load_chunks": ("Chunks loaded", ("tier",)),
-    "load_bytes": ("Bytes loaded", ("tier",)),
-    "load_failures": ("Chunks that could not be loaded", ("tier", "reason")),
-    "backend_errors": ("Failed calls to backends", ("backend", "operation", "kind")),
-    "backend_timeouts": ("Calls to backends that missed their deadline", ("backend", "operation")),
-    "breaker_open": ("Backends that are given a rest after failures, now", ("backend",)),
-    "isolated_restarts": (
-        "Processes of isolated backends that were lost and replaced",
-        ("backend", "reason"),
-    ),
-    "evicted_chunks": ("Chunks evicted", ("tier",)),
-    "frame_rejected": ("Stored chunks that failed verification", ("reason",)),
-}
-"""Name (exported as ``vllm:lmcache_NAME_total``, gauges without ``_total``: vLLM unregisters what
-carries its name when an engine is made anew), help, labels. Meanings: `lmcache_core.metrics`."""
 
 
 @dataclass
@@ -78,7 +55,11 @@ class LMCacheStats(KVConnectorStats):
 
 
 class LMCachePromMetrics(KVConnectorPromMetrics):
-    """One Prometheus counter, or gauge, for each of `METRICS`."""
+    """One Prometheus counter, or gauge, for each of core's `METRICS`.
+
+    Exported as ``vllm:lmcache_NAME_total``, gauges without ``_total``: vLLM unregisters what
+    carries its name when an engine is made anew.
+    """
 
     def __init__(
         self,

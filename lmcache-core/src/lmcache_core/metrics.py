@@ -1,24 +1,6 @@
 """Counts what happens, under the names that operators see.
 
-    name              labels                    counts
-    lookup_requests                             lookups that were answered
-    lookup_tokens                               tokens of their prompts
-    lookup_hit_tokens tier                      of those, tokens that could be loaded
-    store_chunks                                chunks copied from an engine to host memory
-    store_bytes                                 their bytes
-    store_dropped     reason [tier]             chunks that weren't kept; with tier: not there
-    tier_store_chunks tier                      chunks that a slow tier took
-    tier_store_bytes  tier                      their bytes, as stored
-    load_chunks       tier                      chunks loaded from a tier and found good
-    load_bytes        tier                      their bytes, as stored
-    load_failures     tier, reason              chunks that were asked for and couldn't be had
-    evicted_chunks    tier                      chunks that made room for others
-    frame_rejected    reason                    stored values that weren't what they should be
-    backend_errors    backend, operation, kind  calls that failed or were refused
-    backend_timeouts  backend, operation        calls that missed their deadline
-    breaker_open      backend                   circuit breakers that are open now (a gauge)
-    isolated_restarts backend, reason           processes of isolated backends that died or were
-                                                killed (died, hung, memory) and are replaced
+Names, labels and meanings: `METRICS`.
 
 Knows names and numbers. Imports no metrics library: an exporter reads
 `Counters.snapshot`, or serves what `render_prometheus` makes of it.
@@ -32,6 +14,33 @@ from collections.abc import Mapping
 Series = tuple[str, tuple[tuple[str, str], ...]]
 """A counter's name and its labels, sorted."""
 Snapshot = dict[Series, float]
+
+METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "lookup_requests": ("Lookups that were answered", ()),
+    "lookup_tokens": ("Tokens of their prompts", ()),
+    "lookup_hit_tokens": ("Of those, tokens that could be loaded", ("tier",)),
+    "store_chunks": ("Chunks copied from an engine to host memory", ()),
+    "store_bytes": ("Their bytes", ()),
+    "store_dropped": ("Chunks that weren't kept; with a tier: not there", ("reason", "tier")),
+    "tier_store_chunks": ("Chunks that a slow tier took", ("tier",)),
+    "tier_store_bytes": ("Their bytes, as stored", ("tier",)),
+    "load_chunks": ("Chunks loaded and found good", ("tier",)),
+    "load_bytes": ("Their bytes, as stored", ("tier",)),
+    "load_failures": ("Chunks that were asked for and couldn't be had", ("tier", "reason")),
+    "evicted_chunks": ("Chunks that made room for others", ("tier",)),
+    "frame_rejected": ("Stored values that weren't what they should be", ("reason",)),
+    "backend_errors": (
+        "Calls to backends that failed or were refused",
+        ("backend", "operation", "kind"),
+    ),
+    "backend_timeouts": ("Calls to backends that missed their deadline", ("backend", "operation")),
+    "breaker_open": ("Circuit breakers of backends that are open now", ("backend",)),
+    "isolated_restarts": (
+        "Processes of isolated backends that died, hung or took too much memory, and are replaced",
+        ("backend", "reason"),
+    ),
+}
+"""Name, help text, labels of what a cache counts. A series may lack the last of its labels."""
 
 GAUGES = frozenset({"breaker_open"})
 """Names whose value goes down as well; all others only grow."""
