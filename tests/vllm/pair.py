@@ -1,8 +1,10 @@
-"""Two real servers with one configuration, and whether the second finds what the first computes."""
+"""Two real servers with one configuration, and whether the second finds what the first computes;
+and our own store."""
 
 from __future__ import annotations
 
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +55,21 @@ def two_servers(model: Path, folder: Path, config: str, **environ: str) -> Itera
             stack.callback(server.stop)
         list(threads.map(VllmServer.start, pair))
         yield pair[0], pair[1]
+
+
+@contextmanager
+def lmcache_server(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """By the guide's command."""
+    program = ENGINE.parent / "lmcache_server"
+    with (folder / "server.log").open("ab") as log:
+        process = subprocess.Popen(
+            [str(program), "localhost", "65432", "cpu"], stdout=log, stderr=log
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 def settled(stored: Callable[[], int]) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from pair import ENGINE, PROMPTS, prompt, shared, two_servers, until_shared
+from pair import PROMPTS, lmcache_server, prompt, shared, two_servers, until_shared
 from redis_servers import Replicated, Server, cluster, running, until
 from server import VllmServer
 
@@ -35,21 +35,7 @@ remote_serde: "naive"
 # -- our own server --------------------------------------------------------------------------------
 
 
-@contextmanager
-def lmcache_server(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The guide's command."""
-    program = ENGINE.parent / "lmcache_server"
-    with (folder / "server.log").open("ab") as log:
-        process = subprocess.Popen(
-            [str(program), "localhost", "65432", "cpu"], stdout=log, stderr=log
-        )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
+@pytest.mark.xdist_group("guide's ports")
 def test_lmcache_server(tiny: Path, tmp_path: Path, uncached: dict[int, list[int]]) -> None:
     """Shares; killed and restarted empty, serving goes on, and then sharing too."""
 
@@ -87,7 +73,7 @@ def keys_of(*servers: Server) -> int:
     return total
 
 
-@pytest.mark.xdist_group("port 6379")
+@pytest.mark.xdist_group("guide's ports")
 def test_redis(tiny: Path, tmp_path: Path, uncached: dict[int, list[int]]) -> None:
     server = Server(tmp_path / "redis", port=6379)
     with running(server), two_servers(tiny, tmp_path, REDIS) as pair:
@@ -125,7 +111,7 @@ def guides_sentinels(folder: Path) -> Iterator[Replicated]:
             yield topology
 
 
-@pytest.mark.xdist_group("port 6379")
+@pytest.mark.xdist_group("guide's ports")
 def test_redis_sentinel(tiny: Path, tmp_path: Path, uncached: dict[int, list[int]]) -> None:
     """The primary is killed between requests and during them: misses for a moment, nothing else."""
     with (
