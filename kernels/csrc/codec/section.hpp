@@ -133,6 +133,7 @@ class Coder {
   void restore_values(uint8_t* chunk);
   void restore_components(const std::vector<Escape>& escapes, uint8_t* chunk);
   size_t read_token_steps();
+  void restore_row(const uint8_t* symbols, size_t t, uint8_t* chunk) const;
   void finish_row(float* values, size_t t, uint8_t* chunk) const;
   void restore_lossless(uint8_t* chunk);
   void restore_bytes(uint8_t* chunk);

@@ -379,8 +379,13 @@ void Coder::restore_values(uint8_t* chunk) {
   float* values = x_.get(b.width);
   size_t next = 0;
   const Ahead ahead(b, chunk);
+  const bool plain = b.itemsize == 2 && !((flags_ & kRotated) && job_->interleaved);
   for (size_t t = 0; t < stream_rows(); ++t, symbols += b.width) {
     ahead.at(first_ + t);
+    if (plain && (next == escapes.size() || escapes[next].row != t)) {
+      restore_row(symbols, t, chunk);
+      continue;
+    }
     if (flags_ & kTokenSteps)
       for (size_t h = 0, c = 0; h < b.heads; ++h, c += b.head_size)
         codec.dequantise(symbols + c, inverse_.data() + c, means_.data() + c,
