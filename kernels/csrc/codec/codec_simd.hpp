@@ -80,6 +80,10 @@ struct CodecSimd {
   // to = (symbol - 64) * (step * by) + mean
   void (*dequantise)(const uint8_t* row, const float* step, const float* mean, float by, float* to,
                      size_t count);
+  // `dequantise`, `rotate` forwards and `narrow` of one head in registers: elements of 16 bits, and
+  // pairs that aren't interleaved.
+  void (*restore)(DType dtype, const uint8_t* row, const float* step, const float* mean, float by,
+                  size_t count, const Rotation& turn, size_t position, uint8_t* to);
 
   // row = (row - mean) * inverse * by, and back: row = row * (step * by) + mean
   void (*centre)(float* row, const float* mean, const float* inverse, float by, size_t count);

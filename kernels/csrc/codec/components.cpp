@@ -68,6 +68,7 @@ void Coder::restore_components(const std::vector<Escape>& escapes, uint8_t* chun
     if (some[c]) used.push_back(static_cast<uint32_t>(c));
   const uint8_t* symbols = symbols_.get(0);
   size_t next = 0;
+  const Ahead ahead(b, chunk);
   for (size_t first = 0; first < stream_rows(); first += kTile) {
     const size_t count = std::min(kTile, stream_rows() - first);
     for (size_t t = 0; t < count; ++t, symbols += b.width) {
@@ -80,6 +81,7 @@ void Coder::restore_components(const std::vector<Escape>& escapes, uint8_t* chun
     codec.project(basis_, 1, b.channels, used.data(), used.size(), before, after, b.channels);
     turn_out(after, count, b.channels, rows, b.width);
     for (size_t t = 0; t < count; ++t) {
+      ahead.at(first_ + first + t);
       float* row = rows + t * b.width;
       for (size_t h = 0, c = 0; h < b.heads; ++h, c += b.head_size)
         codec.scale(row + c, inverse_.data() + c, means_.data() + c,

@@ -27,7 +27,9 @@ bool Coder::prepare_lossless(const uint8_t* chunk) {
   uint8_t* planes = bytes_.get(b.rows * each);
   references_.assign(b.width, 0);
   std::vector<uint16_t> row(b.channels);
+  const Ahead ahead(b, chunk);
   for (size_t t = 0; t < b.rows; ++t) {
+    ahead.at(t);
     uint8_t* here = exponents + t * b.width;
     std::memcpy(row.data(), chunk + b.offset + t * b.stride, b.row_bytes());
     job_->codec.split(dtype, row.data(), here, planes + t * b.channels,
@@ -115,7 +117,9 @@ void Coder::restore_lossless(uint8_t* chunk) {
     symbols[escape.row * b.width + escape.channel] =
         static_cast<uint8_t>(references_[escape.channel] - escape.value);
   std::vector<uint16_t> row(b.channels);
+  const Ahead ahead(b, chunk);
   for (size_t t = 0; t < b.rows; ++t) {
+    ahead.at(t);
     job_->codec.join(dtype, symbols + t * b.width, references_.data(), planes_ + t * b.channels,
                      planes_ + b.rows * b.channels + t * high, row.data(), b.channels);
     std::memcpy(chunk + b.offset + t * b.stride, row.data(), b.row_bytes());
@@ -162,7 +166,9 @@ void Coder::restore_bytes(uint8_t* chunk) {
   const auto convert = mode_ == Mode::int8 ? job_->codec.from_int8 : job_->codec.from_e4m3;
   float* values = x_.get(b.width);
   const uint8_t* from = planes_;
+  const Ahead ahead(b, chunk);
   for (size_t t = 0; t < b.rows; ++t) {
+    ahead.at(t);
     for (size_t h = 0; h < b.heads; ++h, from += b.head_size) {
       uint32_t u = 0;
       std::memcpy(&u, scales_ + 2 * (t * b.heads + h), 2);

@@ -142,6 +142,18 @@ void Coder::restore(uint8_t* chunk) {
     std::memcpy(chunk + block_->offset + t * block_->stride, raw_row_ + t * row, row);
 }
 
+// Coded token t, whose symbols have no escapes among them.
+void Coder::restore_row(const uint8_t* symbols, size_t t, uint8_t* chunk) const {
+  const Block& b = *block_;
+  Rotation turn = job_->rotation();
+  if (!(flags_ & kRotated)) turn.pairs = 0;
+  uint8_t* to = chunk + b.offset + (first_ + t) * b.stride;
+  for (size_t h = 0, c = 0; h < b.heads; ++h, c += b.head_size)
+    job_->codec.restore(job_->plan.shape.dtype, symbols + c, inverse_.data() + c, means_.data() + c,
+                        flags_ & kTokenSteps ? by_[t * b.heads + h] : 1.0f, b.head_size, turn,
+                        first_ + t, to + c * b.itemsize);
+}
+
 void Coder::apply_patches(uint8_t* chunk) const {
   for (size_t i = 0; i < patch_count_; ++i) {
     Patch patch;

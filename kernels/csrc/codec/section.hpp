@@ -56,6 +56,27 @@ class Room {
   size_t size_ = 0;
 };
 
+// Asks memory for a section's rows some time before they are read or written: they lie too far apart
+// for a CPU to foresee.
+class Ahead {
+ public:
+  Ahead(const Block& block, const uint8_t* chunk) : block_(block), rows_(chunk + block.offset) {
+    for (size_t t = 0; t < kRows; ++t) fetch(t);
+  }
+  void at(size_t t) const { fetch(t + kRows); }
+
+ private:
+  static constexpr size_t kRows = 8, kLine = 64;
+  void fetch(size_t t) const {
+    if (t >= block_.rows) return;
+    const uint8_t* row = rows_ + t * block_.stride;
+    for (size_t i = 0; i < block_.row_bytes(); i += kLine) __builtin_prefetch(row + i);
+  }
+
+  const Block& block_;
+  const uint8_t* rows_;
+};
+
 // What reads a section's bytes in order, and never beyond them.
 class Reader {
  public:
@@ -112,6 +133,7 @@ class Coder {
   void restore_values(uint8_t* chunk);
   void restore_components(const std::vector<Escape>& escapes, uint8_t* chunk);
   size_t read_token_steps();
+  void restore_row(const uint8_t* symbols, size_t t, uint8_t* chunk) const;
   void finish_row(float* values, size_t t, uint8_t* chunk) const;
   void restore_lossless(uint8_t* chunk);
   void restore_bytes(uint8_t* chunk);

@@ -53,7 +53,9 @@ bool trusted(float step) { return step >= kLeast && step <= kMost; }
 bool Coder::widen_rows(const uint8_t* chunk) {
   const Block& b = *block_;
   rows_ = x_.get(b.rows * b.width);
+  const Ahead ahead(b, chunk);
   for (size_t t = 0; t < b.rows; ++t) {
+    ahead.at(t);
     float* row = rows_ + t * b.width;
     const uint8_t* source = chunk + b.offset + t * b.stride;
     std::fill(row + b.channels, row + b.width, 0.0f);
@@ -376,7 +378,14 @@ void Coder::restore_values(uint8_t* chunk) {
   const uint8_t* symbols = symbols_.get(0);
   float* values = x_.get(b.width);
   size_t next = 0;
+  const Ahead ahead(b, chunk);
+  const bool plain = b.itemsize == 2 && !((flags_ & kRotated) && job_->interleaved);
   for (size_t t = 0; t < stream_rows(); ++t, symbols += b.width) {
+    ahead.at(first_ + t);
+    if (plain && (next == escapes.size() || escapes[next].row != t)) {
+      restore_row(symbols, t, chunk);
+      continue;
+    }
     if (flags_ & kTokenSteps)
       for (size_t h = 0, c = 0; h < b.heads; ++h, c += b.head_size)
         codec.dequantise(symbols + c, inverse_.data() + c, means_.data() + c,
