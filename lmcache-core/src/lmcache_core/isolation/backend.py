@@ -352,7 +352,7 @@ class IsolatedBackend(StorageBackend):
     async def _copy(self, pairs: list[tuple[memoryview, memoryview]]) -> None:
         """Copy each second to the first, off the loop and without the interpreter's lock."""
         if self._copies is not None and pairs:
-            await asyncio.wrap_future(self._copies.submit(copy_all, pairs))
+            await self._copies.run(copy_all, pairs)
 
     async def _shelter(self, call: Coroutine[Any, Any, _T]) -> _T:
         """Await ``call``, which goes on when its caller is cancelled: it leases scratch memory."""
