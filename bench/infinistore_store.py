@@ -69,22 +69,22 @@ class Raw:
             self._client.register_mr(region.address, region.nbytes)
         self._loop = asyncio.new_event_loop()
 
-    def put(self, blocks: Sequence[tuple[str, int]]) -> None:
+    def put(self, blocks: Sequence[tuple[str, int]]) -> measuring.Took | None:
         """Store pieces under these names, from these offsets into the region."""
         if self._rdma:
-            self._run(self._client.rdma_write_cache_async(blocks, PIECE, self._start))
-            return
+            return self._run(self._client.rdma_write_cache_async(blocks, PIECE, self._start))
         for name, offset in blocks:
             self._client.tcp_write_cache(name, self._start + offset, PIECE)
+        return None
 
-    def get(self, blocks: Sequence[tuple[str, int]]) -> None:
+    def get(self, blocks: Sequence[tuple[str, int]]) -> measuring.Took | None:
         """The reverse."""
         if self._rdma:
-            self._run(self._client.rdma_read_cache_async(blocks, PIECE, self._start))
-            return
+            return self._run(self._client.rdma_read_cache_async(blocks, PIECE, self._start))
         for name, offset in blocks:
             found = self._client.tcp_read_cache(name)
             ctypes.memmove(self._start + offset, found.ctypes.data, PIECE)
+        return None
 
     def forget(self, names: Sequence[str]) -> None:
         self._client.delete_keys(names)
@@ -93,8 +93,8 @@ class Raw:
         self._client.close()
         self._loop.close()
 
-    def _run(self, call: Coroutine[Any, Any, Any]) -> None:
-        self._loop.run_until_complete(call)
+    def _run(self, call: Coroutine[Any, Any, Any]) -> measuring.Took:
+        return measuring.awaited(self._loop, call)[1]
 
 
 class Bench:
@@ -126,20 +126,23 @@ class Bench:
                 self._raw.forget(names[turn])
             there.clear()
 
-        def store(turn: int) -> None:
-            outcomes = self._run(self._backend.store(keys[turn], sources))
+        def store(turn: int) -> measuring.Took:
+            outcomes, took = self._in_batches(self._backend.store, keys[turn], sources)
             assert outcomes == [StoreOutcome.STORED] * count, outcomes
             there.add(turn)
+            return took
 
-        def put(turn: int) -> None:
-            self._raw.put([(name, i * PIECE) for i, name in enumerate(names[turn])])
+        def put(turn: int) -> measuring.Took | None:
             there.add(turn)
+            return self._raw.put([(name, i * PIECE) for i, name in enumerate(names[turn])])
 
-        def load(_: int) -> None:
-            assert self._run(self._backend.load(keys[0], into)) == [size] * count
+        def load(_: int) -> measuring.Took:
+            sizes, took = self._in_batches(self._backend.load, keys[0], into)
+            assert sizes == [size] * count
+            return took
 
-        def get(_: int) -> None:
-            self._raw.get([(name, TOTAL + i * PIECE) for i, name in enumerate(names[0])])
+        def get(_: int) -> measuring.Took | None:
+            return self._raw.get([(name, TOTAL + i * PIECE) for i, name in enumerate(names[0])])
 
         title = f"{self._label}: {{}}, {count} × {size // MIB} MiB"
         stores = measuring.runs_of(store, put, runs=runs, turns=turns, before=forget)
@@ -160,6 +163,19 @@ class Bench:
     def close(self) -> None:
         self._run(self._backend.close())
         self._loop.close()
+
+    def _in_batches(
+        self, call: Callable[..., Any], keys: list[ChunkKey], values: list[memoryview]
+    ) -> tuple[list[Any], measuring.Took]:
+        """What a call answers that is cut into the backend's batches, as core does it."""
+        size = self._backend.capabilities.preferred_batch
+        parts = [slice(first, first + size) for first in range(0, len(keys), size)]
+
+        async def all_parts() -> list[Any]:
+            answers = await asyncio.gather(*(call(keys[part], values[part]) for part in parts))
+            return [one for answer in answers for one in answer]
+
+        return measuring.awaited(self._loop, all_parts())
 
     def _key(self) -> ChunkKey:
         return chunk_key(next(self._numbers).to_bytes(16, "little"))
@@ -184,6 +200,8 @@ def measure(port: int, arguments: Any) -> None:
     region.view[:TOTAL] = os.urandom(MIB) * (TOTAL // MIB)
     report = measuring.Report(arguments, "client")
     for means, travel in TRAVEL.items():
+        if arguments.only not in means:
+            continue
         raw = Raw(port, region, travel)
         options = InfinistoreConfig.model_validate(
             {"url": f"infinistore://127.0.0.1:{port}", "connection_type": travel}
@@ -200,6 +218,7 @@ def measure(port: int, arguments: Any) -> None:
 def main() -> int:
     options = measuring.parser(__doc__)
     options.add_argument("--port", type=int, help="of a server; for the program itself")
+    options.add_argument("--only", default="", help="means of transport with this in their names")
     arguments = measuring.parse(options)
     if arguments.port is not None:
         measure(arguments.port, arguments)

@@ -109,6 +109,9 @@ class Bench:
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self.loop.run_until_complete(work)
 
+    def timed(self, work: Coroutine[Any, Any, Any]) -> tuple[Any, measuring.Took]:
+        return measuring.awaited(self.loop, work)
+
     def keys(self, count: int) -> list[ChunkKey]:
         """Never used before: what is there isn't stored again."""
         return [chunk_key(next(self._numbers).to_bytes(16, "little")) for _ in range(count)]
@@ -130,15 +133,18 @@ class Bench:
             names[:] = [f"raw-{key.hex()}" for key in self.keys(count)]
             keys[:] = self.keys(count)
 
-        def store(_: int) -> None:
-            outcomes = self.run(self.backend.store(keys, sources))
+        def store(_: int) -> measuring.Took:
+            outcomes, took = self.timed(self.backend.store(keys, sources))
             assert outcomes == [StoreOutcome.STORED] * count
+            return took
 
         def put(_: int) -> None:
             assert self.raw.batch_put_from(names, puts, sizes) == [0] * count
 
-        def load(_: int) -> None:
-            assert self.run(self.backend.load(keys, into)) == sizes
+        def load(_: int) -> measuring.Took:
+            found, took = self.timed(self.backend.load(keys, into))
+            assert found == sizes
+            return took
 
         def get(_: int) -> None:
             assert self.raw.batch_get_into(names, gets, sizes) == sizes
@@ -161,7 +167,7 @@ class Bench:
         keys = self.keys(64)
         names = [key.hex() for key in keys]
         runs_ = measuring.runs_of(
-            lambda _: self.run(self.backend.contains(keys)),
+            lambda _: self.timed(self.backend.contains(keys))[1],
             lambda _: self.raw.batch_is_exist(names),
             runs=runs,
             turns=25 * turns,

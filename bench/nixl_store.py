@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from calibrations import RawFiles, aligned
-from measuring import Report, Run, parse, parser, take_turns, throughput
+from measuring import Report, Run, Took, awaited, parse, parser, take_turns, throughput
 from nixl import nixl_agent, nixl_agent_config
 
 from lmcache_backend_nixl.agent import address_of
@@ -87,15 +87,17 @@ class Store:
         self._moved = slot if direct else framed
         self._raw = RawFiles(folder, direct=True, sync=False)
 
-    def store(self, turn: int) -> None:
+    def store(self, turn: int) -> Took:
         call = self._backend.store(self._keys(turn), self._views[: self.count])
-        outcomes = self._loop.run_until_complete(call)
+        outcomes, took = awaited(self._loop, call)
         assert outcomes == [StoreOutcome.STORED] * self.count, outcomes
+        return took
 
-    def load(self, turn: int) -> None:
+    def load(self, turn: int) -> Took:
         call = self._backend.load(self._keys(turn), self._views[self.count :])
-        sizes = self._loop.run_until_complete(call)
+        sizes, took = awaited(self._loop, call)
         assert sum(sizes) == self.nbytes, sizes
+        return took
 
     def agent_store(self, turn: int) -> None:
         self._agent_moves("WRITE", turn, 0)
@@ -146,7 +148,7 @@ class Store:
 
 
 def measure(
-    store: Store, runs: int, put: Callable[[int], None], get: Callable[[int], None]
+    store: Store, runs: int, put: Callable[[int], object], get: Callable[[int], object]
 ) -> dict[str, list[Run]]:
     """Turns of store and load, each with its calibration; medians a run."""
     found: dict[str, list[Run]] = {"store": [], "load": []}
@@ -170,6 +172,7 @@ def measure(
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--folder", type=Path, default=FOLDER, help="on the disk to measure")
+    options.add_argument("--only", default="", help="figures with this in their names")
     arguments = parse(options)
     report = Report(arguments, "calibration")
     for shape, (values, nbytes) in SHAPES.items():
@@ -179,6 +182,8 @@ def main() -> None:
             ("direct / agent", True, False, False),
             ("direct / O_DIRECT", True, False, True),
         ):
+            if arguments.only not in f"{title}, {shape}":
+                continue
             with tempfile.TemporaryDirectory(prefix="bench-nixl-", dir=arguments.folder) as place:
                 store = Store(Path(place), values, nbytes, direct=direct, uring=uring)
                 put, get = (

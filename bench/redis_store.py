@@ -25,12 +25,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import redis
-from measuring import Report, duration, parse, parser, runs_of, throughput
+from measuring import Report, Took, awaited, duration, parse, parser, runs_of, throughput
 
 from lmcache_backend_redis.backend import IN_FLIGHT_BYTES, RedisBackend
 from lmcache_backend_redis.config import RedisConfig
@@ -185,12 +185,13 @@ class Values:
             pipe.get(key)
         assert len(pipe.execute()[0]) == self._into[0].nbytes
 
-    def our_store(self, bench: Bench) -> None:
-        bench.call(bench.backend.store(*self._fresh("ours")))
+    def our_store(self, bench: Bench) -> Took:
+        return bench.timed(bench.backend.store(*self._fresh("ours")))[1]
 
-    def our_load(self, bench: Bench) -> None:
-        sizes = bench.call(bench.backend.load(self._stored["ours"], self._into))
+    def our_load(self, bench: Bench) -> Took:
+        sizes, took = bench.timed(bench.backend.load(self._stored["ours"], self._into))
         assert sizes == [one.nbytes for one in self._into]
+        return took
 
     def _fresh(self, whose: str) -> tuple[list[ChunkKey], list[memoryview]]:
         """Keys that nobody had, and values for them."""
@@ -212,6 +213,9 @@ class Bench:
     def call(self, work: Awaitable[Any]) -> Any:
         return self._loop.run_until_complete(work)
 
+    def timed(self, work: Coroutine[Any, Any, Any]) -> tuple[Any, Took]:
+        return awaited(self._loop, work)
+
     def values(self, report: Report, shape: str, runs: int) -> None:
         values = Values(self.port, self.raw, *SHAPES[shape])
         turns = max(4, 64 * MIB // values.nbytes)
@@ -230,7 +234,7 @@ class Bench:
     def lookups(self, report: Report, runs: int) -> None:
         keys = [chunk_key(os.urandom(16)) for _ in range(128)]
         seconds = runs_of(
-            lambda _: self.call(self.backend.contains(keys)),
+            lambda _: self.timed(self.backend.contains(keys))[1],
             lambda _: self.raw.ping(),
             runs=runs,
             turns=200,

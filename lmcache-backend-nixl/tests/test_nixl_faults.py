@@ -95,6 +95,18 @@ def test_a_batch_larger_than_the_pool_keeps_its_beginning(tmp_path: Path, run: L
     run(backend.close())
 
 
+@pytest.mark.parametrize("text", ["nowhere", f"{'0' * 16}.{'0' * 16}.0.{VALUE}"])
+def test_a_link_that_leads_nowhere_gives_way(tmp_path: Path, run: Loop, text: str) -> None:
+    backend = files(tmp_path)
+    opened(backend, run)
+    os.symlink(text, data_file(tmp_path).parent / "chunks" / keys(1)[0].hex())
+    assert run(backend.contains(keys(1))) == [False]
+    assert load(backend, run, keys(1)) == [MISS]
+    assert store(backend, run, keys(1)) == [StoreOutcome.STORED]
+    assert load(backend, run, keys(1)) == [VALUE]
+    run(backend.close())
+
+
 def test_many_rounds_through_a_small_pool(tmp_path: Path, run: Loop) -> None:
     """Every slot is written many times, by several calls at once, and nothing is ever mixed up."""
     backend = files(tmp_path)

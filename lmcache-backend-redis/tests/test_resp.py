@@ -124,6 +124,26 @@ def test_parts_are_sent_whole(parts: list[bytes]) -> None:
     assert bytes(peer.sent) == b"".join(parts)
 
 
+@pytest.mark.parametrize("portions", [[], [1] * 40, [3, 9]])
+def test_what_was_expected_is_read_and_nothing_else(portions: list[int]) -> None:
+    reader = wire(b"+OK\r\n+OK\r\n:1\r\n$-1\r\n+OK\r\n", portions)
+    assert reader.came(b"+OK\r\n+OK\r\n")
+    assert not reader.came(b":1\r\n+OK\r\n")
+    assert reader.reply() == 1
+    assert reader.reply() is None
+    assert reader.came(b"+OK\r\n")
+    assert reader.came(b"")
+    with pytest.raises(BackendUnavailable, match="closed"):
+        reader.came(b"+OK\r\n")
+
+
+def test_too_much_to_expect_is_read_one_by_one() -> None:
+    many = b"+OK\r\n" * 10_000
+    reader = wire(many)
+    assert not reader.came(many)
+    assert [reader.reply() for _ in range(10_000)] == [b"OK"] * 10_000
+
+
 def test_commands() -> None:
     assert command(b"GET", b"key") == b"*2\r\n$3\r\nGET\r\n$3\r\nkey\r\n"
     assert commands(b"GET", [b"a", b"bc"]) == command(b"GET", b"a") + command(b"GET", b"bc")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import threading
@@ -51,6 +52,72 @@ def test_arguments_are_let_go_of_before_the_result_is_known(fails: bool) -> None
         else:
             assert future.result(10) == 0
         buffer.append(1)  # BufferError while anybody still holds a view
+    pool.shutdown()
+    assert pool.join(10)
+
+
+def test_an_event_loop_awaits_results_and_exceptions() -> None:
+    pool = DaemonPool(2, "test")
+
+    async def use() -> None:
+        assert await pool.run(divmod, 7, 2) == (3, 1)
+        with pytest.raises(ZeroDivisionError):
+            await pool.run(divmod, 7, 0)
+
+    asyncio.run(use())
+    pool.shutdown()
+    assert pool.join(10)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_arguments_are_let_go_of_before_a_loop_knows_the_result(fails: bool) -> None:
+    pool = DaemonPool(1, "test")
+
+    def use(view: memoryview) -> int:
+        return view[len(view)] if fails else view[0]
+
+    async def repeat() -> None:
+        for _ in range(200):
+            buffer = bytearray(8)
+            (done,) = await asyncio.gather(
+                pool.run(use, memoryview(buffer)), return_exceptions=True
+            )
+            assert isinstance(done, IndexError) if fails else done == 0
+            buffer.append(1)  # BufferError while anybody still holds a view
+
+    asyncio.run(repeat())
+    pool.shutdown()
+    assert pool.join(10)
+
+
+def test_a_call_that_is_cancelled_before_its_turn_is_left_out() -> None:
+    pool = DaemonPool(1, "test")
+    busy, ran = threading.Event(), list[str]()
+
+    async def use() -> None:
+        first = pool.run(busy.wait, 10)
+        second = pool.run(ran.append, "second")
+        third = pool.run(ran.append, "third")
+        second.cancel()
+        busy.set()
+        await asyncio.gather(first, third)
+
+    asyncio.run(use())
+    assert ran == ["third"]
+    pool.shutdown()
+    assert pool.join(10)
+
+
+def test_nobody_waits_for_a_call_that_outlives_its_loop() -> None:
+    pool = DaemonPool(1, "test")
+    busy = threading.Event()
+
+    async def leave() -> None:
+        pool.run(busy.wait, 10)
+
+    asyncio.run(leave())
+    busy.set()
+    assert pool.submit(abs, -1).result(10) == 1  # the thread lives on
     pool.shutdown()
     assert pool.join(10)
 

@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from lmcache_core.errors import BackendError, BackendRejected, BackendTimeout, BackendUnavailable
+from lmcache_core.errors import (
+    BackendError,
+    BackendProcessLost,
+    BackendRejected,
+    BackendTimeout,
+    BackendUnavailable,
+)
 from lmcache_core.guard import Answer, BreakerState, Guard, attempt
 from lmcache_core.metrics import Counters
 
@@ -420,6 +426,29 @@ def test_rejected_calls_do_not_open_the_circuit() -> None:
         rig = Rig()
         for _ in range(5):
             await rig.guard.call("store", rig.raising(BackendRejected("read-only")))
+        assert rig.guard.state is BreakerState.CLOSED
+
+    run(test)
+
+
+def test_a_lost_process_neither_opens_the_circuit_nor_keeps_it_open(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test() -> None:
+        rig = Rig(retries=3)
+        lost = BackendProcessLost("its process isn't running")
+        for _ in range(9):
+            assert not (await rig.guard.call("load", rig.raising(lost))).ok
+        assert rig.guard.state is BreakerState.CLOSED
+        assert rig.calls == 9  # none was tried again
+        assert rig.count("backend_errors", operation="load", kind="process_lost") == 9
+        assert not caplog.records  # who runs the process tells
+
+        await rig.fail(2)
+        rig.clock.now += 10.0
+        await rig.guard.call("load", rig.raising(lost))
+        assert rig.guard.state is BreakerState.OPEN
+        assert (await rig.guard.call("load", rig.raising())).ok  # without another rest
         assert rig.guard.state is BreakerState.CLOSED
 
     run(test)

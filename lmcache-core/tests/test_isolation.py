@@ -23,7 +23,7 @@ from lmcache_core.builtin.raw import RawSerde
 from lmcache_core.cache import Cache
 from lmcache_core.config import load_config
 from lmcache_core.errors import BackendUnavailable, ConfigError, PluginError
-from lmcache_core.guard import Guard
+from lmcache_core.guard import BreakerState, Guard
 from lmcache_core.host_memory import PAGE_BYTES, HostArena, allocate_region
 from lmcache_core.io_loop import IOLoop
 from lmcache_core.isolation import backend as isolated_backend
@@ -260,6 +260,50 @@ def test_a_child_that_doesnt_come_back_is_tried_less_and_less_often(
     assert "the master is gone" in told[1].getMessage()
     with pytest.raises(BackendUnavailable, match="its process isn't running"):
         run(backend.contains(keys(1)))
+    run(backend.close())
+
+
+def guarded(backend: IsolatedBackend) -> Tier:
+    """A tier whose circuit, once it is open, stays so for an hour."""
+    guard = Guard("bad", deadline_s=LONG_S, breaker_cooldown_s=3600.0, counters=Counters())
+    tier = Tier("bad", backend, RawSerde(), guard=guard, counters=Counters(), deadline_s=LONG_S)
+    tier.opened(backend, backend.capabilities)
+    return tier
+
+
+def test_a_tier_serves_again_as_soon_as_the_new_process_runs(
+    run: Loop, options: Callable[..., Any]
+) -> None:
+    backend = isolated(options())
+    run(backend.open(context()))
+    tier = guarded(backend)
+    region = allocate_region(MIB, shared=True).region
+    page = [region.view[:PAGE_BYTES]]
+    stored = run(tier.store(keys(1), page))
+    assert stored.outcomes == [StoreOutcome.STORED]
+    os.kill(backend._child.pid, signal.SIGKILL)
+    run(until(lambda: not runs(backend)))
+    for _ in range(9):  # more than open the circuit
+        assert run(tier.load(keys(1), page)).sizes == [MISS]
+    run(until(lambda: runs(backend)))
+    assert run(tier.load(keys(1), page)).sizes == [PAGE_BYTES]
+    assert tier.guard.state is BreakerState.CLOSED
+    run(backend.close())
+
+
+def test_a_child_that_crashes_in_each_call_is_started_less_and_less_often(
+    run: Loop, options: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = isolated(options("load"))
+    run(backend.open(context()))
+    tier = guarded(backend)
+    region = allocate_region(MIB, shared=True).region
+    for delay in ("0.1", "0.2", "0.4"):
+        run(until(lambda: runs(backend)))
+        answer = run(tier.load(keys(1), [region.view[:PAGE_BYTES]]))
+        assert answer.sizes == [MISS]
+        line = f"starting it in {delay} s"
+        run(until(lambda line=line: line in caplog.text))
     run(backend.close())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 from pathlib import Path
 
@@ -50,6 +51,17 @@ def test_turns_alternate_and_what_comes_before_is_not_timed() -> None:
     assert order[1::2] == ["other 4", "ours 4", "ours 5", "other 5"]
     assert order[::2] == ["before"] * 4
     assert len(ours) == len(others) == 2
+
+
+def test_what_is_awaited_is_timed_in_the_loop() -> None:
+    from measuring import Took, awaited, timed
+
+    loop = asyncio.new_event_loop()
+    value, took = awaited(loop, asyncio.sleep(0, "value"))
+    loop.close()
+    assert value == "value"
+    assert took.seconds > 0
+    assert timed(lambda _: Took(7.5), 0) == 7.5
 
 
 def test_results_are_written_as_they_are_read(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ from lmcache_core.storage import (
 
 logger = logging.getLogger(__name__)
 
+_TCP_BATCH: Final = 4
+"""Chunks in one call over TCP; core makes as many calls at a time as there are connections."""
 _QUESTIONS: Final = 2
 """Lookups at the same time: over TCP whatever values take, so that they don't wait behind those."""
 
@@ -44,13 +46,16 @@ class InfinistoreBackend(BlockingBackend):
         self._questions: Links | None = None
         self._values: Links | None = None
         self._prefix = ""
+        # Over TCP a batch saves nothing, and two connections do while one waits for an answer.
+        tcp = config.connection_type == self._module.TYPE_TCP
+        self._batch = _TCP_BATCH if tcp else VALUES
 
     @property
     def capabilities(self) -> BackendCapabilities:
         return BackendCapabilities(
             shared=True,
             persistent=True,
-            preferred_batch=VALUES,
+            preferred_batch=self._batch,
             max_concurrency=self._config.connections + _QUESTIONS,
         )
 

@@ -6,14 +6,14 @@ Knows NIXL's calls, what has to be registered, and how to say what went wrong: N
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import queue
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from lmcache_backend_nixl.config import PAGE_BYTES
 from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
@@ -29,8 +29,7 @@ class TransferFailed(BackendUnavailable):
     """A batch failed, in part or as a whole: NIXL doesn't say which."""
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """``nbytes`` between memory and a place in a file or an object."""
 
     address: int
@@ -227,6 +226,8 @@ class Memory:
 
 def address_of(view: memoryview) -> int:
     """Where a buffer lies, also one that can't be written."""
+    if not view.readonly and view.nbytes:
+        return ctypes.addressof(ctypes.c_char.from_buffer(view))
     import numpy as np
 
     return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])

@@ -10,8 +10,7 @@ Knows alignment and lanes. Knows nothing about what values are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lmcache_backend_nixl.agent import Agent, Kind, Lane, Memory, Move, TransferFailed
 from lmcache_backend_nixl.config import PAGE_BYTES
@@ -19,11 +18,10 @@ from lmcache_backend_nixl.config import PAGE_BYTES
 Op = Literal["READ", "WRITE"]
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One value and where it goes or comes from."""
 
-    index: int
+    position: int
     """The caller's."""
     view: memoryview
     """Exactly the value's bytes."""
@@ -31,8 +29,7 @@ class Item:
     device: int
 
 
-@dataclass(frozen=True)
-class _Located:
+class _Located(NamedTuple):
     """An item, and the address of its bytes if they are registered."""
 
     item: Item
@@ -59,7 +56,7 @@ class Batches:
             self._agent.transfer("WRITE", self._kind, moves)
 
     def read(self, items: Sequence[Item], lane: Lane) -> list[int]:
-        """Read what can be read; answer the indices of these items.
+        """Read what can be read; answer the positions of these items.
 
         Raises:
             TransferFailed: nothing could.
@@ -69,11 +66,13 @@ class Batches:
         for part in self._rounds(self._located(items), lane):
             error = self._try_to_read(part, lane)
             if error is None:
-                done += [one.item.index for one in part]
+                done += [one.item.position for one in part]
                 continue
             failure = error
             if len(part) > 1:  # NIXL doesn't say which, and one shouldn't cost the others
-                done += [one.item.index for one in part if self._try_to_read([one], lane) is None]
+                done += [
+                    one.item.position for one in part if self._try_to_read([one], lane) is None
+                ]
         if failure is not None and not done:
             raise failure
         return done

@@ -148,14 +148,12 @@ class NixlFileBackend(BlockingBackend):
         entries: dict[int, Entry] = {}
         items: list[Item] = []
         for index, (key, buffer) in enumerate(zip(keys, into, strict=True)):
-            entry = self._links.read(key)
-            if entry is None:
-                pool.forget(key)
+            entry = pool.entry(key, self._links.text(key))
+            if entry is None or entry.nbytes > min(buffer.nbytes, self._slot_bytes):
                 continue
             fd = self._file_of(entry.pool)
-            if fd is None or entry.nbytes > min(buffer.nbytes, self._slot_bytes):
+            if fd is None:
                 continue
-            pool.used(key)
             entries[index] = entry
             items.append(Item(index, buffer[: entry.nbytes], entry.offset, fd))
         if not items:
@@ -166,8 +164,7 @@ class NixlFileBackend(BlockingBackend):
         except BackendError as error:
             raise self._about(error, "read from") from error
         for index in done:
-            # The same text as before: nothing else was written there meanwhile.
-            if self._links.read(keys[index]) == entries[index]:
+            if pool.still(keys[index], entries[index]):
                 sizes[index] = entries[index].nbytes
         return sizes
 
@@ -180,8 +177,7 @@ class NixlFileBackend(BlockingBackend):
         items: list[Item] = []
         try:
             for index, (key, source) in enumerate(zip(keys, sources, strict=True)):
-                if self._present(key):
-                    pool.used(key)
+                if self._present(pool, key):
                     outcomes[index] = StoreOutcome.ALREADY_PRESENT
                 elif entry := pool.reserve(source.nbytes):
                     entries[index] = entry
@@ -226,9 +222,12 @@ class NixlFileBackend(BlockingBackend):
     def _clear(self) -> int:
         return self._delete([key for key, _ in self._links.oldest_first()])
 
-    def _present(self, key: ChunkKey) -> bool:
+    def _present(self, pool: Pool, key: ChunkKey) -> bool:
         """Whether a load would hit; removes an entry that stands in the way of a store."""
-        entry = self._links.read(key)
+        text = self._links.text(key)
+        entry = pool.entry(key, text)
+        if text is None:
+            return False
         if entry is not None and self._file_of(entry.pool) is not None:
             return True
         self._links.remove(key)

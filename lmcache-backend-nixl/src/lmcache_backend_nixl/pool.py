@@ -18,43 +18,45 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import re
 import secrets
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from lmcache_core.errors import BackendRejected, BackendUnavailable
 from lmcache_core.keys import ChunkKey
 
 _LINK: Final = re.compile(r"([0-9a-f]{16})\.([0-9a-f]{16})\.(\d{1,18})\.(\d{1,18})")
 _FILE: Final = re.compile(r"pool-([0-9a-f]{16})\.data")
-_NO_LINK: Final = (errno.ENOENT, errno.EINVAL, errno.ENOTDIR)
-"""There is none, something else has its name, or the whole folder is gone."""
+_NO_LINK: Final = (errno.EINVAL, errno.ENOTDIR)
+"""Something else has its name, or that of the folder."""
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where a value lies."""
 
+    text: str
+    """Of its link: ``POOL.NONCE.OFFSET.LENGTH``."""
     pool: str
-    nonce: str
     offset: int
     nbytes: int
+
+    @classmethod
+    def of(cls, pool: str, nonce: int, offset: int, nbytes: int) -> Entry:
+        """A value that gets a link only now; ``nonce`` has 64 bits."""
+        return cls(f"{pool}.{nonce:016x}.{offset}.{nbytes}", pool, offset, nbytes)
 
     @classmethod
     def parse(cls, text: str) -> Entry | None:
         """Read a link's text; ``None`` if it isn't one of ours."""
         match = _LINK.fullmatch(text)
-        return cls(match[1], match[2], int(match[3]), int(match[4])) if match else None
-
-    def __str__(self) -> str:
-        return f"{self.pool}.{self.nonce}.{self.offset}.{self.nbytes}"
+        return cls(text, match[1], int(match[3]), int(match[4])) if match else None
 
 
 class Links:
@@ -63,10 +65,28 @@ class Links:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._chunks = folder / "chunks"
+        self._stem = f"{self._chunks}/"
 
     def make_folders(self) -> None:
         """Create what isn't there yet."""
         self._chunks.mkdir(parents=True, exist_ok=True)
+
+    def text(self, key: ChunkKey) -> str | None:
+        """The text of the link of ``key``; ``None`` if there is nothing.
+
+        Of something that isn't a link, "".
+
+        Raises:
+            BackendUnavailable: the file system failed.
+        """
+        try:
+            return os.readlink(self._place(key))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno in _NO_LINK:
+                return ""
+            raise BackendUnavailable(f"can't look into {self._chunks}: {error.strerror}") from error
 
     def read(self, key: ChunkKey) -> Entry | None:
         """The entry of ``key``, if there is one.
@@ -74,17 +94,12 @@ class Links:
         Raises:
             BackendUnavailable: the file system failed.
         """
-        try:
-            return Entry.parse(os.readlink(self._place(key)))
-        except OSError as error:
-            if error.errno in _NO_LINK:
-                return None
-            raise BackendUnavailable(f"can't look into {self._chunks}: {error.strerror}") from error
+        return Entry.parse(self.text(key) or "")
 
     def publish(self, key: ChunkKey, entry: Entry) -> bool:
         """Make ``entry`` visible; ``False`` if there is one already."""
         try:
-            os.symlink(str(entry), self._place(key))
+            os.symlink(entry.text, self._place(key))
         except FileExistsError:
             return False
         except OSError as error:
@@ -120,7 +135,7 @@ class Links:
         return self.folder / f"pool-{pool}.data"
 
     def _place(self, key: ChunkKey) -> str:
-        return f"{self._chunks}/{key.hex()}"
+        return self._stem + key.hex()
 
 
 class Pool:
@@ -138,6 +153,7 @@ class Pool:
         self._links = links
         self._lock = threading.Lock()
         self._held: OrderedDict[ChunkKey, Entry] = OrderedDict()
+        self._nonces = itertools.count(secrets.randbits(64))
         self.name, self.fd = self._take(flags)
         self.path = links.data_file(self.name)
         try:
@@ -169,7 +185,8 @@ class Pool:
                 key, victim = self._held.popitem(last=False)
                 self._links.remove(key, victim)
                 self._free.append(victim.offset)
-            return Entry(self.name, secrets.token_hex(8), self._free.popleft(), nbytes)
+            nonce = next(self._nonces) % 2**64
+            return Entry.of(self.name, nonce, self._free.popleft(), nbytes)
 
     def give_back(self, entry: Entry) -> None:
         """A reserved slot that nothing was published from."""
@@ -188,17 +205,28 @@ class Pool:
             self._held[key] = entry
         return True
 
-    def used(self, key: ChunkKey) -> None:
-        """``key`` goes last now."""
-        with self._lock:
-            if key in self._held:
-                self._held.move_to_end(key)
-
-    def forget(self, key: ChunkKey, entry: Entry | None = None) -> None:
-        """There is no link for ``key`` any more, or not for ``entry``. Other keys are fine."""
+    def entry(self, key: ChunkKey, text: str | None) -> Entry | None:
+        """What the link of ``key`` with this text says; one of our own goes last now."""
         with self._lock:
             held = self._held.get(key)
-            if held is not None and entry in (None, held):
+            if held is not None and held.text == text:
+                self._held.move_to_end(key)
+                return held
+        if held is not None:
+            self.forget(key)
+        return Entry.parse(text or "")
+
+    def still(self, key: ChunkKey, entry: Entry) -> bool:
+        """Whether nothing else was written where ``entry`` is since it was found."""
+        # What is held here keeps its slot, even if somebody removed its link.
+        return self._held.get(key) is entry or self._links.text(key) == entry.text
+
+    def forget(self, key: ChunkKey) -> None:
+        """Give up the slot of ``key`` if its link is gone, or is another one's. Others are fine."""
+        with self._lock:
+            held = self._held.get(key)
+            # Looked at here, because it may just have been published anew.
+            if held is not None and self._links.text(key) != held.text:
                 del self._held[key]
                 self._free.append(held.offset)
 

@@ -316,6 +316,8 @@ class _Put:
     source: memoryview
     head: Head
     pieces: list[tuple[bytes, slice]]
+    commit: bytes = b""
+    """The transaction that makes its pieces stay."""
 
 
 class _Store:
@@ -350,7 +352,16 @@ class _Store:
             head = Head.of(sources[i].nbytes, self._piece_bytes)
             puts.append(_Put(i, names[i], sources[i], head, head.pieces(names[i])))
         self._send(puts)
-        written = [put for put in puts if self._written(put, outcomes)]
+        for put in puts:  # while the server is busy
+            if put.pieces:
+                put.commit = b"".join(self._transaction(put))
+        if self._wire.came(b"+OK\r\n" * sum(len(put.pieces) or 1 for put in puts)):
+            written = puts
+            for put in puts:
+                if not put.pieces:
+                    outcomes[put.position] = StoreOutcome.STORED
+        else:
+            written = [put for put in puts if self._written(put, outcomes)]
         self._commit([put for put in written if put.pieces], outcomes)
 
     def _send(self, puts: Iterable[_Put]) -> None:
@@ -381,7 +392,11 @@ class _Store:
     def _commit(self, puts: Sequence[_Put], outcomes: list[StoreOutcome]) -> None:
         if not puts:
             return
-        self._wire.send([b"".join(self._transaction(put)) for put in puts])
+        self._wire.send([put.commit for put in puts])
+        if self._wire.came(b"".join(_kept(len(put.pieces)) for put in puts)):
+            for put in puts:
+                outcomes[put.position] = StoreOutcome.STORED
+            return
         superseded: list[bytes] = []
         incomplete: list[bytes] = []
         for put in puts:
@@ -428,6 +443,12 @@ class _Store:
         return () if self._ttl_s is None else (b"EX", b"%d" % (self._ttl_s + margin_s))
 
 
+def _kept(pieces: int) -> bytes:
+    """What is answered to a transaction that made so many pieces stay, and set their head."""
+    queued = b"+QUEUED\r\n" * (pieces + 1)
+    return b"+OK\r\n%b*%d\r\n%b+OK\r\n" % (queued, pieces + 1, b":1\r\n" * pieces)
+
+
 def _set(
     name: bytes, head: bytes, value: memoryview, options: Sequence[bytes]
 ) -> list[bytes | memoryview]:
@@ -453,8 +474,10 @@ def _intact(wire: Wire, names: Sequence[bytes]) -> list[bool]:
         for name in names
     ]
     wire.send([b"".join(asking)])
-    heads = [(_string(wire), _integer(wire)) for _ in names]
     intact = [False] * len(names)
+    if wire.came(b"$0\r\n\r\n:0\r\n" * len(names)):
+        return intact  # none is there, as usual
+    heads = [(_string(wire), _integer(wire)) for _ in names]
     pieces: list[tuple[int, bytes, int]] = []
     damaged: set[int] = set()
     for i, (start, length) in enumerate(heads):

@@ -176,6 +176,23 @@ class Wire:
         """Any reply whose strings are short. Error replies are returned, not raised."""
         return self._reply(MAX_DEPTH, [MAX_ELEMENTS])
 
+    def came(self, expected: bytes) -> bool:
+        """Whether the next replies are ``expected`` to the byte; only then they are read.
+
+        Waits for as many bytes and is woken once: for the usual answer to several commands, where
+        no other one is shorter. Of more than fits into the buffer it says no.
+        """
+        if len(expected) > _BUFFER_BYTES:
+            return False
+        self._make_room()
+        while (missing := self._start + len(expected) - self._end) > 0:
+            into = self._view[self._end : self._end + missing]
+            self._end += self._receive(into, self._wait_all)
+        if not self._buffer.startswith(expected, self._start):
+            return False
+        self._start += len(expected)
+        return True
+
     def integers(self, count: int) -> list[int]:
         """``count`` integer replies, faster than one by one.
 

@@ -61,6 +61,13 @@ class BackendUnavailable(BackendError):
     """The backend can't be reached now; the same call may work later."""
 
 
+class BackendProcessLost(BackendUnavailable):
+    """The process that the backend has for itself ended, or isn't there again yet.
+
+    Who runs it starts another one, later each time it ends soon; so the guard needn't let it rest.
+    """
+
+
 class BackendTimeout(BackendError):
     """The backend didn't answer before the deadline."""
 

@@ -19,7 +19,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
-from lmcache_core.errors import BackendError, BackendRejected, BackendTimeout, BackendUnavailable
+from lmcache_core.errors import (
+    BackendError,
+    BackendProcessLost,
+    BackendRejected,
+    BackendTimeout,
+    BackendUnavailable,
+)
 from lmcache_core.metrics import Counters
 
 logger = logging.getLogger(__name__)
@@ -77,9 +83,10 @@ class Guard:
     ``retries``: how often a call is tried again after `BackendUnavailable` or `BackendTimeout`,
     within its deadline. After ``breaker_threshold`` failed calls in a row the circuit opens: calls
     fail at once for ``breaker_cooldown_s``, then one is let through to see. A call that was
-    rejected was answered, so it is no failure in this sense. Set ``max_concurrency`` to bound the
-    calls that run at one time; waiting for a turn counts against a call's deadline but not against
-    the backend.
+    rejected was answered, so it is no failure in this sense; nor is one whose `BackendProcessLost`
+    says that the process of an isolated backend is being replaced: calls are misses until then, and
+    the first one afterwards is let through. Set ``max_concurrency`` to bound the calls that run at
+    one time; waiting for a turn counts against a call's deadline but not against the backend.
     """
 
     def __init__(
@@ -256,6 +263,7 @@ class Guard:
         if tried > self._retries:
             return False
         retriable = isinstance(answer.error, (BackendUnavailable, BackendTimeout))
+        retriable = retriable and not isinstance(answer.error, BackendProcessLost)
         if not retriable or answer.unsettled is not None or self._state is not BreakerState.CLOSED:
             return False
         pause = _BACKOFF_S * 2 ** (tried - 1) * (0.5 + self._jitter())
@@ -314,7 +322,8 @@ class Guard:
         return False
 
     def _learn(self, operation: str, answer: Answer[Any] | None, probe: bool) -> None:
-        if answer is None:  # cancelled: nothing was learned
+        if answer is None or isinstance(answer.error, BackendProcessLost):
+            # Cancelled, or not a word from the backend: nothing was learned.
             if probe:
                 self._state = BreakerState.OPEN
             return
@@ -382,6 +391,7 @@ _KINDS: dict[str, tuple[type[BaseException], ...]] = {
     "circuit_open": (_CircuitOpen,),
     "saturated": (_Saturated,),
     "timeout": (BackendTimeout,),
+    "process_lost": (BackendProcessLost,),
     "unavailable": (BackendUnavailable,),
     "rejected": (BackendRejected,),
     "failed": (BackendError,),

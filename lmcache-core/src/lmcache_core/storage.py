@@ -214,7 +214,7 @@ class BlockingBackend(StorageBackend):
     async def _run(self, call: Callable[..., _T], *args: Any) -> _T:
         if self._pool is None:
             raise BackendUnavailable("the backend isn't open")
-        return await asyncio.wrap_future(self._pool.submit(call, *args))
+        return await self._pool.run(call, *args)
 
     def open_blocking(self, context: BackendContext) -> None:
         """Connect; see `StorageBackend.open`."""

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from lmcache_core.daemon_pool import DaemonPool
 from lmcache_core.errors import (
     BackendError,
+    BackendProcessLost,
     BackendRejected,
     BackendTimeout,
     BackendUnavailable,
@@ -262,7 +263,7 @@ class IsolatedBackend(StorageBackend):
     async def _ask(self, what: str, **facts: Any) -> Any:
         child = self._child
         if child is None:
-            raise BackendUnavailable(f"{self._name}: its process isn't running")
+            raise BackendProcessLost(f"{self._name}: its process isn't running")
         return await asyncio.shield(child.ask(what, self._patience_s, **facts))
 
     async def _ask_about(self, what: str, keys: Sequence[ChunkKey], **facts: Any) -> Any:
@@ -352,7 +353,7 @@ class IsolatedBackend(StorageBackend):
     async def _copy(self, pairs: list[tuple[memoryview, memoryview]]) -> None:
         """Copy each second to the first, off the loop and without the interpreter's lock."""
         if self._copies is not None and pairs:
-            await asyncio.wrap_future(self._copies.submit(copy_all, pairs))
+            await self._copies.run(copy_all, pairs)
 
     async def _shelter(self, call: Coroutine[Any, Any, _T]) -> _T:
         """Await ``call``, which goes on when its caller is cancelled: it leases scratch memory."""

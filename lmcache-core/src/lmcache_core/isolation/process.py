@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from lmcache_core.errors import BackendUnavailable
+from lmcache_core.errors import BackendProcessLost, BackendUnavailable
 from lmcache_core.isolation.wire import Channel, Message, error_from_plain
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Child:
     """A fresh interpreter that serves one backend, or one channel. Lives on one event loop.
 
     ``gone`` is done once the process is dead and its last lines were read; from the first moment
-    that it is dead, every call to it has failed with `BackendUnavailable`, and none of them touches
+    that it is dead, every call to it has failed with `BackendProcessLost`, and none of them touches
     a buffer any more. ``memory_bytes``: the private memory that it may take; ``module``: what runs
     in it, beside this one.
     """
@@ -116,10 +116,10 @@ class Child:
         isn't to be cancelled: until then the child may use the buffers of the call.
 
         Raises:
-            BackendUnavailable: it is dead.
+            BackendProcessLost: it is dead.
         """
         if not self.alive:
-            raise BackendUnavailable(f"{self.name}: {self.end}")
+            raise BackendProcessLost(f"{self.name}: {self.end}")
         self._number = number = self._number + 1
         self._channel.send({"id": number, "do": what, **facts})
         future: asyncio.Future[Any] = self._loop.create_future()
@@ -271,7 +271,7 @@ class Child:
         calls, self._calls = list(self._calls.values()), {}
         for what, future, timer in calls:
             timer.cancel()
-            _fail(future, BackendUnavailable(f"{self.name}: {what}: {self.end}"))
+            _fail(future, BackendProcessLost(f"{self.name}: {what}: {self.end}"))
         self._channel.close()
         # Something that it started and that outlived it may keep the other end open.
         timer = self._loop.call_later(_DRAIN_S, self._printed.close)
