@@ -120,7 +120,7 @@ def test_moments_are_means_over_all_texts_but_their_first_tokens(llama: Model) -
 def test_components_are_orthogonal_and_the_largest_come_first(llama: Model, block: int) -> None:
     pieces = [ids(llama, 200, seed) for seed in range(3)]
     found = capture.moments(llama, pieces)
-    steps = sensitivity.key_steps(found)
+    steps = sensitivity.query_steps(found)
     bases = capture.bases(llama, pieces, found, steps, block)
     assert len(bases.keys[0]) == len(bases.values[0]) == HEADS // block
     for basis in (*bases.keys[1], *bases.values[1]):
@@ -131,29 +131,56 @@ def test_components_are_orthogonal_and_the_largest_come_first(llama: Model, bloc
     assert (variances.diff() <= 1e-4 * variances[0]).all()
 
 
-def test_gains_are_smaller_where_rounding_costs_more() -> None:
-    assert torch.allclose(sensitivity.gains(torch.full((4, 2), 0.01)), torch.ones(4, 2))
-    costs = torch.tensor([[4.0, 1.0], [1.0, 0.25]]) / 1000
-    found = sensitivity.gains(costs)
-    assert torch.allclose(found, torch.tensor([[0.5, 1.0], [1.0, 2.0]]), atol=1e-5)
+def even_moments() -> capture.Moments:
+    ones = torch.ones(LAYERS, HEADS, SIZE)
+    return capture.Moments(ones, 0 * ones, 0 * ones)
 
 
-def test_gains_have_limits_and_still_a_mean_of_one() -> None:
-    costs = torch.tensor([[1e-9, 1.0], [1.0, 1.0], [1.0, 1.5]])
-    found = sensitivity.gains(costs)
-    assert found.max() <= sensitivity.MOST_GAIN * 1.0001
-    assert abs(found.log().mean()) < 1e-3
+def test_where_errors_cost_the_same_steps_are_those_of_queries() -> None:
+    found = even_moments()
+    weighed = torch.full((LAYERS, 2, HEADS, SIZE), 0.01)
+    steps = sensitivity.key_steps(found, weighed)
+    assert torch.allclose(steps, sensitivity.query_steps(found))
+    assert torch.allclose(sensitivity.gains(steps, found, weighed), torch.ones(LAYERS, 2))
 
 
-def rounded(components: sensitivity.Components, x: Tensor, layer: int, plane: int) -> Tensor:
-    """``x`` with its components rounded to multiples of 0.3, except for its first token's."""
-    (z,) = components.of(x, layer, plane)
-    basis = (components._bases.keys, components._bases.values)[plane][layer][0]
-    error = ((z / 0.3).round() * 0.3 - z) @ basis.T
-    error = error.view_as(x[1:]) * components._scale(x, layer, plane)
+def test_steps_and_gains_are_smaller_where_errors_cost_more() -> None:
+    found = even_moments()
+    weighed = torch.full((LAYERS, 2, HEADS, SIZE), 0.01)
+    weighed[1, 0, 0] *= 16
+    weighed[2, 1] *= 16
+    steps = sensitivity.key_steps(found, weighed)
+    least, most = steps[1, 0], steps[1, 1]
+    assert torch.allclose(most / least, torch.tensor(4**sensitivity.CHANNELS_SHARE))
+    assert torch.allclose(steps[[0, 2]], sensitivity.query_steps(found)[[0, 2]])
+    gains = sensitivity.gains(steps, found, weighed)
+    assert torch.allclose(gains[0, 1] / gains[2, 1], torch.tensor(4**sensitivity.LAYERS_SHARE))
+    assert gains[1, 0] < gains[0, 0] == gains[2, 0]
+
+
+def test_steps_and_gains_have_limits_and_still_a_mean_of_one() -> None:
+    found = even_moments()
+    generator = torch.Generator().manual_seed(1)
+    weighed = torch.randn(LAYERS, 2, HEADS, SIZE, generator=generator).mul(20).exp()
+    steps = sensitivity.key_steps(found, weighed)
+    factors = steps / sensitivity.query_steps(found)
+    for found_, most, dims in (
+        (factors, sensitivity.MOST_FACTOR, (1, 2)),
+        (sensitivity.gains(steps, found, weighed), sensitivity.MOST_GAIN, (0,)),
+    ):
+        assert found_.log().abs().max() <= math.log(most) + 1e-4
+        assert found_.log().mean(dims).abs().max() < 0.05
+
+
+def rounded(model: Model, found: capture.Moments, x: Tensor, layer: int, plane: int) -> Tensor:
+    """Keys or values of ``layer`` in steps of 0.3, except for the first token's."""
+    rest = x[1:]
     if plane == 0:
-        error = sensitivity.turned(error, components._model, 1)
-    return torch.cat((x[:1], x[1:] + error))
+        straight, scale = sensitivity.turned(rest, model, -1), sensitivity.query_steps(found)[layer]
+    else:
+        straight, scale = rest, rest.square().mean(-1, keepdim=True).sqrt()
+    near = (straight / scale / 0.3).round() * 0.3 * scale
+    return torch.cat((x[:1], sensitivity.turned(near, model, 1) if plane == 0 else near))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -161,19 +188,20 @@ def test_gradients_tell_what_rounding_each_layer_costs(models: dict[str, Model],
     exact = replace(models[kind], dtype=torch.float32)
     pieces = [ids(exact, 220, seed) for seed in range(3)]
     found = capture.moments(exact, pieces)
-    bases = capture.bases(exact, pieces, found, sensitivity.key_steps(found), HEADS)
-    components = sensitivity.Components(exact, found, bases)
     contexts = [scoring.prepare(exact, piece, 160, 0) for piece in pieces]
-    told = sensitivity.layer_divergences(exact, contexts, components, (0.3, 0.3), silent)
+    weighed = sensitivity.weights(exact, contexts, found, silent)
+    assert weighed.shape == (LAYERS, 2, HEADS, SIZE)
+    assert torch.equal(weighed[:, 0, :, : SIZE // 2], weighed[:, 0, :, SIZE // 2 :])
+    told = weighed.sum((2, 3)) * 0.3**2 / 12
     tried = torch.zeros_like(told)
     for context in contexts:
         for layer in range(LAYERS):
             for plane in range(2):
                 cache = context.cache.clone()
-                cache[layer, plane] = rounded(components, cache[layer, plane], layer, plane)
+                cache[layer, plane] = rounded(exact, found, cache[layer, plane], layer, plane)
                 said = exact.log_probabilities(cache, context.following)
                 tried[layer, plane] += scoring.divergence(context.expected, said) / 3
-    assert (tried > 1e-4).all()
+    assert (tried > 1e-5).all()
     assert ((told / tried).log().abs() < math.log(1.6)).all(), (told, tried)
 
 

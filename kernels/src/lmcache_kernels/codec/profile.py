@@ -31,7 +31,7 @@ _MOST_IDENTITY = 4096
 class Profile:
     """Numbers for each channel, in the order layers, heads of all ranks, elements of a head.
 
-    ``steps``: float32, the step of a key's channel for a logit noise of one.
+    ``steps``: float32, the step of a key's channel for a logit noise of about one.
     ``means``: bfloat16, the mean of a value's channel.
     ``key_means``: bfloat16, that of a key's channel before rotation; empty if unknown.
     ``basis_heads``: heads whose channels share a basis, 0 if there are none. With H heads a layer

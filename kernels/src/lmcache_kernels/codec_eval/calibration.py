@@ -17,20 +17,13 @@ from lmcache_kernels.codec_eval import capture
 from lmcache_kernels.codec_eval.models import Model
 from lmcache_kernels.codec_eval.progress import Progress, silent
 from lmcache_kernels.codec_eval.scoring import prepare
-from lmcache_kernels.codec_eval.sensitivity import (
-    Components,
-    gains,
-    key_steps,
-    layer_divergences,
-)
+from lmcache_kernels.codec_eval.sensitivity import gains, key_steps, weights
 
 Kind = Literal["t2", "t3", "t4"]
 
-GAIN_STEPS = (0.3, 0.6)
-"""Steps of keys and values with which layers are compared: coarse ones, where it matters most."""
-GAIN_TEXTS = 4
+GRADIENT_TEXTS = 6
 SCORED = 128
-"""Tokens at a text's end by which a layer's effect is measured."""
+"""Tokens at the end of each of those texts, by which errors are weighed."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +49,15 @@ def calibrate(
     capture.check(model)
     group = model.group
     found = capture.moments(model, progress(texts, "means"))
+    some = progress(texts[:GRADIENT_TEXTS], "contexts")
+    contexts = [prepare(model, ids, len(ids) - SCORED, 0) for ids in some]
+    weighed = weights(model, contexts, found, progress)
+    steps = key_steps(found, weighed)
     plain = Profile(
         len(group.layers),
         group.heads,
         group.head_size,
-        _raw(key_steps(found)),
+        _raw(steps),
         _raw(found.value_means.bfloat16()),
         model=model.identity,
         key_means=_raw(found.key_means.bfloat16()),
@@ -68,8 +65,7 @@ def calibrate(
     if options.kind == "t2":
         return plain
     block = basis_heads(group.heads, group.head_size, options)
-    seen = progress(texts, "components")
-    bases = capture.bases(model, seen, found, key_steps(found), block)
+    bases = capture.bases(model, progress(texts, "components"), found, steps, block)
     rotated = replace(
         plain,
         basis_heads=block,
@@ -78,11 +74,7 @@ def calibrate(
     )
     if options.kind == "t3":
         return rotated
-    some = progress(texts[:GAIN_TEXTS], "contexts")
-    contexts = [prepare(model, ids, len(ids) - SCORED, 0) for ids in some]
-    components = Components(model, found, bases)
-    effects = layer_divergences(model, contexts, components, GAIN_STEPS, progress)
-    return replace(rotated, gains=_raw(gains(effects)))
+    return replace(rotated, gains=_raw(gains(steps, found, weighed)))
 
 
 def basis_heads(heads: int, head_size: int, options: Options) -> int:

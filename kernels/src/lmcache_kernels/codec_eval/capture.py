@@ -68,7 +68,7 @@ def moments(model: Model, texts: Iterable[Tensor]) -> Moments:
             keys[layer] += k.sum(0)
             values[layer] += v.sum(0)
         tokens += len(ids) - 1
-    rms = _paired(queries / tokens, model).sqrt()
+    rms = paired(queries / tokens, model).sqrt()
     return Moments(rms.float(), (keys / tokens).float(), (values / tokens).float())
 
 
@@ -102,8 +102,8 @@ def _components(covariance: Tensor) -> Tensor:
     return (vectors * largest.sign()).float()
 
 
-def _paired(squares: Tensor, model: Model) -> Tensor:
-    """The mean of each rotary pair (j, j + pairs), for both; other channels as they are."""
+def paired(squares: Tensor, model: Model) -> Tensor:
+    """The mean of each rotary pair (j, j + pairs) in the last dimension; others as they are."""
     pairs = 0 if model.rope is None else len(model.rope.frequencies)
     first, second = squares[..., :pairs], squares[..., pairs : 2 * pairs]
     mean = (first + second) / 2

@@ -74,8 +74,8 @@ def _add_calibrate(commands: _SubParsersAction[ArgumentParser]) -> None:
         "--kind",
         choices=("t2", "t3", "t4"),
         default="t4",
-        help="t2: steps and means; t3: principal components, too; t4: layers' gains, too: smaller, "
-        "and slower to make and to use (default: t4)",
+        help="t2: steps and means; t3: principal components, too, smaller and slower to use; t4: "
+        "layers' gains, too (default: t4)",
     )
     add(
         "--tensor-parallel",
