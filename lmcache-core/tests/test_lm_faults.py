@@ -123,10 +123,10 @@ def is_free(buffer: bytearray) -> bool:
 
 
 @contextmanager
-def cache(url: str, *more: str, model: str = "m") -> Iterator[Cache]:
-    options = [f"chunk_size={CHUNK}", "max_local_cpu_size=0.01", "local_cpu=false", *more]
+def cache(url: str, *more: str, model: str = "m", chunk: int = CHUNK) -> Iterator[Cache]:
+    options = [f"chunk_size={chunk}", "max_local_cpu_size=0.01", "local_cpu=false", *more]
     config = load_config(Plugins(), environ={}, assignments=[*options, f"remote_url={url}"])
-    with Cache.open(model=model, layout=KVLayout(CHUNK, (GROUP,)), config=config) as opened:
+    with Cache.open(model=model, layout=KVLayout(chunk, (GROUP,)), config=config) as opened:
         yield opened
 
 
@@ -564,6 +564,44 @@ def test_the_server_is_killed_meanwhile(
 
 
 # -- values that the server copies itself ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("lm://localhost:1", True),
+        ("lm://127.0.0.1:1", True),
+        ("lm://[::1]:1", True),
+        ("lm+unix:///run/a.sock", True),
+        ("lm://cache.internal:1", False),
+        ("lm+tls://localhost:1", False),
+        ("lm://localhost:1?same_host=false", False),
+    ],
+)
+def test_host_memory_can_be_mapped_where_the_server_is_near(url: str, expected: bool) -> None:
+    config = load_config(Plugins(), environ={}, assignments=[f"remote_url={url}"])
+    assert config.shares_region is expected
+
+
+def test_a_cache_stores_with_one_copy(
+    start: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmcache_core.lm.connection import Connection
+
+    ways: list[Op] = []
+    original = Connection._sent
+    monkeypatch.setattr(
+        Connection, "_sent", lambda self, call: (ways.append(call.op), original(self, call))[1]
+    )
+    count = 16 * CHUNK * 16
+    with cache(start().url, "remote_serde=naive", chunk=16 * CHUNK) as opened:
+        opened.store(tokens(count), kv(count))
+        assert opened.flush()
+        loaded = bytearray(len(kv(count)))
+        assert opened.load(tokens(count), loaded) == count
+        assert loaded == kv(count)
+    assert Op.OFFER in ways
+    assert Op.STAGE not in ways
 
 
 def test_an_offer_that_is_given_up_is_not_stored(
