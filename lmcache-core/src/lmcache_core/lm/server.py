@@ -61,7 +61,7 @@ class ServerOptions:
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None
     threads: int = 0
-    """0: one for each CPU, at most 4."""
+    """0: two for each CPU, at most 8: the system spreads busy sessions better than we can."""
     max_connections: int = 4096
     stall_s: float = 30.0
 
@@ -399,7 +399,7 @@ def _listen_unix(path: Path) -> socket.socket:
 
 
 def _threads(options: ServerOptions) -> int:
-    return options.threads or min(4, len(os.sched_getaffinity(0)))
+    return options.threads or min(8, 2 * len(os.sched_getaffinity(0)))
 
 
 def _is_loopback(address: str) -> bool:
