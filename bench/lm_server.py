@@ -12,7 +12,9 @@ core's tiers call it: batches of `preferred_batch`, all at once. The ratio of a 
 of its runs' ratios.
 
     tcp     against the raw connection
-    shm     the same server, through shared memory, against `memmove` from and to the same buffers
+    shm     the same server, through shared memory, against `memmove` from and to the same buffers;
+            they lie in a region that the server can map, as an engine's host memory does
+    staged  stores of buffers that the server can't map
     contains   128 keys in one question, against a round trip of as many bytes on the raw connection
 """
 
@@ -35,6 +37,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lmcache_core.host_memory import allocate_region
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import DType, KVLayout, full_attention
 from lmcache_core.lm.backend import LmBackend
@@ -105,22 +108,30 @@ class Client:
     def __init__(self, number: int, size: int, count: int, ports: tuple[int, int]) -> None:
         self.size, self.count, self.number = size, count, number
         stride = size + 4096
-        self._memory = bytearray(b"\x01") * (count * stride)
-        whole = memoryview(self._memory)
-        self.views = [whole[i * stride : i * stride + size] for i in range(count)]
+        self._region = allocate_region(count * stride, shared=True)
+        region = self._region.region
+        ctypes.memset(region.address, 1, region.nbytes)
+        self.views = [region.view[i * stride : i * stride + size] for i in range(count)]
         self.loop = asyncio.new_event_loop()
         self.raw = socket.create_connection(("127.0.0.1", ports[1]))
         self.raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        context = BackendContext(f"bench-{number}", CacheNamespace(f"bench {number}", _LAYOUT))
-        self.tcp = LmBackend(LmConfig(port=ports[0], same_host=False))
-        self.shm = LmBackend(LmConfig(port=ports[0]))
-        for backend in (self.tcp, self.shm):
-            self.loop.run_until_complete(backend.open(context))
+        namespace = CacheNamespace(f"bench {number}", _LAYOUT)
+        tcp, shm = LmConfig(port=ports[0], same_host=False), LmConfig(port=ports[0])
+        self.backends = {
+            "tcp": self.opened(BackendContext(f"tcp-{number}", namespace), tcp),
+            "shm": self.opened(BackendContext(f"shm-{number}", namespace, region), shm),
+            "staged": self.opened(BackendContext(f"staged-{number}", namespace), shm),
+        }
         self._plain = bytearray(b"\x02") * (count * size)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._plain))
         self._targets = [ctypes.addressof(ctypes.c_char.from_buffer(v)) for v in self.views]
         self._stored = 0
         self._keys: list[ChunkKey] = []
+
+    def opened(self, context: BackendContext, config: LmConfig) -> LmBackend:
+        backend = LmBackend(config)
+        self.loop.run_until_complete(backend.open(context))
+        return backend
 
     def serve(self) -> None:
         for line in sys.stdin:
@@ -137,7 +148,7 @@ class Client:
             return {"load": self.raw_load, "store": self.raw_store, "contains": self.raw_ask}[op]
         if what == "memcpy":
             return lambda: self.memcpy(op)
-        backend = self.tcp if what == "tcp" else self.shm
+        backend = self.backends[what]
         if op == "store":
             # New keys: the server reads what it has already, but doesn't keep it.
             first = self._stored
@@ -154,7 +165,7 @@ class Client:
 
     def together(self, call: Callable[..., Any], expected: object) -> None:
         async def batches() -> None:
-            size = self.tcp.capabilities.preferred_batch
+            size = self.backends["tcp"].capabilities.preferred_batch
             ranges = [slice(i, i + size) for i in range(0, self.count, size)]
             answers = await asyncio.gather(*(call(self._keys[r], self.views[r]) for r in ranges))
             assert all(one == expected for answer in answers for one in answer), answers
@@ -314,6 +325,7 @@ def bench(
         for figure, calibration in (("tcp", "raw"), ("shm", "memcpy"))
     ]
     cases = [(name, f, "raw" if op == "contains" else c, op) for name, f, c, op in cases]
+    cases.append((f"staged/store/{count}c/{size // MIB}M", "staged", "memcpy", "store"))
     cases = [
         case
         for case in cases

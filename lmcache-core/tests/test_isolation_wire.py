@@ -274,7 +274,7 @@ def test_the_plugin_decides_unless_the_user_does(
     settings += [f"backends.mine.isolated={said}"] if said else []
     config = load_config(Plugins(environ={}), environ={}, assignments=settings)
     assert config.backends[0].isolated is expected
-    assert config.isolates is expected
+    assert config.shares_region is expected
     rows = {name: (value, origin) for name, value, origin in config.rows()}
     assert rows["backends.mine.isolated"][0] is expected
 

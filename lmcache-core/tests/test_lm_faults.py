@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import gc
 import logging
 import os
 import random
 import shutil
+import signal
 import socket
 import socketserver
 import struct
@@ -26,13 +28,14 @@ from lm_server import RunningServer
 
 from lmcache_core import Cache, ConfigError, DType, KVLayout, Plugins, full_attention, load_config
 from lmcache_core.errors import BackendError, BackendRejected, BackendTimeout, BackendUnavailable
+from lmcache_core.host_memory import allocate_region
 from lmcache_core.keys import CacheNamespace
 from lmcache_core.lm import protocol
 from lmcache_core.lm.backend import LmBackend
 from lmcache_core.lm.config import LmConfig
-from lmcache_core.lm.connection import Call
+from lmcache_core.lm.connection import Call, Stage
 from lmcache_core.lm.protocol import HEADER_BYTES, Op, Status
-from lmcache_core.storage import MISS, BackendContext, StoreOutcome
+from lmcache_core.storage import MISS, BackendContext, HostRegion, StoreOutcome
 from lmcache_core.testing.loop import Loop
 from lmcache_core.testing.storage import LAYOUT, buffers, keys, value, views
 
@@ -74,6 +77,23 @@ def open_backend(run: Loop, **options: Any) -> LmBackend:
     return backend
 
 
+@pytest.fixture
+def region() -> Iterator[HostRegion]:
+    """Memory as an engine's is: a server on this machine can map it."""
+    owned = allocate_region(LARGE, shared=True)
+    yield owned.region
+    owned.close()
+
+
+def open_with_region(
+    run: Loop, server: RunningServer, region: HostRegion, **more: Any
+) -> LmBackend:
+    assert server.unix
+    backend = LmBackend(LmConfig(path=server.unix, **more))
+    run(backend.open(BackendContext("remote", NAMESPACE, region)))
+    return backend
+
+
 def counted(url: str, name: str) -> float:
     """The sum of a metric's series."""
     text = urllib.request.urlopen(url, timeout=10).read().decode()
@@ -103,10 +123,10 @@ def is_free(buffer: bytearray) -> bool:
 
 
 @contextmanager
-def cache(url: str, *more: str, model: str = "m") -> Iterator[Cache]:
-    options = [f"chunk_size={CHUNK}", "max_local_cpu_size=0.01", "local_cpu=false", *more]
+def cache(url: str, *more: str, model: str = "m", chunk: int = CHUNK) -> Iterator[Cache]:
+    options = [f"chunk_size={chunk}", "max_local_cpu_size=0.01", "local_cpu=false", *more]
     config = load_config(Plugins(), environ={}, assignments=[*options, f"remote_url={url}"])
-    with Cache.open(model=model, layout=KVLayout(CHUNK, (GROUP,)), config=config) as opened:
+    with Cache.open(model=model, layout=KVLayout(chunk, (GROUP,)), config=config) as opened:
         yield opened
 
 
@@ -505,23 +525,30 @@ def test_an_error_that_comes_after_the_caller_left(
     run(backend.close())
 
 
-@pytest.mark.parametrize("way", ["tcp", "shm"])
+@pytest.mark.parametrize("way", ["tcp", "shm", "region"])
 @pytest.mark.parametrize("operation", ["load", "store"])
 def test_the_server_is_killed_meanwhile(
-    start: Callable[..., RunningServer], run: Loop, operation: str, way: str
+    start: Callable[..., RunningServer], run: Loop, region: HostRegion, operation: str, way: str
 ) -> None:
     server = start()
-    backend = open_backend(run, port=server.port, same_host=way == "shm", stall_timeout_s=2.0)
-    size = 8 << 20
+    config = LmConfig(port=server.port, same_host=way != "tcp", stall_timeout_s=2.0)
+    backend = LmBackend(config)
+    run(backend.open(BackendContext("remote", NAMESPACE, region if way == "region" else None)))
+    size = 4 << 20
     stored = [value(i, size) for i in range(8)]
-    run(backend.store(keys(8), views(stored)))
+    sources = views(stored)
+    if way == "region":
+        sources = [region.view[i * size : (i + 1) * size] for i in range(8)]
+        for source, one in zip(sources, stored, strict=True):
+            source[:] = one
+    run(backend.store(keys(8), sources))
     loaded = buffers(8, size)
 
     async def meanwhile() -> list[Any]:
         if operation == "load":
             calls = [backend.load(keys(8), views(loaded)) for _ in range(3)]
         else:
-            calls = [backend.store(keys(8, 10 + n), views(stored)) for n in range(3)]
+            calls = [backend.store(keys(8, 10 + n), sources) for n in range(3)]
         tasks = [asyncio.ensure_future(call) for call in calls]
         await asyncio.sleep(0.005)
         server.process.kill()
@@ -534,6 +561,200 @@ def test_the_server_is_killed_meanwhile(
     start(port=server.port)
     assert run(backend.contains(keys(8))) == [False] * 8
     run(backend.close())
+
+
+# -- values that the server copies itself ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("lm://localhost:1", True),
+        ("lm://127.0.0.1:1", True),
+        ("lm://[::1]:1", True),
+        ("lm+unix:///run/a.sock", True),
+        ("lm://cache.internal:1", False),
+        ("lm+tls://localhost:1", False),
+        ("lm://localhost:1?same_host=false", False),
+    ],
+)
+def test_host_memory_can_be_mapped_where_the_server_is_near(url: str, expected: bool) -> None:
+    config = load_config(Plugins(), environ={}, assignments=[f"remote_url={url}"])
+    assert config.shares_region is expected
+
+
+def test_a_cache_stores_with_one_copy(
+    start: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmcache_core.lm.connection import Connection
+
+    ways: list[Op] = []
+    original = Connection._sent
+    monkeypatch.setattr(
+        Connection, "_sent", lambda self, call: (ways.append(call.op), original(self, call))[1]
+    )
+    count = 16 * CHUNK * 16
+    with cache(start().url, "remote_serde=naive", chunk=16 * CHUNK) as opened:
+        opened.store(tokens(count), kv(count))
+        assert opened.flush()
+        loaded = bytearray(len(kv(count)))
+        assert opened.load(tokens(count), loaded) == count
+        assert loaded == kv(count)
+    assert Op.OFFER in ways
+    assert Op.STAGE not in ways
+
+
+def test_an_offer_that_is_given_up_is_not_stored(
+    server: RunningServer, run: Loop, region: HostRegion
+) -> None:
+    """Its buffer is the caller's again at once, whatever the server is doing with it."""
+    clear(run, server)
+    used = counted(server.metrics, "server_memory_used_bytes")
+    backend = open_with_region(run, server, region, connections=1)
+    size = LARGE // 2
+    buffer, other = region.view[:size], region.view[size : 2 * size]
+    buffer[:], other[:] = value(1, size), value(2, size)
+    assert run(backend.store(keys(1, 9), [other])) == [StoreOutcome.STORED]
+
+    async def given_up() -> None:
+        task = asyncio.ensure_future(backend.store(keys(1), [buffer]))
+        connection = backend._connections[0]
+        while not connection._pending or any(
+            call.stage is not Stage.SENT for call in list(connection._pending.values())
+        ):
+            await asyncio.sleep(0)
+        (call,) = connection._pending.values()
+        assert call.op is Op.OFFER
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert connection.alive
+
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        run(given_up())
+        buffer[:] = value(3, size)
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    assert run(backend.store(keys(1, 9), [other])) == [StoreOutcome.ALREADY_PRESENT]
+    assert run(backend.contains([*keys(1), *keys(1, 9)])) == [False, True]
+    assert run(backend.store(keys(1), [buffer])) == [StoreOutcome.STORED]
+    loaded = bytearray(size)
+    assert run(backend.load(keys(1), views([loaded]))) == [size]
+    assert loaded == value(3, size)
+    run(backend.close())
+    clear(run, server)
+    assert counted(server.metrics, "server_memory_used_bytes") == used
+
+
+def test_a_broken_connection_takes_its_offers_back(
+    server: RunningServer, run: Loop, region: HostRegion
+) -> None:
+    clear(run, server)
+    backend = open_with_region(run, server, region, connections=1)
+    buffer = region.view[: 8 << 20]
+    buffer[:] = value(1, len(buffer))
+    run(backend.store(keys(1, 9), [buffer]))
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+
+        async def broken() -> None:
+            task = asyncio.ensure_future(backend.store(keys(1), [buffer]))
+            connection = backend._connections[0]
+            while not any(c.stage is Stage.SENT for c in list(connection._pending.values())):
+                await asyncio.sleep(0)
+            connection._fail(BackendUnavailable("broken"))
+            with pytest.raises(BackendUnavailable):
+                await task
+
+        run(broken())
+        buffer[:] = value(3, len(buffer))
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    eventually(lambda: counted(server.metrics, "server_stores_total") >= 2)
+    assert run(backend.contains(keys(1))) == [False]
+    run(backend.close())
+
+
+def test_buffers_elsewhere_are_stored_too(
+    server: RunningServer, run: Loop, region: HostRegion
+) -> None:
+    clear(run, server)
+    backend = open_with_region(run, server, region)
+    size = 1 << 20
+    region.view[:size] = value(1, size)
+    sources = [region.view[:size], memoryview(value(2, size)), memoryview(bytes(value(3, size)))]
+    assert run(backend.store(keys(3), sources)) == [StoreOutcome.STORED] * 3
+    loaded = buffers(3, size)
+    assert run(backend.load(keys(3), views(loaded))) == [size] * 3
+    assert loaded == [value(i, size) for i in (1, 2, 3)]
+    run(backend.close())
+
+
+def shared_with(server: RunningServer, sealed: bool = True, region: int = 4096) -> socket.socket:
+    """A Unix socket on which hello was said and memory was sent."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(20)
+    sock.connect(str(server.unix))
+    hello = protocol.hello("0" * 16, b"")
+    sock.sendall(protocol.header(Op.HELLO, 0, meta=len(hello)) + hello)
+    assert answer(sock)[0].status is Status.OK
+    fds = [os.memfd_create("test", os.MFD_ALLOW_SEALING) for _ in range(2)]
+    for fd in fds:
+        os.ftruncate(fd, 8192)
+        if sealed:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    meta = protocol.share(8192, 4096, region)
+    head = protocol.header(Op.SHARE, 0, meta=len(meta))
+    socket.send_fds(sock, [head + meta], fds)
+    for fd in fds:
+        os.close(fd)
+    return sock
+
+
+def answer(sock: socket.socket) -> tuple[protocol.Header, bytes]:
+    head = protocol.parse_header(sock.recv(HEADER_BYTES, socket.MSG_WAITALL))
+    return head, sock.recv(head.meta, socket.MSG_WAITALL)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "offsets", "said"),
+    [([4096], [1 << 20], "of a region of"), ([8193], [0], "of a region of"), ([1], [], "numbers")],
+)
+def test_offers_outside_the_region_are_refused(
+    server: RunningServer, sizes: list[int], offsets: list[int], said: str
+) -> None:
+    with shared_with(server) as sock:
+        assert answer(sock)[0].status is Status.OK
+        meta = protocol.names(keys(1)) + protocol.numbers([*sizes, *offsets])
+        sock.sendall(protocol.header(Op.OFFER, 1, count=1, meta=len(meta)) + meta)
+        head, text = answer(sock)
+        assert head.status is Status.MALFORMED
+        assert said in text.decode()
+
+
+def test_an_offer_without_a_voucher_is_not_stored(server: RunningServer, run: Loop) -> None:
+    with shared_with(server) as sock:
+        assert answer(sock)[0].status is Status.OK
+        meta = protocol.names(keys(1, 60)) + protocol.numbers([4096, 0])
+        sock.sendall(protocol.header(Op.OFFER, 1, count=1, meta=len(meta)) + meta)
+        head, outcomes = answer(sock)
+        assert (head.op, head.status) == (Op.OFFER, Status.OK)
+        assert outcomes[-1] == 2
+    healthy(server, run)
+
+
+@pytest.mark.parametrize(
+    ("sealed", "region", "said"), [(False, 4096, "sealed"), (True, 1 << 20, "less than")]
+)
+def test_a_region_that_could_end_the_server_is_refused(
+    server: RunningServer, run: Loop, sealed: bool, region: int, said: str
+) -> None:
+    with shared_with(server, sealed, region) as sock:
+        head, text = answer(sock)
+        assert head.status is Status.MALFORMED
+        assert said in text.decode()
+    healthy(server, run)
 
 
 # -- what a server must bear -------------------------------------------------------------------
@@ -664,7 +885,7 @@ def test_a_reader_that_never_returns_its_lease_gets_a_miss(
     server: RunningServer, run: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A value that is read directly keeps its place until the server has said that it doesn't."""
-    from lmcache_core.lm.shared import ReadOnlyMapping
+    from lmcache_core.lm.mapping import ReadOnlyMapping
 
     backend = open_backend(run, path=server.unix)
     run(backend.store(keys(1), views([value(1, 1 << 20)])))

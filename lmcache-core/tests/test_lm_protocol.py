@@ -108,6 +108,7 @@ PARSERS: dict[str, tuple[st.SearchStrategy[bytes], Callable[[memoryview, int], A
     "slot": (numbers_or_noise(), lambda data, n: protocol.parse_slot(data, n)),
     "share": (numbers_or_noise(), lambda data, n: protocol.parse_share(data)),
     "shared": (numbers_or_noise(), lambda data, n: protocol.parse_shared(data)),
+    "offers": (numbers_or_noise(), lambda data, n: protocol.parse_offers(data, n % 9, 1 << 20)),
     "extents": (
         st.one_of(damaged(EXTENTS.map(protocol.extents)), numbers_or_noise()),
         lambda data, n: protocol.parse_extents(data, [n % 8192] * (n % 3), 4096),
@@ -144,6 +145,13 @@ def test_extents_come_back(parts: list[tuple[int, int]]) -> None:
     size = sum(length for _, length in parts)
     found = protocol.parse_extents(memoryview(protocol.extents(parts)), [MISSING, size], 8192)
     assert found == [[], parts]
+
+
+def test_offers_lie_in_the_region() -> None:
+    packed = memoryview(protocol.numbers([4096, 100, 0, 4096]))
+    assert protocol.parse_offers(packed, 2, 4196) == ([4096, 100], [0, 4096])
+    with pytest.raises(ProtocolError, match="100 bytes at 4096 of a region of 4195 bytes"):
+        protocol.parse_offers(packed, 2, 4195)
 
 
 def test_a_header_comes_back() -> None:
@@ -206,8 +214,9 @@ SEEDS: dict[str, list[bytes]] = {
     "usage": [protocol.usage(1, 2) + b"rest"],
     "number": [protocol.number(5)],
     "slot": [protocol.slot(1)],
-    "share": [protocol.share(8 << 20, 1 << 20)],
+    "share": [protocol.share(8 << 20, 1 << 20, size) for size in (0, 1 << 34)],
     "shared": [protocol.shared(1 << 30, 64)],
+    "offers": [protocol.numbers([4096, 100, 0, 4096])],
     "extents": [protocol.extents([(0, 4000), (4000, 96)]), protocol.extents([(0, 4096)]) * 2],
 }
 

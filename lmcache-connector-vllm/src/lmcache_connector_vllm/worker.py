@@ -56,7 +56,7 @@ class WorkerSide:
             hugepages=core.local_cpu_use_hugepages,
             numa_mode=core.numa_mode,
             populate=core.local_cpu_populate,
-            shared=settings.config.isolates,
+            shared=settings.config.shares_region,
         )
         self._arena = HostArena(region, slot_bytes(namespace))
         if not self._arena.slots:

@@ -127,7 +127,7 @@ class Cache:
             hugepages=core.local_cpu_use_hugepages,
             numa_mode=core.numa_mode,
             populate=core.local_cpu_populate,
-            shared=config.isolates,
+            shared=config.shares_region,
         )
         self._arena = HostArena(region, slot_bytes(namespace))
         self._loop: IOLoop | None = IOLoop("lmcache") if config.backends else None

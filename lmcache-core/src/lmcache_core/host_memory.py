@@ -292,7 +292,7 @@ def _map(nbytes: int, hugepages: bool, shared: bool, notices: list[str]) -> _Map
             notices.append(f"no transparent huge pages either: {error.strerror}")
         if shared and any(f"[{off}]" in "".join(_lines(_SHARED_HUGEPAGES)) for off in _OFF):
             notices.append(
-                "no transparent huge pages for memory that is shared with isolated backends: "
+                "no transparent huge pages for memory that is shared with other processes: "
                 f"write advise to {_SHARED_HUGEPAGES}"
             )
     return mapping

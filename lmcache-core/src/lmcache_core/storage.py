@@ -259,6 +259,9 @@ class StorageBackendDescriptor:
     among them too."""
     environment: tuple[str, ...] = ()
     """``LMCACHE_…`` variables that it reads itself; others that nobody knows are errors."""
+    maps_region: Callable[[Any], bool] | None = None
+    """Whether a backend with this ``config`` lets another process map `BackendContext.region`; the
+    region then has a file descriptor."""
     isolated: bool = False
     """Its client library may crash or hang: unless the user says otherwise, run it in a process of
     its own. ``create`` is then called there. See `lmcache_core.isolation`."""

@@ -23,5 +23,6 @@ def lmcache_storage_backends() -> list[StorageBackendDescriptor]:
             create=_create,
             url_schemes=SCHEMES,
             config_from_url=config_from_url,
+            maps_region=lambda config: config.is_near,
         )
     ]

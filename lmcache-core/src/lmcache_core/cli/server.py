@@ -120,7 +120,7 @@ def _add_options(parser: ArgumentParser) -> None:
     )
     add("--metrics-port", type=_port, metavar="PORT", help="serve /metrics and /health there")
     add("--metrics-host", default="127.0.0.1", metavar="HOST", help="(default: 127.0.0.1)")
-    add("--threads", type=int, default=0, help="that serve (default: one for each CPU, up to 4)")
+    add("--threads", type=int, default=0, help="that serve (default: two for each CPU, up to 8)")
     add("--max-connections", type=int, default=4096, metavar="N", help="(default: 4096)")
     add(
         "--stall-timeout",

@@ -159,6 +159,8 @@ class BackendSection:
     """``None``: `CoreConfig.blocking_timeout_secs`."""
     isolated: bool = False
     isolated_memory_gib: float | None = None
+    maps_region: bool = False
+    """Another process than an isolated backend's wants to map host memory."""
 
 
 @dataclass(frozen=True)
@@ -176,9 +178,10 @@ class Config:
     """Dotted option → where it was set, for every option in `rows`."""
 
     @property
-    def isolates(self) -> bool:
-        """Whether a backend runs in a process of its own, so that host memory must be shared."""
-        return any(section.isolated for section in self.backends)
+    def shares_region(self) -> bool:
+        """Whether host memory must be such that another process can map it: an isolated backend's,
+        or a server's that copies from it."""
+        return any(section.isolated or section.maps_region for section in self.backends)
 
     def rows(self) -> Iterator[tuple[str, Any, str]]:
         """Every effective option as (dotted name, plain value with secrets hidden, origin)."""

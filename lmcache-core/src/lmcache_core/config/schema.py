@@ -190,6 +190,7 @@ class _Validation:
             head.deadline_s,
             descriptor.isolated if head.isolated is None else head.isolated,
             head.isolated_memory_gib,
+            descriptor.maps_region is not None and descriptor.maps_region(checked),
         )
 
     def _inherited(self, section: BackendSection, origins: dict[str, str]) -> None:

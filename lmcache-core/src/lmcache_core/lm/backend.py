@@ -179,7 +179,11 @@ class LmBackend(StorageBackend):
             if connection is not None:
                 self._dead = [one for one in self._dead if not one.ended] + [connection]
             connection = self._connections[index] = Connection(
-                self._config, context.namespace.fingerprint, self._token, f"lmcache-{context.name}"
+                self._config,
+                context.namespace.fingerprint,
+                self._token,
+                f"lmcache-{context.name}",
+                context.region,
             )
         return connection
 

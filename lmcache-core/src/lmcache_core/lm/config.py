@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class LmConfig(BaseModel):
     same_host: bool = Field(
         True,
         description="Go on over the server's Unix socket and its shared memory where it runs on "
-        "this machine. Never with tls.",
+        "this machine, which maps this process's host memory for reading. Never with tls.",
     )
     connections: int = Field(
         2, ge=1, le=64, description="Connections for values; questions have one of their own."
@@ -63,12 +64,25 @@ class LmConfig(BaseModel):
         return self
 
     @property
+    def is_near(self) -> bool:
+        """Whether the server is on this machine for sure, and values go through shared memory."""
+        near = self.path is not None or self.host.lower() == "localhost" or _is_loopback(self.host)
+        return near and self.same_host and not self.tls
+
+    @property
     def address(self) -> str:
         """For messages."""
         if self.path is not None:
             return f"lm+unix://{self.path}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"lm{'+tls' if self.tls else ''}://{host}:{self.port}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def read_token(token: SecretStr | None, file: Path | None) -> bytes:

@@ -35,15 +35,17 @@ from lmcache_core.errors import (
 )
 from lmcache_core.lm import protocol
 from lmcache_core.lm.config import LmConfig
+from lmcache_core.lm.mapping import ReadOnlyMapping
 from lmcache_core.lm.protocol import HEADER_BYTES, MISSING, Op, ProtocolError, Status, Welcome
 from lmcache_core.lm.shared import (
     PIECE_BYTES,
     STAGING_BYTES,
-    ReadOnlyMapping,
     SharedMemory,
     Staging,
+    open_for_reading,
 )
 from lmcache_core.lm.stream import TICK_S, Plain, Stream, Tls, dial, dial_unix
+from lmcache_core.storage import HostRegion
 from lmcache_core.tls import client_context
 
 logger = logging.getLogger(__name__)
@@ -111,7 +113,14 @@ class Call:
 class Connection:
     """Connects at once, in the background; `call` waits for that too."""
 
-    def __init__(self, config: LmConfig, fingerprint: str, token: bytes, name: str) -> None:
+    def __init__(
+        self,
+        config: LmConfig,
+        fingerprint: str,
+        token: bytes,
+        name: str,
+        region: HostRegion | None = None,
+    ) -> None:
         self.address = config.address
         self.welcome: Welcome | None = None
         self.waiting_bytes = 0
@@ -119,6 +128,7 @@ class Connection:
         self._config = config
         self._fingerprint = fingerprint
         self._token = token
+        self._region = region
         self._stream: Stream | None = None
         self._shared: SharedMemory | None = None
         self._queue: SimpleQueue[Call | None] = SimpleQueue()
@@ -217,6 +227,8 @@ class Connection:
             if call.stage in (Stage.SENDING, Stage.RECEIVING, Stage.ANSWERED):
                 return False
             call.abandoned, call.payload, call.into = True, (), ()
+            if call.op is Op.OFFER and self._shared is not None:
+                self._shared.staging.withdraw(call.number)
             if call.stage is Stage.QUEUED:
                 self._pending.pop(call.number, None)
             return True
@@ -247,6 +259,8 @@ class Connection:
             stream, self._stream = self._stream, None
             shared, self._shared = self._shared, None
             ended, error = self._ended, self._error
+            if shared is not None:  # the server may be copying still
+                shared.staging.withdraw_all()
         if stream is not None:
             stream.close()
         if shared is not None:
@@ -319,22 +333,38 @@ class Connection:
             if call.abandoned:
                 return
             call.stage = Stage.SENDING
-        op, shared = call.op, self._shared
-        sizes = [view.nbytes for view in call.payload]
-        if shared is not None and sum(sizes) + sum(call.capacities) >= _SHARED_FROM_BYTES:
-            op = {Op.LOAD: Op.BORROW, Op.STORE: Op.STAGE}.get(op, op)
-            call.op = op
-        payload = sum(sizes)
-        if op is Op.STAGE:
-            payload = 4 * sum(-(-size // PIECE_BYTES) for size in sizes)
+            shared = self._shared
+            if shared is not None:
+                self._choose_way(call, shared)
+            values = () if call.op is Op.OFFER else call.payload
+        payload = sum(view.nbytes for view in values)
+        if call.op is Op.STAGE:
+            payload = 4 * sum(-(-view.nbytes // PIECE_BYTES) for view in values)
         head = protocol.header(
-            op, call.number, count=call.count, meta=len(call.meta), payload=payload
+            call.op, call.number, count=call.count, meta=len(call.meta), payload=payload
         )
-        if op is Op.STAGE and shared is not None:
-            self._send([memoryview(head + call.meta)])
-            self._send_staged(call.payload, shared.staging)
+        message = memoryview(head + call.meta)
+        if call.op is Op.STAGE and shared is not None:
+            self._send([message])
+            self._send_staged(values, shared.staging)
         else:
-            self._send([memoryview(head + call.meta), *call.payload])
+            self._send([message, *values])
+
+    def _choose_way(self, call: Call, shared: SharedMemory) -> None:
+        """Let large values go through shared memory; with one copy where that is possible."""
+        nbytes = sum(call.capacities) + sum(view.nbytes for view in call.payload)
+        if nbytes < _SHARED_FROM_BYTES:
+            return
+        if call.op is Op.LOAD:
+            call.op = Op.BORROW
+        elif call.op is Op.STORE:
+            offsets = shared.offsets(call.payload)
+            if offsets is None:
+                call.op = Op.STAGE
+            else:
+                call.op = Op.OFFER
+                call.meta += protocol.numbers(offsets)
+                shared.staging.vouch(call.number)
 
     def _sent(self, call: Call) -> None:
         """The writer holds nothing of ``call`` any more."""
@@ -467,32 +497,44 @@ class Connection:
     def _share(self, stream: Plain) -> None:
         """Exchange shared memory with the server; without it, values go through the socket."""
         staging = Staging()
-        meta = protocol.share(STAGING_BYTES, PIECE_BYTES)
-        message = protocol.header(Op.SHARE, 0, meta=len(meta)) + meta
-        arena: ReadOnlyMapping | None = None
+        region = self._region
+        region_fd = None if region is None else open_for_reading(region)
+        if region_fd is None:
+            region = None
         try:
-            socket.send_fds(stream.sock, [message], [staging.fd])
-            head, fds, _, _ = socket.recv_fds(
-                stream.sock, HEADER_BYTES, 1, socket.MSG_WAITALL | socket.MSG_CMSG_CLOEXEC
-            )
-            try:
-                answer = protocol.parse_header(head.ljust(HEADER_BYTES, b"\0"))
-                if answer.status is not Status.OK:
-                    raise self._refusal(answer)
-                if answer.meta != 16 or len(fds) != 1:
-                    raise ProtocolError("SHARE wasn't answered with a descriptor")
-                data = memoryview(bytearray(16))
-                self._fill(data, time.monotonic() + self._config.connect_timeout_s)
-                nbytes, epoch_at = protocol.parse_shared(data)
-                arena = ReadOnlyMapping(fds[0], nbytes)
-            finally:
-                for fd in fds:
-                    os.close(fd)
+            size = 0 if region is None else region.nbytes
+            meta = protocol.share(STAGING_BYTES, PIECE_BYTES, size)
+            message = protocol.header(Op.SHARE, 0, meta=len(meta)) + meta
+            fds = [staging.fd] if region_fd is None else [staging.fd, region_fd]
+            socket.send_fds(stream.sock, [message], fds)
+            arena, epoch_at = self._shared_arena(stream)
         except BaseException:
             staging.close()
             raise
+        finally:
+            if region_fd is not None:
+                os.close(region_fd)
         with self._lock:
-            self._shared = SharedMemory(arena, epoch_at, staging)
+            self._shared = SharedMemory(arena, epoch_at, staging, region)
+
+    def _shared_arena(self, stream: Plain) -> tuple[ReadOnlyMapping, int]:
+        """What SHARE is answered with: the server's memory, and where our epoch is in it."""
+        head, fds, _, _ = socket.recv_fds(
+            stream.sock, HEADER_BYTES, 1, socket.MSG_WAITALL | socket.MSG_CMSG_CLOEXEC
+        )
+        try:
+            answer = protocol.parse_header(head.ljust(HEADER_BYTES, b"\0"))
+            if answer.status is not Status.OK:
+                raise self._refusal(answer)
+            if answer.meta != 16 or len(fds) != 1:
+                raise ProtocolError("SHARE wasn't answered with a descriptor")
+            data = memoryview(bytearray(16))
+            self._fill(data, time.monotonic() + self._config.connect_timeout_s)
+            nbytes, epoch_at = protocol.parse_shared(data)
+            return ReadOnlyMapping(fds[0], nbytes), epoch_at
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     # -- the reader's thread ---------------------------------------------------------------
 

@@ -28,11 +28,12 @@ payload.
     DELETE    names                          -         usage, u64 forgotten          -
     CLEAR     -                              -         usage, u64 forgotten          -
     USAGE     -                              -         usage                         -
-    SHARE     u64 bytes, u32 piece (+ fd)    -         u64 bytes, u64 offset (+ fd)  -
+    SHARE     see below (+ fds)              -         u64 bytes, u64 offset (+ fd)  -
     BORROW    as LOAD                        -         u64 epoch, sizes, extents     -
     RETURN    u64 number of a BORROW         -         there is none                 -
     STAGE     as STORE                       pieces    as STORE                      -
     ACK       never                          -         u32 slot; see STAGE           -
+    OFFER     as STORE, count x u64 offsets  -         as STORE                      -
 
     names     count x u8 lengths, then the keys one after the other
     usage     u64 values, u64 bytes of the namespace
@@ -49,14 +50,24 @@ connection. Its first two bytes are the version in every version to come:
 understood here. The last field is the path of a Unix socket where the same server answers; empty:
 there is none.
 
-**Shared memory**, on Unix sockets only. SHARE carries a file descriptor each way (SCM_RIGHTS): the
-client's staging memory, cut into slots of ``piece`` bytes, and the server's arena, which the client
-can map for reading only. BORROW answers where values lie in the arena. They stay there until the
-client sends RETURN, or the server has lost patience with it and has changed the u64 at ``offset``
-of the arena. So a client compares that number with ``epoch`` after it copied; if they differ, it
-read nothing. STAGE is a STORE whose values come through the staging memory: its payload is one u32
-for each piece, the slot that holds it, a value's last piece being shorter. ACK, with the number of
-the STAGE, says that a slot may be used again.
+**Shared memory**, on Unix sockets only. SHARE carries file descriptors (SCM_RIGHTS): the client's
+staging memory and, if it has one, the region that its values lie in; back comes the server's arena.
+Arena and region are mapped for reading only.
+
+    request   u64 bytes of staging memory, u32 piece, u64 bytes of the region, 0: there is none
+
+BORROW answers where values lie in the arena. They stay there until the client sends RETURN, or the
+server has lost patience with it and has changed the u64 at ``offset`` of the arena. So a client
+compares that number with ``epoch`` after it copied; if they differ, it read nothing.
+
+OFFER is the same the other way round: a STORE that says where values lie in the region. The staging
+memory consists of slots of ``piece`` bytes and, behind the last whole one, of an array of u64. At
+an OFFER's number modulo the array's length stands that number for as long as the values don't
+change. So a server looks there after it copied; if another number stands there, it got nothing.
+
+STAGE is a STORE of values that lie anywhere: its payload is one u32 for each piece, the slot that
+holds it, a value's last piece being shorter. ACK, with the number of the STAGE, says that a slot
+may be used again.
 """
 
 from __future__ import annotations
@@ -83,7 +94,8 @@ MAX_PATH_BYTES = 256
 MAX_MESSAGE_BYTES = 1024
 MAX_EXTENTS = 64
 """In so many parts a value may lie in the arena."""
-MAX_META_BYTES = MAX_KEYS * (1 + MAX_KEY_BYTES + 8)
+MAX_REGION_BYTES = 1 << 46
+MAX_META_BYTES = MAX_KEYS * (1 + MAX_KEY_BYTES + 16)
 MAX_HELLO_BYTES = 2048
 
 SHARES_MEMORY = 1
@@ -116,6 +128,7 @@ class Op(IntEnum):
     RETURN = 11
     STAGE = 12
     ACK = 13
+    OFFER = 14
 
 
 class Status(IntEnum):
@@ -309,6 +322,20 @@ def parse_usage(data: memoryview) -> tuple[tuple[int, int], memoryview]:
     return (values, nbytes), data[_USAGE.size :]
 
 
+def parse_offers(data: memoryview, count: int, bound: int) -> tuple[list[int], list[int]]:
+    """Sizes and offsets of ``count`` values, all of them below ``bound``.
+
+    Raises:
+        ProtocolError: one lies outside.
+    """
+    found = parse_numbers(data, 2 * count)
+    sizes, offsets = list(found[:count]), list(found[count:])
+    for size, offset in zip(sizes, offsets, strict=True):
+        if offset + size > bound:
+            raise ProtocolError(f"{size} bytes at {offset} of a region of {bound} bytes")
+    return sizes, offsets
+
+
 def parse_sizes(data: memoryview, capacities: Sequence[int]) -> tuple[tuple[int, ...], int]:
     """What a load answered for buffers of ``capacities`` bytes, and the bytes of all values.
 
@@ -360,27 +387,29 @@ def parse_extents(data: memoryview, sizes: Sequence[int], bound: int) -> list[li
     return found
 
 
-_SHARE = struct.Struct("<QI")
+_SHARE = struct.Struct("<QIQ")
 _SHARED = struct.Struct("<QQ")
 
 
-def share(nbytes: int, piece: int) -> bytes:
-    """Announce staging memory."""
-    return _SHARE.pack(nbytes, piece)
+def share(nbytes: int, piece: int, region: int) -> bytes:
+    """Announce staging memory, and a region of so many bytes."""
+    return _SHARE.pack(nbytes, piece, region)
 
 
-def parse_share(data: memoryview) -> tuple[int, int]:
-    """Bytes of staging memory, and of a slot in it.
+def parse_share(data: memoryview) -> tuple[int, int, int]:
+    """Bytes of staging memory, of a slot in it, and of the region.
 
     Raises:
-        ProtocolError: there isn't a single slot.
+        ProtocolError: there isn't a single slot, or the region is longer than any can be.
     """
     if len(data) != _SHARE.size:
         raise ProtocolError(f"{len(data)} bytes don't announce staging memory")
-    nbytes, piece = _SHARE.unpack(data)
+    nbytes, piece, region = _SHARE.unpack(data)
     if not 0 < piece <= nbytes <= 1 << 32:
         raise ProtocolError(f"slots of {piece} bytes in {nbytes} bytes of staging memory")
-    return nbytes, piece
+    if region > MAX_REGION_BYTES:
+        raise ProtocolError(f"a region of {region} bytes; at most {MAX_REGION_BYTES} are allowed")
+    return nbytes, piece, region
 
 
 def shared(nbytes: int, offset: int) -> bytes:

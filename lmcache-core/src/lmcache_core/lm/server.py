@@ -27,7 +27,8 @@ from lmcache_core.host_memory import available_bytes
 from lmcache_core.lm.arena import LEASE_BYTES, Arena
 from lmcache_core.lm.disk import Disk
 from lmcache_core.lm.http import MetricsServer
-from lmcache_core.lm.session import SCRATCH_BYTES, Leases, Service, Session
+from lmcache_core.lm.service import Leases, Service
+from lmcache_core.lm.session import SCRATCH_BYTES, Session
 from lmcache_core.lm.values import Values
 from lmcache_core.lm.wire import Wire
 from lmcache_core.metrics import Counters
@@ -60,7 +61,7 @@ class ServerOptions:
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None
     threads: int = 0
-    """0: one for each CPU, at most 4."""
+    """0: two for each CPU, at most 8: the system spreads busy sessions better than we can."""
     max_connections: int = 4096
     stall_s: float = 30.0
 
@@ -108,7 +109,7 @@ class Server:
         """Serve until SIGTERM or SIGINT."""
         options = self._options
         self._open_unix()
-        count = options.threads or min(4, len(os.sched_getaffinity(0)))
+        count = _threads(options)
         self._workers = [_Worker(self.service, index) for index in range(count)]
         if options.metrics_port is not None:
             self._metrics = MetricsServer(
@@ -395,6 +396,10 @@ def _listen_unix(path: Path) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _threads(options: ServerOptions) -> int:
+    return options.threads or min(8, 2 * len(os.sched_getaffinity(0)))
 
 
 def _is_loopback(address: str) -> bool:

@@ -9,21 +9,17 @@ client waits. Knows nothing about listening, nor about other sessions.
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import fcntl
 import hmac
 import logging
-import mmap
 import os
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lmcache_core.keys import ChunkKey
 from lmcache_core.lm import protocol
-from lmcache_core.lm.arena import Arena
+from lmcache_core.lm.intake import Intake
 from lmcache_core.lm.protocol import (
     HEADER_BYTES,
     MAX_HELLO_BYTES,
@@ -35,10 +31,9 @@ from lmcache_core.lm.protocol import (
     Status,
     Welcome,
 )
-from lmcache_core.lm.values import Value, Values
+from lmcache_core.lm.service import Service
+from lmcache_core.lm.values import Value
 from lmcache_core.lm.wire import Wire
-from lmcache_core.metrics import Counters
-from lmcache_core.storage import StoreOutcome
 
 if TYPE_CHECKING:
     from lmcache_core.lm.disk import Disk
@@ -48,82 +43,6 @@ logger = logging.getLogger(__name__)
 SCRATCH_BYTES = 256 << 10
 HELLO_S = 10.0
 MAX_BORROWS = 64
-_CODES = {
-    StoreOutcome.STORED: 0,
-    StoreOutcome.ALREADY_PRESENT: 1,
-    StoreOutcome.NOT_ADMITTED: 2,
-}
-
-
-class Leases:
-    """The numbers at the arena's beginning: one for each client that reads the arena itself."""
-
-    def __init__(self, arena: Arena, nbytes: int) -> None:
-        self._numbers = arena.view[:nbytes].cast("Q")
-        self._free = list(range(len(self._numbers)))
-
-    def take(self) -> int | None:
-        """An index, or ``None`` if all are in use."""
-        return self._free.pop() if self._free else None
-
-    def give_back(self, index: int) -> None:
-        """The client is gone; its number is changed, should it still be reading."""
-        self.revoke(index)
-        self._free.append(index)
-
-    def epoch(self, index: int) -> int:
-        """The number now."""
-        return self._numbers[index]
-
-    def revoke(self, index: int) -> None:
-        """Tell the client that what it is reading doesn't count."""
-        self._numbers[index] += 1
-
-    def close(self) -> None:
-        """Let go of the arena."""
-        self._numbers.release()
-
-
-@dataclass
-class Service:
-    """What all sessions of a server share."""
-
-    arena: Arena
-    values: Values
-    counters: Counters
-    leases: Leases
-    instance: bytes
-    token: bytes = b""
-    max_value_bytes: int = 0
-    unix_path: str = ""
-    stall_s: float = 30.0
-    disk: Disk | None = None
-    log_times: dict[str, float] = field(default_factory=dict)
-
-    def log(self, kind: str, text: str, *arguments: object) -> None:
-        """One line for each ``kind`` in half a minute: peers must not fill a disk with lines."""
-        now = time.monotonic()
-        if now - self.log_times.get(kind, now - 31.0) > 30.0:
-            self.log_times[kind] = now
-            logger.warning(text, *arguments)
-
-
-class Staged:
-    """A client's staging memory, mapped here."""
-
-    def __init__(self, fd: int, nbytes: int, piece: int) -> None:
-        if os.fstat(fd).st_size < nbytes:
-            raise ProtocolError("the staging memory is smaller than announced")
-        if not _is_sealed(fd):
-            raise ProtocolError("the staging memory can still shrink; it must be sealed")
-        self.piece = piece
-        self.slots = nbytes // piece
-        self._map = mmap.mmap(fd, nbytes)
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-
-    def copy(self, slot: int, offset: int, target: int, nbytes: int) -> None:
-        """Copy from ``offset`` of a slot to an address, without the interpreter's lock."""
-        ctypes.memmove(target, self._address + slot * self.piece + offset, nbytes)
 
 
 class Session:
@@ -137,7 +56,7 @@ class Session:
         self._service = service
         self._scratch = scratch
         self._space = ""
-        self._staged: Staged | None = None
+        self._intake = Intake(service, wire, scratch)
         self._lease: int | None = None
         self._borrowed: dict[int, tuple[float, list[Value | None]]] = {}
         self._head = memoryview(bytearray(HEADER_BYTES))
@@ -212,7 +131,7 @@ class Session:
         try:
             await asyncio.wait_for(self.wire.write([head, text]), 1.0)
             # A close with unread bytes would be a reset, and the client would never read why.
-            await asyncio.wait_for(self._drain(64 << 20), 1.0)
+            await asyncio.wait_for(self.wire.drain(64 << 20, self._scratch), 1.0)
         except (OSError, EOFError, asyncio.TimeoutError, TimeoutError):
             pass
 
@@ -221,7 +140,7 @@ class Session:
         if self._lease is not None:
             self._service.leases.give_back(self._lease)
             self._lease = None
-        self._staged = None
+        self._intake.close()
 
     def _revoke(self) -> None:
         if self._lease is not None and self._borrowed:
@@ -248,8 +167,8 @@ class Session:
                 await self._about_keys(header, keys)
             case Op.LOAD | Op.BORROW:
                 await self._load(header, *self._parsed(header, meta))
-            case Op.STORE | Op.STAGE:
-                await self._store(header, *self._parsed(header, meta))
+            case Op.STORE | Op.STAGE | Op.OFFER:
+                await self._store(header, meta)
             case Op.CLEAR:
                 await self._answer(header, self._usage(), protocol.number(await self._clear()))
             case Op.USAGE:
@@ -355,90 +274,17 @@ class Session:
 
     # -- values in -------------------------------------------------------------------------
 
-    async def _store(self, header: Header, keys: list[ChunkKey], sizes: tuple[int, ...]) -> None:
-        service = self._service
-        staged = self._staged
-        expected = sum(sizes)
-        if header.op is Op.STAGE:
-            if staged is None:
-                raise ProtocolError("STAGE without SHARE")
-            expected = 4 * sum(-(-size // staged.piece) for size in sizes)
-        if header.payload != expected:
-            raise ProtocolError(f"{header.payload} bytes of values, {expected} are announced")
-        outcomes = bytearray()
-        stored: list[ChunkKey] = []
-        for key, size in zip(keys, sizes, strict=True):
-            outcome = await self._store_one(header, key, size)
-            if outcome is StoreOutcome.STORED:
-                stored.append(key)
-                service.counters.add("server_store_bytes", size)
-            service.counters.add("server_stores", outcome=outcome.name.lower())
-            outcomes.append(_CODES[outcome])
-        if service.disk is not None and stored:
-            service.disk.write_behind(self._space, stored)
-        await self._answer(header, self._usage(), bytes(outcomes))
-
-    async def _store_one(self, header: Header, key: ChunkKey, size: int) -> StoreOutcome:
-        values = self._service.values
-        value: Value | StoreOutcome = StoreOutcome.NOT_ADMITTED
-        if size <= self._service.max_value_bytes:
-            value = values.reserve(self._space, key, size)
-        if header.op is Op.STAGE:
-            receive = self._receive_staged(header, size, value)
-        else:
-            receive = self._receive(size, value)
-        if not isinstance(value, Value):
-            await receive
-            return value
-        try:
-            await receive
-        except BaseException:
-            values.release([value])
-            raise
-        return values.commit(value)
-
-    async def _receive(self, size: int, value: Value | StoreOutcome) -> None:
-        if not isinstance(value, Value):
-            await self._drain(size)
-            return
-        for view in self._service.arena.views(value.parts, size):
-            await self.wire.read(view)
-
-    async def _receive_staged(self, header: Header, size: int, value: Value | StoreOutcome) -> None:
-        staged = self._staged
-        if staged is None:
-            raise ProtocolError("STAGE without SHARE")
-        data = memoryview(bytearray(4))
-        head = protocol.header(Op.ACK, header.request, meta=4)
-        parts = value.extents() if isinstance(value, Value) else []
-        target = _Target(self._service.arena, parts)
-        for start in range(0, size, staged.piece):
-            await self.wire.read(data)
-            slot = protocol.parse_slot(data, staged.slots)
-            length = min(staged.piece, size - start)
-            if parts:
-                target.take(staged, slot, length)
-            await self.wire.write([head + data])
-
-    async def _drain(self, nbytes: int) -> None:
-        while nbytes > 0:
-            length = min(nbytes, len(self._scratch))
-            await self.wire.read(self._scratch[:length])
-            nbytes -= length
-
-    # -- shared memory ---------------------------------------------------------------------
+    async def _store(self, header: Header, meta: memoryview) -> None:
+        outcomes = await self._intake.store(self._space, header, meta)
+        await self._answer(header, self._usage(), outcomes)
 
     async def _share(self, header: Header, meta: memoryview) -> None:
         service = self._service
-        nbytes, piece = protocol.parse_share(meta)
         fds, self.wire.received_fds = self.wire.received_fds, []
         try:
-            if len(fds) != 1 or self._staged is not None or service.arena.reader is None:
-                raise ProtocolError("SHARE comes once, with a descriptor, on a Unix socket")
-            try:
-                self._staged = Staged(fds[0], nbytes, piece)
-            except OSError as error:
-                raise ProtocolError(f"the staging memory can't be mapped: {error}") from error
+            if service.arena.reader is None:
+                raise ProtocolError("the memory of this server can't be shared")
+            self._intake.share(meta, fds)
         finally:
             for fd in fds:
                 os.close(fd)
@@ -466,31 +312,3 @@ class Session:
             payload=sum(view.nbytes for view in payload),
         )
         await self.wire.write([head + joined, *payload])
-
-
-class _Target:
-    """Where the next staged piece of a value goes: parts of the arena, one after the other."""
-
-    def __init__(self, arena: Arena, parts: list[protocol.Extent]) -> None:
-        self._arena = arena
-        self._parts = list(reversed(parts))
-
-    def take(self, staged: Staged, slot: int, length: int) -> None:
-        """Copy the first ``length`` bytes of ``slot`` to the next place."""
-        offset = 0
-        while length:
-            start, room = self._parts.pop()
-            some = min(room, length)
-            staged.copy(slot, offset, self._arena.address + start, some)
-            if some < room:
-                self._parts.append((start + some, room - some))
-            offset += some
-            length -= some
-
-
-def _is_sealed(fd: int) -> bool:
-    """Whether nobody can shrink this memory: reading behind its end would end the server."""
-    try:
-        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
-    except OSError:
-        return False

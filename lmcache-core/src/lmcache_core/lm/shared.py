@@ -1,6 +1,6 @@
-"""The client's side of shared memory: the server's arena, and staging memory for stores.
+"""The client's side of shared memory: the server's arena, staging memory, and our own region.
 
-Knows mappings and slots. Knows nothing about messages.
+Knows mappings, slots and vouchers. Knows nothing about messages.
 """
 
 from __future__ import annotations
@@ -10,55 +10,25 @@ import ctypes
 import fcntl
 import mmap
 import os
+from collections.abc import Sequence
 from queue import SimpleQueue
 
-from lmcache_core.lm.protocol import Extent
+from lmcache_core.lm.mapping import ReadOnlyMapping, address_of
+from lmcache_core.storage import HostRegion
 
 PIECE_BYTES = 1 << 20
 """Small enough to be in the second-level cache still when the server copies it on."""
-STAGING_BYTES = 8 << 20
-_FAILED = ctypes.c_void_p(-1).value
-
-
-class ReadOnlyMapping:
-    """``nbytes`` of a file, mapped for reading. Python's own mmap hides its address if read-only.
-
-    Raises:
-        OSError: it can't be mapped.
-    """
-
-    def __init__(self, fd: int, nbytes: int) -> None:
-        if os.fstat(fd).st_size < nbytes:  # reading behind the end would be SIGBUS
-            raise OSError(f"the shared memory has less than {nbytes} bytes")
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.mmap.restype = ctypes.c_void_p
-        arguments = (None, ctypes.c_size_t(nbytes), mmap.PROT_READ, mmap.MAP_SHARED, fd)
-        address = libc.mmap(*arguments, ctypes.c_long(0))
-        if address is None or address == _FAILED:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-        self.address: int = address
-        self.nbytes = nbytes
-        self._libc = libc
-
-    def number(self, offset: int) -> int:
-        """The u64 at ``offset``, as it is now."""
-        return int(ctypes.c_uint64.from_address(self.address + offset).value)
-
-    def copy(self, parts: list[Extent], into: memoryview) -> None:
-        """Copy ``parts`` to the start of ``into``, without the interpreter's lock."""
-        target = ctypes.addressof(ctypes.c_char.from_buffer(into))
-        for start, length in parts:
-            ctypes.memmove(target, self.address + start, length)
-            target += length
-
-    def close(self) -> None:
-        """Unmap; nobody may be reading."""
-        self._libc.munmap(ctypes.c_void_p(self.address), ctypes.c_size_t(self.nbytes))
+_SLOTS = 8
+_VOUCHERS = 512
+STAGING_BYTES = _SLOTS * PIECE_BYTES + 8 * _VOUCHERS
 
 
 class Staging:
-    """Memory that the server reads stores from, cut into slots of `PIECE_BYTES`."""
+    """Memory of ours that the server maps: slots of `PIECE_BYTES`, and vouchers behind them.
+
+    A voucher is the number of an OFFER for as long as the offered buffers don't change. Two numbers
+    that share a place can only cost the earlier one its store.
+    """
 
     def __init__(self) -> None:
         self.fd = os.memfd_create("lmcache-staging", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -68,7 +38,8 @@ class Staging:
         self._map = mmap.mmap(self.fd, STAGING_BYTES)
         self._view = memoryview(self._map)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        self.slots = STAGING_BYTES // PIECE_BYTES
+        self._vouchers = self._view[_SLOTS * PIECE_BYTES :].cast("Q")
+        self.slots = _SLOTS
         self.free: SimpleQueue[int | None] = SimpleQueue()
         for index in range(self.slots):
             self.free.put(index)
@@ -79,26 +50,68 @@ class Staging:
         if piece.readonly:
             self._view[start : start + piece.nbytes] = piece
         else:
-            source = ctypes.addressof(ctypes.c_char.from_buffer(piece))
-            ctypes.memmove(self._address + start, source, piece.nbytes)
+            ctypes.memmove(self._address + start, address_of(piece), piece.nbytes)
+
+    def vouch(self, number: int) -> None:
+        """From now on the buffers of this OFFER stay as they are."""
+        self._vouchers[number % _VOUCHERS] = number
+
+    def withdraw(self, number: int) -> None:
+        """They may change from now on. Before the server read this, it doesn't keep a copy."""
+        if self._vouchers[number % _VOUCHERS] == number:
+            self._vouchers[number % _VOUCHERS] = 0
+
+    def withdraw_all(self) -> None:
+        """The same for every OFFER."""
+        for index in range(_VOUCHERS):
+            self._vouchers[index] = 0
 
     def close(self) -> None:
         """Give the memory back; nobody may be writing."""
         os.close(self.fd)
+        self._vouchers.release()
         self._view.release()
         with contextlib.suppress(BufferError):
             self._map.close()
 
 
 class SharedMemory:
-    """Both, of one connection."""
+    """What a connection shares. ``region``: ours, which the server maps for reading, if any."""
 
-    def __init__(self, arena: ReadOnlyMapping, epoch_at: int, staging: Staging) -> None:
+    def __init__(
+        self, arena: ReadOnlyMapping, epoch_at: int, staging: Staging, region: HostRegion | None
+    ) -> None:
         self.arena = arena
         self.epoch_at = epoch_at
         self.staging = staging
+        self._region = region
+
+    def offsets(self, values: Sequence[memoryview]) -> list[int] | None:
+        """Where ``values`` lie in the region; ``None`` unless all of them do."""
+        region = self._region
+        if region is None:
+            return None
+        found: list[int] = []
+        for view in values:
+            if view.readonly or not view.nbytes:
+                return None
+            offset = address_of(view) - region.address
+            if not 0 <= offset <= region.nbytes - view.nbytes:
+                return None
+            found.append(offset)
+        return found
 
     def close(self) -> None:
-        """Unmap both."""
+        """Unmap what is the connection's own."""
         self.arena.close()
         self.staging.close()
+
+
+def open_for_reading(region: HostRegion) -> int | None:
+    """A descriptor that others can map ``region`` by, but not write it; ``None``: there is none."""
+    if region.fd is None:
+        return None
+    try:
+        return os.open(f"/proc/self/fd/{region.fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # no /proc
+        return None

@@ -77,11 +77,26 @@ class Wire:
             if not got:
                 raise EOFError
             at += got
-            self._moved += got
-            self._since_turn += got
-            if self._since_turn >= _YIELD_BYTES:
-                self._since_turn = 0
-                await asyncio.sleep(0)  # a fast peer may never let the socket run dry
+            await self.took(got)  # a fast peer may never let the socket run dry
+
+    async def drain(self, nbytes: int, scratch: memoryview) -> None:
+        """Read ``nbytes`` that nobody wants.
+
+        Raises:
+            EOFError, OSError: as `read`.
+        """
+        while nbytes > 0:
+            length = min(nbytes, len(scratch))
+            await self.read(scratch[:length])
+            nbytes -= length
+
+    async def took(self, nbytes: int) -> None:
+        """So many bytes came on another way; after some, others have their turn."""
+        self._moved += nbytes
+        self._since_turn += nbytes
+        if self._since_turn >= _YIELD_BYTES:
+            self._since_turn = 0
+            await asyncio.sleep(0)
 
     async def read_first(self, view: memoryview) -> None:
         """Fill ``view``, waiting for its first byte as long as it takes; keeps descriptors.

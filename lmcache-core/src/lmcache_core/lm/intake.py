@@ -1,0 +1,244 @@
+"""Values on their way into the arena, of one connection: by socket, staging memory, or region.
+
+What a client announces is checked before memory is taken for it; nobody sees a value before all of
+it is there, and what came too late or not at all gives its memory back. Knows nothing about
+answers, nor about values on their way out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections import Counter
+from collections.abc import Sequence
+
+from lmcache_core.keys import ChunkKey
+from lmcache_core.lm import protocol
+from lmcache_core.lm.arena import Arena
+from lmcache_core.lm.mapping import ReadOnlyMapping, is_sealed
+from lmcache_core.lm.protocol import Header, Op, ProtocolError
+from lmcache_core.lm.service import Service
+from lmcache_core.lm.values import Value
+from lmcache_core.lm.wire import Wire
+from lmcache_core.storage import StoreOutcome
+
+_CODES = {
+    StoreOutcome.STORED: 0,
+    StoreOutcome.ALREADY_PRESENT: 1,
+    StoreOutcome.NOT_ADMITTED: 2,
+}
+_TURN_BYTES = 4 << 20
+"""After so many bytes of an OFFER, other clients of the same thread have their turn."""
+
+
+class Intake:
+    """Takes what STORE, STAGE and OFFER bring."""
+
+    def __init__(self, service: Service, wire: Wire, scratch: memoryview) -> None:
+        self._service = service
+        self._wire = wire
+        self._scratch = scratch
+        self._staged: Staged | None = None
+        self._region: ReadOnlyMapping | None = None
+
+    def share(self, meta: memoryview, fds: Sequence[int]) -> None:
+        """Map what the client shares; whoever calls closes ``fds``.
+
+        Raises:
+            ProtocolError: it isn't what was announced, or can't be mapped.
+        """
+        nbytes, piece, region = protocol.parse_share(meta)
+        if self._staged is not None or len(fds) != (2 if region else 1):
+            raise ProtocolError("SHARE comes once, with its descriptors, on a Unix socket")
+        if not all(map(is_sealed, fds)):
+            raise ProtocolError("the shared memory can still shrink; it must be sealed")
+        try:
+            self._staged = Staged(fds[0], nbytes, piece)
+            if region:
+                self._region = self._service.regions.attach(fds[1], region)
+        except OSError as error:
+            raise ProtocolError(f"the shared memory can't be mapped: {error}") from error
+
+    def close(self) -> None:
+        """Let go of the client's memory. No call may be under way."""
+        self._staged = None
+        if self._region is not None:
+            self._service.regions.detach(self._region)
+            self._region = None
+
+    async def store(self, space: str, header: Header, meta: memoryview) -> bytes:
+        """Take the values of one message; the answer is an outcome for each.
+
+        Raises:
+            ProtocolError, EOFError, OSError: nothing of an unfinished value stays.
+        """
+        service = self._service
+        keys, rest = protocol.parse_names(meta, header.keys)
+        if header.op is Op.OFFER:
+            sizes, outcomes = await self._take_offers(space, header, keys, rest)
+        else:
+            sizes, outcomes = await self._take_values(space, header, keys, rest)
+        stored: list[ChunkKey] = []
+        nbytes = 0
+        for key, size, outcome in zip(keys, sizes, outcomes, strict=True):
+            if outcome is StoreOutcome.STORED:
+                stored.append(key)
+                nbytes += size
+        if stored:
+            service.counters.add("server_store_bytes", nbytes)
+            if service.disk is not None:
+                service.disk.write_behind(space, stored)
+        for outcome, count in Counter(outcomes).items():
+            service.counters.add("server_stores", count, outcome=outcome.name.lower())
+        return bytes([_CODES[outcome] for outcome in outcomes])
+
+    def _reserve(self, space: str, key: ChunkKey, size: int) -> Value | StoreOutcome:
+        if size > self._service.max_value_bytes:
+            return StoreOutcome.NOT_ADMITTED
+        return self._service.values.reserve(space, key, size)
+
+    # -- from the region -------------------------------------------------------------------
+
+    async def _take_offers(
+        self, space: str, header: Header, keys: list[ChunkKey], rest: memoryview
+    ) -> tuple[Sequence[int], list[StoreOutcome]]:
+        region, staged = self._region, self._staged
+        if region is None or staged is None or header.payload:
+            raise ProtocolError("OFFER without a region in SHARE, or with values")
+        sizes, offsets = protocol.parse_offers(rest, header.keys, region.nbytes)
+        values = self._service.values
+        outcomes: list[StoreOutcome] = []
+        for key, size, offset in zip(keys, sizes, offsets, strict=True):
+            value = self._reserve(space, key, size)
+            if not isinstance(value, Value):
+                outcomes.append(value)
+                continue
+            try:
+                await self._copy(region.address + offset, value)
+                vouched = staged.vouches_for(header.request)
+            except BaseException:
+                values.release([value])
+                raise
+            if vouched:
+                outcomes.append(values.commit(value))
+            else:
+                values.release([value])
+                outcomes.append(StoreOutcome.NOT_ADMITTED)
+        return sizes, outcomes
+
+    async def _copy(self, source: int, value: Value) -> None:
+        """Fill ``value`` from an address, without the interpreter's lock, others having turns."""
+        for start, length in value.extents():
+            for at in range(0, length, _TURN_BYTES):
+                some = min(_TURN_BYTES, length - at)
+                ctypes.memmove(self._service.arena.address + start + at, source, some)
+                source += some
+                await self._wire.took(some)
+
+    # -- from the socket and from staging memory -------------------------------------------
+
+    async def _take_values(
+        self, space: str, header: Header, keys: list[ChunkKey], rest: memoryview
+    ) -> tuple[Sequence[int], list[StoreOutcome]]:
+        sizes = protocol.parse_numbers(rest, header.keys)
+        expected = sum(sizes)
+        if header.op is Op.STAGE:
+            if self._staged is None:
+                raise ProtocolError("STAGE without SHARE")
+            expected = 4 * sum(-(-size // self._staged.piece) for size in sizes)
+        if header.payload != expected:
+            raise ProtocolError(f"{header.payload} bytes of values, {expected} are announced")
+        outcomes = [
+            await self._take_one(space, header, key, size)
+            for key, size in zip(keys, sizes, strict=True)
+        ]
+        return sizes, outcomes
+
+    async def _take_one(self, space: str, header: Header, key: ChunkKey, size: int) -> StoreOutcome:
+        value = self._reserve(space, key, size)
+        if header.op is Op.STAGE:
+            receive = self._receive_staged(header, size, value)
+        else:
+            receive = self._receive(size, value)
+        if not isinstance(value, Value):
+            await receive
+            return value
+        try:
+            await receive
+        except BaseException:
+            self._service.values.release([value])
+            raise
+        return self._service.values.commit(value)
+
+    async def _receive(self, size: int, value: Value | StoreOutcome) -> None:
+        if not isinstance(value, Value):
+            await self._wire.drain(size, self._scratch)
+            return
+        for view in self._service.arena.views(value.parts, size):
+            await self._wire.read(view)
+
+    async def _receive_staged(self, header: Header, size: int, value: Value | StoreOutcome) -> None:
+        staged = self._staged
+        if staged is None:
+            raise ProtocolError("STAGE without SHARE")
+        data = memoryview(bytearray(4))
+        head = protocol.header(Op.ACK, header.request, meta=4)
+        parts = value.extents() if isinstance(value, Value) else []
+        target = _Target(self._service.arena, parts)
+        for start in range(0, size, staged.piece):
+            await self._wire.read(data)
+            slot = protocol.parse_slot(data, staged.slots)
+            length = min(staged.piece, size - start)
+            if parts:
+                target.take(staged, slot, length)
+            await self._wire.write([head + data])
+
+
+class Staged:
+    """A client's staging memory, mapped here.
+
+    Raises:
+        ProtocolError: it is smaller than announced.
+        OSError: it can't be mapped.
+    """
+
+    def __init__(self, fd: int, nbytes: int, piece: int) -> None:
+        if os.fstat(fd).st_size < nbytes:
+            raise ProtocolError("the staging memory is smaller than announced")
+        self.piece = piece
+        self.slots = nbytes // piece
+        self._map = mmap.mmap(fd, nbytes)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._vouchers = nbytes % piece // 8
+
+    def copy(self, slot: int, offset: int, target: int, nbytes: int) -> None:
+        """Copy from ``offset`` of a slot to an address, without the interpreter's lock."""
+        ctypes.memmove(target, self._address + slot * self.piece + offset, nbytes)
+
+    def vouches_for(self, request: int) -> bool:
+        """Whether the client says that what this OFFER points to hasn't changed."""
+        if not self._vouchers:
+            return False
+        at = self.slots * self.piece + request % self._vouchers * 8
+        return bool(ctypes.c_uint64.from_address(self._address + at).value == request)
+
+
+class _Target:
+    """Where the next staged piece of a value goes: parts of the arena, one after the other."""
+
+    def __init__(self, arena: Arena, parts: list[protocol.Extent]) -> None:
+        self._arena = arena
+        self._parts = list(reversed(parts))
+
+    def take(self, staged: Staged, slot: int, length: int) -> None:
+        """Copy the first ``length`` bytes of ``slot`` to the next place."""
+        offset = 0
+        while length:
+            start, room = self._parts.pop()
+            some = min(room, length)
+            staged.copy(slot, offset, self._arena.address + start, some)
+            if some < room:
+                self._parts.append((start + some, room - some))
+            offset += some
+            length -= some

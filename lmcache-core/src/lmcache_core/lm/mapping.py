@@ -1,0 +1,65 @@
+"""Memory of another process, mapped for reading, and what to ask of it before.
+
+Knows descriptors, addresses and seals. Knows nothing about what lies there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+
+from lmcache_core.lm.protocol import Extent
+
+_FAILED = ctypes.c_void_p(-1).value
+
+
+class ReadOnlyMapping:
+    """``nbytes`` of a file, mapped for reading. Python's own mmap hides its address if read-only.
+
+    Raises:
+        OSError: it can't be mapped.
+    """
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        if os.fstat(fd).st_size < nbytes:  # reading behind the end would be SIGBUS
+            raise OSError(f"the shared memory has less than {nbytes} bytes")
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        arguments = (None, ctypes.c_size_t(nbytes), mmap.PROT_READ, mmap.MAP_SHARED, fd)
+        address = libc.mmap(*arguments, ctypes.c_long(0))
+        if address is None or address == _FAILED:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        self.address: int = address
+        self.nbytes = nbytes
+        self._libc = libc
+
+    def number(self, offset: int) -> int:
+        """The u64 at ``offset``, as it is now."""
+        return int(ctypes.c_uint64.from_address(self.address + offset).value)
+
+    def copy(self, parts: list[Extent], into: memoryview) -> None:
+        """Copy ``parts`` to the start of ``into``, without the interpreter's lock."""
+        target = address_of(into)
+        for start, length in parts:
+            ctypes.memmove(target, self.address + start, length)
+            target += length
+
+    def close(self) -> None:
+        """Unmap; nobody may be reading."""
+        self._libc.munmap(ctypes.c_void_p(self.address), ctypes.c_size_t(self.nbytes))
+
+
+def address_of(view: memoryview) -> int:
+    """Where a writable buffer of a byte or more starts."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
+def is_sealed(fd: int) -> bool:
+    """Whether nobody can shrink this memory: reading behind its end would end the process."""
+    try:
+        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:
+        return False
