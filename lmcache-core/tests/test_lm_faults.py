@@ -286,6 +286,43 @@ def test_a_server_that_says_nothing(run: Loop) -> None:
         open_backend(run, port=port, connect_timeout_s=0.3)
 
 
+@pytest.mark.parametrize(
+    ("answer", "ends", "expected", "said"),
+    [
+        (b"", True, BackendUnavailable, "closed the connection"),
+        (protocol.header(Op.SHARE, 0, meta=16)[:9], True, BackendUnavailable, "closed the connect"),
+        (b"", False, BackendTimeout, "no greeting came within"),
+    ],
+    ids=["nothing", "half a header", "silence"],
+)
+def test_a_server_that_ends_while_memory_is_shared(
+    run: Loop, tmp_path: Path, answer: bytes, ends: bool, expected: type[Exception], said: str
+) -> None:
+    """It is a server that was stopped at that moment, not one that refuses."""
+    path = tmp_path / "socket"
+    hello = greeting.welcome(greeting.Welcome(bytes(16), True, 1 << 30, (0, 0), ""))
+
+    def serve(listener: socket.socket) -> None:
+        with listener.accept()[0] as sock:
+            head = protocol.parse_header(sock.recv(HEADER_BYTES, socket.MSG_WAITALL))
+            sock.recv(head.meta, socket.MSG_WAITALL)
+            sock.sendall(protocol.header(Op.HELLO, 0, meta=len(hello)) + hello)
+            head = protocol.parse_header(sock.recv(HEADER_BYTES, socket.MSG_WAITALL))
+            sock.recv(head.meta, socket.MSG_WAITALL)
+            sock.sendall(answer)
+            while not ends and sock.recv(1):
+                pass
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        with pytest.raises(expected, match=said):
+            open_backend(run, path=path, connect_timeout_s=0.3)
+        thread.join()
+
+
 @pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server isn't installed")
 def test_redis_on_the_port(run: Loop) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:

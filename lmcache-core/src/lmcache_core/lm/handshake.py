@@ -149,19 +149,35 @@ class Handshake:
 
     def _arena(self, stream: Plain) -> tuple[ReadOnlyMapping, int]:
         """What SHARE is answered with: the server's memory, and where our epoch is in it."""
-        head, fds, _, _ = socket.recv_fds(
-            stream.sock, HEADER_BYTES, 1, socket.MSG_WAITALL | socket.MSG_CMSG_CLOEXEC
-        )
+        until = time.monotonic() + self._config.connect_timeout_s
+        start, fds = self._with_fds(stream, until)
         try:
-            answer = protocol.parse_header(head.ljust(HEADER_BYTES, b"\0"))
+            head = memoryview(bytearray(HEADER_BYTES))
+            head[: len(start)] = start
+            self._line.fill(head[len(start) :], until)
+            answer = protocol.parse_header(head)
             if answer.status is not Status.OK:
                 raise self._line.refusal(answer)
             if answer.meta != 16 or len(fds) != 1:
                 raise ProtocolError("SHARE wasn't answered with a descriptor")
             data = memoryview(bytearray(16))
-            self._line.fill(data, time.monotonic() + self._config.connect_timeout_s)
+            self._line.fill(data, until)
             nbytes, epoch_at = greeting.parse_shared(data)
             return ReadOnlyMapping(fds[0], nbytes), epoch_at
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def _with_fds(self, stream: Plain, until: float) -> tuple[bytes, list[int]]:
+        """The beginning of a header, with the descriptors that come with its first byte."""
+        while True:
+            try:
+                start, fds, _, _ = socket.recv_fds(
+                    stream.sock, HEADER_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                self._line.tick(until)
+                continue
+            if not start:
+                raise EOFError
+            return start, fds

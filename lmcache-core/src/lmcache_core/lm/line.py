@@ -77,13 +77,18 @@ class Line:
         """Measure silence from now on."""
         self._moved_at = time.monotonic()
 
-    def tick(self) -> None:
-        """Called when nothing moved for a while.
+    def tick(self, until: float | None = None) -> None:
+        """Called when nothing moved for a while; as part of a greeting ``until`` then.
 
         Raises:
-            BackendTimeout: for too long.
+            BackendTimeout: for too long, or ``until`` is over.
             EOFError: it was cut.
         """
+        if until is not None and time.monotonic() > until:
+            raise BackendTimeout(
+                f"{self.address}: connected, but no greeting came within "
+                f"{self._config.connect_timeout_s:g} s; is it an lmcache_server?"
+            ) from None
         if self._cut:
             raise EOFError  # not the error behind it: that would collect tracebacks
         quiet_s = time.monotonic() - self._moved_at
@@ -120,7 +125,7 @@ class Line:
 
         Raises:
             OSError, EOFError: the connection broke, ended, or was cut.
-            BackendTimeout: as `tick`, or ``until`` is over.
+            BackendTimeout: as `tick`.
         """
         stream = self._stream
         if stream is None:
@@ -130,12 +135,7 @@ class Line:
             try:
                 got = stream.recv_into(view[at:] if at else view)
             except BlockingIOError:
-                if until is not None and time.monotonic() > until:
-                    raise BackendTimeout(
-                        f"{self.address}: connected, but no greeting came within "
-                        f"{self._config.connect_timeout_s:g} s; is it an lmcache_server?"
-                    ) from None
-                self.tick()
+                self.tick(until)
                 continue
             if not got:
                 raise EOFError
