@@ -30,10 +30,10 @@ from lmcache_core import Cache, ConfigError, DType, KVLayout, Plugins, full_atte
 from lmcache_core.errors import BackendError, BackendRejected, BackendTimeout, BackendUnavailable
 from lmcache_core.host_memory import allocate_region
 from lmcache_core.keys import CacheNamespace
-from lmcache_core.lm import protocol
+from lmcache_core.lm import greeting, protocol
 from lmcache_core.lm.backend import LmBackend
+from lmcache_core.lm.call import Call, Stage
 from lmcache_core.lm.config import LmConfig
-from lmcache_core.lm.connection import Call, Stage
 from lmcache_core.lm.protocol import HEADER_BYTES, Op, Status
 from lmcache_core.storage import MISS, BackendContext, HostRegion, StoreOutcome
 from lmcache_core.testing.loop import Loop
@@ -286,6 +286,43 @@ def test_a_server_that_says_nothing(run: Loop) -> None:
         open_backend(run, port=port, connect_timeout_s=0.3)
 
 
+@pytest.mark.parametrize(
+    ("answer", "ends", "expected", "said"),
+    [
+        (b"", True, BackendUnavailable, "closed the connection"),
+        (protocol.header(Op.SHARE, 0, meta=16)[:9], True, BackendUnavailable, "closed the connect"),
+        (b"", False, BackendTimeout, "no greeting came within"),
+    ],
+    ids=["nothing", "half a header", "silence"],
+)
+def test_a_server_that_ends_while_memory_is_shared(
+    run: Loop, tmp_path: Path, answer: bytes, ends: bool, expected: type[Exception], said: str
+) -> None:
+    """It is a server that was stopped at that moment, not one that refuses."""
+    path = tmp_path / "socket"
+    hello = greeting.welcome(greeting.Welcome(bytes(16), True, 1 << 30, (0, 0), ""))
+
+    def serve(listener: socket.socket) -> None:
+        with listener.accept()[0] as sock:
+            head = protocol.parse_header(sock.recv(HEADER_BYTES, socket.MSG_WAITALL))
+            sock.recv(head.meta, socket.MSG_WAITALL)
+            sock.sendall(protocol.header(Op.HELLO, 0, meta=len(hello)) + hello)
+            head = protocol.parse_header(sock.recv(HEADER_BYTES, socket.MSG_WAITALL))
+            sock.recv(head.meta, socket.MSG_WAITALL)
+            sock.sendall(answer)
+            while not ends and sock.recv(1):
+                pass
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        with pytest.raises(expected, match=said):
+            open_backend(run, path=path, connect_timeout_s=0.3)
+        thread.join()
+
+
 @pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server isn't installed")
 def test_redis_on_the_port(run: Loop) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -312,8 +349,8 @@ def test_another_version_of_the_protocol(
     def later(fingerprint: str, token: bytes) -> bytes:
         return original(fingerprint, token, version=2)
 
-    original = protocol.hello
-    monkeypatch.setattr(protocol, "hello", later)
+    original = greeting.hello
+    monkeypatch.setattr(greeting, "hello", later)
     with pytest.raises(BackendRejected, match=r"speaks version 2 .* speaks version 1"):
         open_backend(run, port=server.port)
 
@@ -696,7 +733,7 @@ def shared_with(server: RunningServer, sealed: bool = True, region: int = 4096) 
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(20)
     sock.connect(str(server.unix))
-    hello = protocol.hello("0" * 16, b"")
+    hello = greeting.hello("0" * 16, b"")
     sock.sendall(protocol.header(Op.HELLO, 0, meta=len(hello)) + hello)
     assert answer(sock)[0].status is Status.OK
     fds = [os.memfd_create("test", os.MFD_ALLOW_SEALING) for _ in range(2)]
@@ -704,7 +741,7 @@ def shared_with(server: RunningServer, sealed: bool = True, region: int = 4096) 
         os.ftruncate(fd, 8192)
         if sealed:
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    meta = protocol.share(8192, 4096, region)
+    meta = greeting.share(8192, 4096, region)
     head = protocol.header(Op.SHARE, 0, meta=len(meta))
     socket.send_fds(sock, [head + meta], fds)
     for fd in fds:
@@ -764,7 +801,7 @@ def connect(server: RunningServer, namespace: str = "0" * 16) -> socket.socket:
     """A connection on which hello was said."""
     sock = socket.create_connection(("127.0.0.1", server.port))
     sock.settimeout(20)
-    hello = protocol.hello(namespace, b"")
+    hello = greeting.hello(namespace, b"")
     sock.sendall(protocol.header(Op.HELLO, 0, meta=len(hello)) + hello)
     head = protocol.parse_header(sock.recv(HEADER_BYTES, socket.MSG_WAITALL))
     assert head.status is Status.OK

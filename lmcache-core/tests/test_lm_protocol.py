@@ -19,8 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmcache_core.keys import ChunkKey
-from lmcache_core.lm import protocol
-from lmcache_core.lm.protocol import HEADER_BYTES, MISSING, Op, ProtocolError, Status, Welcome
+from lmcache_core.lm import greeting, protocol
+from lmcache_core.lm.greeting import Welcome
+from lmcache_core.lm.protocol import HEADER_BYTES, MISSING, Op, ProtocolError, Status
 
 CASES = 300
 COUNT = st.one_of(st.integers(0, 5), st.sampled_from([protocol.MAX_KEYS, 1 << 20]))
@@ -69,10 +70,10 @@ HEADERS = st.builds(
     st.integers(0, MISSING),
 )
 HELLOS = st.builds(
-    protocol.hello, st.just("0123456789abcdef"), st.binary(max_size=40), st.integers(0, 3)
+    greeting.hello, st.just("0123456789abcdef"), st.binary(max_size=40), st.integers(0, 3)
 )
 WELCOMES = st.builds(
-    lambda instance, shares, longest, path: protocol.welcome(
+    lambda instance, shares, longest, path: greeting.welcome(
         Welcome(instance, shares, longest, (1, 2), path)
     ),
     st.binary(min_size=16, max_size=16),
@@ -92,11 +93,11 @@ PARSERS: dict[str, tuple[st.SearchStrategy[bytes], Callable[[memoryview, int], A
     ),
     "hello": (
         st.one_of(damaged(HELLOS), st.binary(max_size=80)),
-        lambda data, n: protocol.parse_hello(data),
+        lambda data, n: greeting.parse_hello(data),
     ),
     "welcome": (
         st.one_of(damaged(WELCOMES), st.binary(max_size=120)),
-        lambda data, n: protocol.parse_welcome(data),
+        lambda data, n: greeting.parse_welcome(data),
     ),
     "names": (
         st.one_of(damaged(KEYS.map(protocol.names)), st.binary(max_size=300)),
@@ -106,8 +107,8 @@ PARSERS: dict[str, tuple[st.SearchStrategy[bytes], Callable[[memoryview, int], A
     "usage": (numbers_or_noise(), lambda data, n: protocol.parse_usage(data)),
     "number": (numbers_or_noise(), lambda data, n: protocol.parse_number(data)),
     "slot": (numbers_or_noise(), lambda data, n: protocol.parse_slot(data, n)),
-    "share": (numbers_or_noise(), lambda data, n: protocol.parse_share(data)),
-    "shared": (numbers_or_noise(), lambda data, n: protocol.parse_shared(data)),
+    "share": (numbers_or_noise(), lambda data, n: greeting.parse_share(data)),
+    "shared": (numbers_or_noise(), lambda data, n: greeting.parse_shared(data)),
     "offers": (numbers_or_noise(), lambda data, n: protocol.parse_offers(data, n % 9, 1 << 20)),
     "extents": (
         st.one_of(damaged(EXTENTS.map(protocol.extents)), numbers_or_noise()),
@@ -173,15 +174,15 @@ def test_absurd_lengths_are_refused(change: dict[str, int], said: str) -> None:
 
 
 def test_a_hello_and_a_welcome_come_back() -> None:
-    hello = protocol.parse_hello(memoryview(protocol.hello("0123456789abcdef", b"secret")))
+    hello = greeting.parse_hello(memoryview(greeting.hello("0123456789abcdef", b"secret")))
     assert hello == (protocol.VERSION, "0123456789abcdef", b"secret")
     reply = Welcome(bytes(16), True, 1 << 33, (3, 4), "/run/lm.sock")
-    assert protocol.parse_welcome(memoryview(protocol.welcome(reply))) == reply
+    assert greeting.parse_welcome(memoryview(greeting.welcome(reply))) == reply
 
 
 def test_a_namespace_cannot_name_another_folder() -> None:
     with pytest.raises(ProtocolError, match="no namespace"):
-        protocol.parse_hello(memoryview(protocol.hello("../../etc/passwd", b"")))
+        greeting.parse_hello(memoryview(greeting.hello("../../etc/passwd", b"")))
 
 
 def _fuzz(name: str, cases: int) -> int:
@@ -205,17 +206,17 @@ def _fuzz(name: str, cases: int) -> int:
 
 SEEDS: dict[str, list[bytes]] = {
     "header": [protocol.header(op, 7, count=3, meta=64, payload=4096) for op in Op],
-    "hello": [protocol.hello("0123456789abcdef", token) for token in (b"", b"secret")],
+    "hello": [greeting.hello("0123456789abcdef", token) for token in (b"", b"secret")],
     "welcome": [
-        protocol.welcome(Welcome(bytes(16), True, 1 << 33, (3, 4), path)) for path in ("", "/run/s")
+        greeting.welcome(Welcome(bytes(16), True, 1 << 33, (3, 4), path)) for path in ("", "/run/s")
     ],
     "names": [protocol.names([ChunkKey(bytes([i]) * 16) for i in range(n)]) for n in (0, 1, 5)],
     "sizes": [protocol.numbers([50, MISSING, 3])],
     "usage": [protocol.usage(1, 2) + b"rest"],
     "number": [protocol.number(5)],
     "slot": [protocol.slot(1)],
-    "share": [protocol.share(8 << 20, 1 << 20, size) for size in (0, 1 << 34)],
-    "shared": [protocol.shared(1 << 30, 64)],
+    "share": [greeting.share(8 << 20, 1 << 20, size) for size in (0, 1 << 34)],
+    "shared": [greeting.shared(1 << 30, 64)],
     "offers": [protocol.numbers([4096, 100, 0, 4096])],
     "extents": [protocol.extents([(0, 4000), (4000, 96)]), protocol.extents([(0, 4096)]) * 2],
 }

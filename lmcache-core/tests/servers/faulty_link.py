@@ -3,30 +3,53 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 from lmcache_core.keys import ChunkKey
 from lmcache_core.storage import MISS
 from lmcache_core.testing.storage import buffers, views
 from lmcache_core.tier import Tier
 
+CUTS = (0, 50, 500, 5_000, 500_000, 5_000_000)
+"""A connection ends before it passed one of so many bytes."""
+
 
 class FaultyLink:
-    """A proxy whose connections break or fall silent after a random number of bytes."""
+    """A proxy whose connections break or fall silent after a random number of bytes.
 
-    def __init__(self, port: int, chance: random.Random) -> None:
+    ``target`` is a port of this machine, or a Unix socket; then the proxy's own is made ``at`` some
+    place, and descriptors are passed on too.
+    """
+
+    def __init__(
+        self,
+        target: int | Path,
+        chance: random.Random,
+        *,
+        at: Path | None = None,
+        cuts: Sequence[int] = CUTS,
+    ) -> None:
         self.faults = 0
-        self._target = ("127.0.0.1", port)
+        self._target = target
         self._chance = chance
+        self._cuts = cuts
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
+        if at is None:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+            self.port: int = self._listener.getsockname()[1]
+        else:
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(str(at))
+            self._listener.listen()
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
 
@@ -46,14 +69,13 @@ class FaultyLink:
             except OSError:
                 return
             try:
-                server = socket.create_connection(self._target)
+                server = self._connect()
             except OSError:  # the server is down
                 client.close()
                 continue
             with self._lock:
                 self._open |= {client, server}
-            left = [self._chance.choice([0, 50, 500, 5_000, 500_000, 5_000_000])]
-            left[0] = self._chance.randint(0, left[0])
+            left = [self._chance.randint(0, self._chance.choice(self._cuts))]
             silent = self._chance.random() < 0.05
             pumps = [
                 threading.Thread(target=self._pump, args=(*ends, left, silent))
@@ -63,22 +85,34 @@ class FaultyLink:
             for pump in pumps:
                 pump.start()
 
+    def _connect(self) -> socket.socket:
+        if isinstance(self._target, int):
+            return socket.create_connection(("127.0.0.1", self._target))
+        server = socket.socket(socket.AF_UNIX)
+        try:
+            server.connect(str(self._target))
+        except OSError:
+            server.close()
+            raise
+        return server
+
     def _pump(
         self, source: socket.socket, sink: socket.socket, left: list[int], silent: bool
     ) -> None:
         """Both directions share ``left``; the last bytes before the fault are passed on."""
         try:
-            while data := source.recv(1 << 16):
-                if len(data) > left[0]:
+            while (got := _receive(source))[0]:
+                data, fds = got
+                some, broken = data[: left[0]], len(data) > left[0]
+                left[0] = max(0, left[0] - len(some))
+                if broken:
                     with self._lock:
                         self.faults += 1
-                    sink.sendall(data[: left[0]])
-                    left[0] = 0
-                    while silent and source.recv(1 << 16):
-                        pass  # until somebody gives up
+                _send(sink, some, fds)
+                while broken and silent and source.recv(1 << 16):
+                    pass  # until somebody gives up
+                if broken:
                     break
-                left[0] -= len(data)
-                sink.sendall(data)
         except OSError:
             pass
         finally:
@@ -89,13 +123,35 @@ class FaultyLink:
             source.close()
 
 
+def _receive(source: socket.socket) -> tuple[bytes, list[int]]:
+    """What has come, and the descriptors that came with it; no bytes at the end."""
+    if source.family != socket.AF_UNIX:
+        return source.recv(1 << 16), []
+    data, fds, _, _ = socket.recv_fds(source, 1 << 16, 4, socket.MSG_CMSG_CLOEXEC)
+    return data, fds
+
+
+def _send(sink: socket.socket, data: bytes, fds: list[int]) -> None:
+    """Pass on ``data``, and ``fds`` unless there is none; close ``fds``."""
+    try:
+        sent = socket.send_fds(sink, [data], fds) if data and fds else 0
+        sink.sendall(data[sent:])
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
 def _shut(one: socket.socket) -> None:
     with suppress(OSError):
         one.shutdown(socket.SHUT_RDWR)
 
 
 class Traffic:
-    """Random calls to a tier whose values are known. `seen` says what came of them."""
+    """Random calls to a tier whose values are known. `seen` says what came of them.
+
+    What a store reads changes as soon as the tier lets go of it. Most of it lies in ``room``, while
+    there is space.
+    """
 
     def __init__(
         self,
@@ -103,6 +159,7 @@ class Traffic:
         contents: Mapping[ChunkKey, bytes],
         chance: random.Random,
         late_after_s: float,
+        room: memoryview | None = None,
     ) -> None:
         self.seen = {"hits": 0, "wrong": 0, "late": 0, "done": 0}
         self.late: list[str] = []
@@ -112,6 +169,11 @@ class Traffic:
         self._chance = chance
         self._late_after_s = late_after_s
         self._longest = max(map(len, contents.values()))
+        self._noise = b"\xff" * self._longest  # no `value` has this byte
+        self._free: list[memoryview] = []
+        if room is not None:
+            starts = range(0, room.nbytes - self._longest + 1, self._longest)
+            self._free = [room[start : start + self._longest] for start in starts]
 
     async def flow(self, going_on: Callable[[], bool]) -> None:
         """One call after the other."""
@@ -121,24 +183,60 @@ class Traffic:
             batch = chance.sample(list(self._contents), chance.randint(1, 4))
             start = time.monotonic()
             kind = chance.choice(["load", "load", "store", "contains", "delete"])
-            unsettled = None
             if kind == "load":
-                targets = buffers(len(batch), self._longest)
-                answer = await tier.load(batch, views(targets))
-                unsettled = answer.unsettled
-                for key, size, target in zip(batch, answer.sizes, targets, strict=True):
-                    seen["hits"] += size != MISS
-                    seen["wrong"] += size != MISS and target[:size] != self._contents[key]
+                await self._load(batch, start)
             elif kind == "store":
-                stored = await tier.store(batch, views([self._contents[key] for key in batch]))
-                unsettled = stored.unsettled
+                await self._store(batch, start)
             elif kind == "contains":
                 await tier.contains(batch, leading=False)
+                self._took(start, "contains")
             else:
                 await tier.delete(batch)
-            if (took := time.monotonic() - start) > self._late_after_s:
-                seen["late"] += 1
-                self.late.append(f"{kind} of {len(batch)}: {took:.1f} s")
-            if unsettled is not None:
-                await asyncio.wait([unsettled])
+                self._took(start, "delete")
             await asyncio.sleep(0.001)
+
+    async def store(
+        self, batch: Sequence[ChunkKey], sources: Sequence[memoryview]
+    ) -> asyncio.Task[Any] | None:
+        """Store once; answer what may still read ``sources``."""
+        return (await self._tier.store(batch, sources)).unsettled
+
+    async def _load(self, batch: Sequence[ChunkKey], start: float) -> None:
+        targets = buffers(len(batch), self._longest)
+        answer = await self._tier.load(batch, views(targets))
+        self._took(start, "load")
+        for key, size, target in zip(batch, answer.sizes, targets, strict=True):
+            self.seen["hits"] += size != MISS
+            self.seen["wrong"] += size != MISS and target[:size] != self._contents[key]
+        if answer.unsettled is not None:
+            await asyncio.wait([answer.unsettled])
+
+    async def _store(self, batch: Sequence[ChunkKey], start: float) -> None:
+        in_room = len(self._free) >= len(batch) and self._chance.random() < 0.8
+        if in_room:
+            slots = [self._free.pop() for _ in batch]
+        else:
+            slots = views(buffers(len(batch), self._longest))
+        sources = []
+        for key, slot in zip(batch, slots, strict=True):
+            content = self._contents[key]
+            sources.append(slot[: len(content)])
+            sources[-1][:] = content
+        unsettled = await self.store(batch, sources)
+        if unsettled is None:
+            self._spoil(sources)
+        self._took(start, "store")
+        if unsettled is not None:
+            await asyncio.wait([unsettled])
+            self._spoil(sources)
+        if in_room:
+            self._free += slots
+
+    def _spoil(self, sources: Sequence[memoryview]) -> None:
+        for source in sources:
+            source[:] = self._noise[: source.nbytes]
+
+    def _took(self, start: float, kind: str) -> None:
+        if (took := time.monotonic() - start) > self._late_after_s:
+            self.seen["late"] += 1
+            self.late.append(f"{kind}: {took:.1f} s")

@@ -14,8 +14,9 @@ from typing import Any
 from lmcache_core.errors import BackendUnavailable
 from lmcache_core.keys import ChunkKey
 from lmcache_core.lm import protocol
+from lmcache_core.lm.call import Call
 from lmcache_core.lm.config import LmConfig, read_token
-from lmcache_core.lm.connection import Call, Connection
+from lmcache_core.lm.connection import Connection
 from lmcache_core.lm.protocol import MAX_KEYS, MISSING, Op, ProtocolError
 from lmcache_core.storage import (
     MISS,

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lmcache_core.keys import ChunkKey
-from lmcache_core.lm import protocol
+from lmcache_core.lm import greeting, protocol
 from lmcache_core.lm.arena import Arena
 from lmcache_core.lm.mapping import ReadOnlyMapping, is_sealed
 from lmcache_core.lm.protocol import Header, Op, ProtocolError
@@ -48,7 +48,7 @@ class Intake:
         Raises:
             ProtocolError: it isn't what was announced, or can't be mapped.
         """
-        nbytes, piece, region = protocol.parse_share(meta)
+        nbytes, piece, region = greeting.parse_share(meta)
         if self._staged is not None or len(fds) != (2 if region else 1):
             raise ProtocolError("SHARE comes once, with its descriptors, on a Unix socket")
         if not all(map(is_sealed, fds)):

@@ -2,22 +2,20 @@
 
 Each thread runs an event loop of its own with its share of the sessions. System calls leave the
 interpreter's lock, so copies of several clients go on at the same time.
-Knows sockets, threads and signals. What is said on a connection is
-`session`'s business, what is held is `values`'.
+Knows threads and signals. Where it listens is `listening`'s business, what is said on a connection
+`session`'s, and what is held `values`'.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import secrets
 import signal
 import socket
 import ssl
-import stat
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from lmcache_core.host_memory import available_bytes
 from lmcache_core.lm.arena import LEASE_BYTES, Arena
 from lmcache_core.lm.disk import Disk
 from lmcache_core.lm.http import MetricsServer
+from lmcache_core.lm.listening import is_loopback, listen, listen_unix, unix_path
 from lmcache_core.lm.service import Leases, Service
 from lmcache_core.lm.session import SCRATCH_BYTES, Session
 from lmcache_core.lm.values import Values
@@ -37,7 +36,6 @@ from lmcache_core.tls import server_context
 logger = logging.getLogger(__name__)
 
 DEFAULT_MEMORY_BYTES = 8 << 30
-_BACKLOG = 1024
 _CHECK_S = 1.0
 _GRACE_S = 5.0
 
@@ -77,7 +75,7 @@ class Server:
         self._options = options
         self.counters = Counters()
         self._tls = _tls_context(options)
-        self._listeners = _listen(options.host, options.port)
+        self._listeners = listen(options.host, options.port)
         self.port: int = self._listeners[0].getsockname()[1]
         self._unix: socket.socket | None = None
         self._unix_path = ""
@@ -126,11 +124,11 @@ class Server:
     def _open_unix(self) -> None:
         if self._options.unix == "none":
             return
-        path = _unix_path(self._options.unix, self.port)
+        path = unix_path(self._options.unix, self.port)
         if path is None:
             return
         try:
-            self._unix = _listen_unix(path)
+            self._unix = listen_unix(path)
         except OSError as error:
             if self._options.unix != "auto":
                 raise ConfigError(f"--unix {path}: {error.strerror or error}") from error
@@ -171,7 +169,7 @@ class Server:
             f", metrics on http://{self._metrics.address}/metrics" if self._metrics else "",
         )
         addresses = [listener.getsockname()[0] for listener in self._listeners]
-        if not options.token and not all(map(_is_loopback, addresses)):
+        if not options.token and not all(map(is_loopback, addresses)):
             logger.warning(
                 "%s is reachable from other machines, and no token is set: whoever can connect can "
                 "read and write every value. Set --token-file, or listen on localhost",
@@ -319,88 +317,5 @@ def _tls_context(options: ServerOptions) -> ssl.SSLContext | None:
         ) from error
 
 
-def _listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets on all addresses of ``host``, and one port."""
-    try:
-        found = socket.getaddrinfo(
-            host or "localhost", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-    except socket.gaierror as error:
-        raise ConfigError(f"host {host!r}: {error.strerror}; use an address of this machine") from (
-            error
-        )
-    listeners: list[socket.socket] = []
-    failed: OSError | None = None
-    # IPv4 first, so that where port is 0, the port is free there.
-    for family, kind, protocol, _, address in sorted(found, key=lambda one: one[0]):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            chosen = listeners[0].getsockname()[1] if listeners else port
-            sock.bind((address[0], chosen, *address[2:]))
-            sock.listen(_BACKLOG)
-            sock.setblocking(False)
-        except OSError as error:
-            sock.close()
-            failed = error
-            continue
-        listeners.append(sock)
-    if not listeners:
-        why = failed.strerror if failed else "it has no address"
-        raise ConfigError(f"can't listen on {host}:{port}: {why}")
-    return listeners
-
-
-def _unix_path(asked: str, port: int) -> Path | None:
-    """Where the Unix socket goes: below a folder that only this user can look into."""
-    if asked != "auto":
-        return Path(asked).absolute()
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    folder = Path(base, "lmcache") if base else Path(f"/tmp/lmcache-{os.getuid()}")  # noqa: S108
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        facts = folder.lstat()
-    except OSError as error:
-        logger.warning("no Unix socket: %s: %s", folder, error)
-        return None
-    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o077:
-        logger.warning("no Unix socket: %s isn't a folder of this user alone", folder)
-        return None
-    return folder / f"server-{port}.sock"
-
-
-def _listen_unix(path: Path) -> socket.socket:
-    if path.is_socket():
-        probe = socket.socket(socket.AF_UNIX)
-        try:
-            probe.settimeout(1.0)
-            probe.connect(str(path))
-        except OSError:
-            path.unlink()  # a server that was killed left it
-        else:
-            raise OSError(None, "another server listens there")
-        finally:
-            probe.close()
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        before = os.umask(0o177)
-        try:
-            sock.bind(str(path))
-        finally:
-            os.umask(before)
-        sock.listen(_BACKLOG)
-        sock.setblocking(False)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
 def _threads(options: ServerOptions) -> int:
     return options.threads or min(8, 2 * len(os.sched_getaffinity(0)))
-
-
-def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback

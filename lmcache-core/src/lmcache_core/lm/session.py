@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lmcache_core.keys import ChunkKey
-from lmcache_core.lm import protocol
+from lmcache_core.lm import greeting, protocol
+from lmcache_core.lm.greeting import Welcome
 from lmcache_core.lm.intake import Intake
 from lmcache_core.lm.protocol import (
     HEADER_BYTES,
@@ -29,7 +30,6 @@ from lmcache_core.lm.protocol import (
     Op,
     ProtocolError,
     Status,
-    Welcome,
 )
 from lmcache_core.lm.service import Service
 from lmcache_core.lm.values import Value
@@ -110,7 +110,7 @@ class Session:
             raise ProtocolError("the first message isn't a hello")
         meta = memoryview(bytearray(header.meta))
         await self.wire.read(meta)
-        hello = protocol.parse_hello(meta)
+        hello = greeting.parse_hello(meta)
         service = self._service
         if not hmac.compare_digest(hello.token, service.token):
             what = "the token is wrong" if hello.token else "a token is needed"
@@ -123,7 +123,7 @@ class Session:
             service.values.usage(self._space),
             "" if self.is_unix else service.unix_path,
         )
-        await self._answer(header, protocol.welcome(reply))
+        await self._answer(header, greeting.welcome(reply))
 
     async def _refuse(self, error: ProtocolError) -> None:
         text = str(error).encode()[: protocol.MAX_MESSAGE_BYTES]
@@ -291,7 +291,7 @@ class Session:
         self._lease = service.leases.take()
         if self._lease is None:
             raise ProtocolError("too many clients read the shared memory", Status.BUSY)
-        answer = protocol.shared(service.arena.nbytes, 8 * self._lease)
+        answer = greeting.shared(service.arena.nbytes, 8 * self._lease)
         head = protocol.header(Op.SHARE, header.request, meta=len(answer))
         await self.wire.write_with_fd(head + answer, service.arena.reader)
 

@@ -1,0 +1,183 @@
+"""How a connection of the client begins: a socket, a greeting, and memory to share.
+
+Knows which of several ways to a server is the best, and falls back to the next. Knows nothing about
+calls. Runs once, in the writer's thread, before anybody else uses the line.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+
+from lmcache_core.errors import BackendError
+from lmcache_core.lm import greeting, protocol
+from lmcache_core.lm.config import LmConfig
+from lmcache_core.lm.greeting import Welcome
+from lmcache_core.lm.line import Line
+from lmcache_core.lm.mapping import ReadOnlyMapping
+from lmcache_core.lm.protocol import HEADER_BYTES, Op, ProtocolError, Status
+from lmcache_core.lm.shared import (
+    PIECE_BYTES,
+    STAGING_BYTES,
+    SharedMemory,
+    Staging,
+    open_for_reading,
+)
+from lmcache_core.lm.stream import Plain, Stream, Tls, dial, dial_unix
+from lmcache_core.storage import HostRegion
+from lmcache_core.tls import client_context
+
+logger = logging.getLogger(__name__)
+
+
+class Handshake:
+    """Says hello for the namespace ``fingerprint``, with ``token``. ``region``: memory to share."""
+
+    def __init__(
+        self,
+        config: LmConfig,
+        line: Line,
+        fingerprint: str,
+        token: bytes,
+        region: HostRegion | None,
+    ) -> None:
+        self._config = config
+        self._line = line
+        self._hello = greeting.hello(fingerprint, token)
+        self._region = region
+
+    def run(self) -> tuple[Welcome, SharedMemory | None]:
+        """Connect; afterwards the line works. ``None``: values go through the socket.
+
+        Raises:
+            OSError, EOFError: nobody answers there, or not to the end.
+            ProtocolError: somebody else does.
+            BackendError: the server refused, or kept us waiting for too long.
+        """
+        config = self._config
+        if config.path is not None:
+            stream: Stream = Plain(dial_unix(config.path, config.connect_timeout_s))
+        else:
+            sock = dial(config.host, config.port, config.connect_timeout_s)
+            stream = self._encrypted(sock) if config.tls else Plain(sock)
+        self._line.use(stream)
+        welcome = self._greet()
+        if config.same_host and config.path is None and stream.same_host and welcome.unix_path:
+            stream, welcome = self._nearer(stream, welcome)
+        shared: SharedMemory | None = None
+        if config.same_host and welcome.shares_memory and isinstance(stream, Plain):
+            shared = self._share(stream)
+        return welcome, shared
+
+    def _encrypted(self, sock: socket.socket) -> Stream:
+        config = self._config
+        try:
+            context = client_context(config.ca_file)
+            return Tls(sock, context, config.host, config.connect_timeout_s)
+        except BaseException:
+            sock.close()
+            raise
+
+    # -- hello -----------------------------------------------------------------------------
+
+    def _greet(self) -> Welcome:
+        """Say hello on the stream in use."""
+        head = protocol.header(Op.HELLO, 0, meta=len(self._hello))
+        self._line.send([memoryview(head + self._hello)])
+        return greeting.parse_welcome(self._told())
+
+    def _told(self) -> memoryview:
+        """The meta of the answer to HELLO."""
+        until = time.monotonic() + self._config.connect_timeout_s
+        head = memoryview(bytearray(HEADER_BYTES))
+        self._line.fill(head, until)
+        answer = protocol.parse_header(head)
+        if answer.status is not Status.OK:
+            raise self._line.refusal(answer)
+        if answer.op is not Op.HELLO or answer.meta > protocol.MAX_HELLO_BYTES or answer.payload:
+            raise ProtocolError(f"HELLO was answered with {answer}")
+        meta = memoryview(bytearray(answer.meta))
+        self._line.fill(meta, until)
+        return meta
+
+    def _nearer(self, stream: Stream, welcome: Welcome) -> tuple[Stream, Welcome]:
+        """The same server's Unix socket, if it can be had; otherwise what there is."""
+        line = self._line
+        try:
+            nearer = Plain(dial_unix(welcome.unix_path, self._config.connect_timeout_s))
+        except OSError as error:
+            logger.debug("%s: stays on TCP: %s: %s", line.address, welcome.unix_path, error)
+            return stream, welcome
+        try:
+            line.use(nearer, keep_other=True)
+            again = self._greet()
+        except (BackendError, ProtocolError, OSError, EOFError) as error:
+            again = None
+            logger.debug("%s: stays on TCP: %s: %s", line.address, welcome.unix_path, error)
+        if again is not None and again.instance == welcome.instance:
+            stream.close()
+            return nearer, again
+        # Another server has the socket's name, in another container for instance.
+        line.use(stream)
+        return stream, welcome
+
+    # -- shared memory ---------------------------------------------------------------------
+
+    def _share(self, stream: Plain) -> SharedMemory:
+        """Exchange shared memory with the server."""
+        staging = Staging()
+        region = self._region
+        region_fd = None if region is None else open_for_reading(region)
+        if region_fd is None:
+            region = None
+        try:
+            size = 0 if region is None else region.nbytes
+            meta = greeting.share(STAGING_BYTES, PIECE_BYTES, size)
+            message = protocol.header(Op.SHARE, 0, meta=len(meta)) + meta
+            fds = [staging.fd] if region_fd is None else [staging.fd, region_fd]
+            socket.send_fds(stream.sock, [message], fds)
+            arena, epoch_at = self._arena(stream)
+        except BaseException:
+            staging.close()
+            raise
+        finally:
+            if region_fd is not None:
+                os.close(region_fd)
+        return SharedMemory(arena, epoch_at, staging, region)
+
+    def _arena(self, stream: Plain) -> tuple[ReadOnlyMapping, int]:
+        """What SHARE is answered with: the server's memory, and where our epoch is in it."""
+        until = time.monotonic() + self._config.connect_timeout_s
+        start, fds = self._with_fds(stream, until)
+        try:
+            head = memoryview(bytearray(HEADER_BYTES))
+            head[: len(start)] = start
+            self._line.fill(head[len(start) :], until)
+            answer = protocol.parse_header(head)
+            if answer.status is not Status.OK:
+                raise self._line.refusal(answer)
+            if answer.meta != 16 or len(fds) != 1:
+                raise ProtocolError("SHARE wasn't answered with a descriptor")
+            data = memoryview(bytearray(16))
+            self._line.fill(data, until)
+            nbytes, epoch_at = greeting.parse_shared(data)
+            return ReadOnlyMapping(fds[0], nbytes), epoch_at
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _with_fds(self, stream: Plain, until: float) -> tuple[bytes, list[int]]:
+        """The beginning of a header, with the descriptors that come with its first byte."""
+        while True:
+            try:
+                start, fds, _, _ = socket.recv_fds(
+                    stream.sock, HEADER_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                self._line.tick(until)
+                continue
+            if not start:
+                raise EOFError
+            return start, fds
