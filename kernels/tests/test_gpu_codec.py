@@ -179,6 +179,31 @@ def test_damaged_streams(part: int, case: Case, seed: int, streams: int) -> None
     assert outcome(lambda: decode(case, broken, streams), case.shape[0]) == expected
 
 
+NOT_A_NUMBER = (struct.pack("<f", float("nan")), b"\xc0\x7f", struct.pack("<d", float("nan")))
+HUGE = (struct.pack("<f", 2e18), b"\x80\x5d", struct.pack("<d", 1.01))
+
+
+@pytest.mark.parametrize("values", [NOT_A_NUMBER, HUGE], ids=["nan", "huge"])
+@pytest.mark.parametrize(("what", "reason"), list(enumerate(["steps", "means", "angles"])))
+def test_numbers_that_could_become_nans_are_refused(
+    what: int, reason: str, values: tuple[bytes, ...]
+) -> None:
+    """Instruction sets may choose the sign of a NaN: everybody refuses what could make one."""
+    stream = bytearray(CASE.encode(CODECS[0]))
+    pairs, count = struct.unpack_from("<28xI12xI16x", stream)
+    directory = 64 + 16 * pairs
+    section = directory + 32 * count  # the first one's: states, steps of heads, means
+    at = (section + 128, section + 128 + 4 * CASE.shape[3], 64)[what]
+    stream[at : at + len(values[what])] = values[what]
+    broken = resealed(bytes(stream), 0)
+    into = bytearray(len(CASE.chunk()))
+    for codec in CODECS:
+        with pytest.raises(ValueError, match=reason):
+            codec.decode(VALUES, CASE.shape, broken, into, None)
+    with pytest.raises(ValueError, match=reason):
+        decode(CASE, broken)
+
+
 CASE = Case(VALUES, (0, 3, 2, 2, 32, 9), 16, False, 1, 0.3, False, "odd", 5)
 
 

@@ -137,6 +137,8 @@ class Codec {
       refuse("angles are pairs of float64, one for each two elements of a head at most");
     options.turns.resize(pairs * 2);
     if (pairs != 0) std::memcpy(options.turns.data(), angles.data(), pairs * 16);
+    if (!codec::are_angles(options.turns.data(), pairs))
+      refuse("angles are cosines and sines");
     options.interleaved = interleaved;
     options.first_raw = first_raw;
     if (start && *start >= 0 && *start < kMost) options.start = static_cast<uint32_t>(*start);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -160,6 +161,8 @@ Stream_ read_head(const Machine& machine, const Shape& shape, Kind kind, const P
   read.turns.resize(plan.pairs * 2);
   if (plan.pairs != 0)
     std::memcpy(read.turns.data(), stream + sizeof(Header), plan.pairs * 2 * sizeof(double));
+  if (!are_angles(read.turns.data(), plan.pairs))
+    throw BadStream("a stream's angles are no cosines and sines");
   read.sections.resize(plan.sections);
   std::memcpy(read.sections.data(), stream + plan.directory, plan.sections * sizeof(Section));
   uint64_t end = 0;
@@ -175,6 +178,12 @@ Stream_ read_head(const Machine& machine, const Shape& shape, Kind kind, const P
 size_t Shape::itemsize() const {
   static constexpr size_t sizes[] = {2, 2, 4, 1};
   return sizes[static_cast<size_t>(dtype)];
+}
+
+bool are_angles(const double* turns, size_t pairs) {
+  for (const double* end = turns + 2 * pairs; turns != end; turns += 2)
+    if (!(std::fabs(turns[0] * turns[0] + turns[1] * turns[1] - 1) <= 1e-6)) return false;
+  return true;
 }
 
 Angles::Angles(const double* turns, size_t pairs, size_t tokens, uint32_t start)

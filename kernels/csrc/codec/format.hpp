@@ -117,4 +117,7 @@ struct Angles {
   Angles(const double* turns, size_t pairs, size_t tokens, uint32_t start);
 };
 
+// Whether these are cosines and sines of `pairs` angles.
+bool are_angles(const double* turns, size_t pairs);
+
 }  // namespace lmcache::codec

@@ -8,7 +8,9 @@
 namespace lmcache::codec {
 namespace {
 
-constexpr float kLeast = 8.67e-19f, kMost = 1.15e18f;  // 2^-60 and 2^60: steps that are trusted
+// 2^-60 and 2^60: steps that are trusted, and means. With levels of at most 2^30 nothing overflows,
+// and so nothing becomes a NaN, of which instruction sets, and compilers, choose the sign.
+constexpr float kLeast = 0x1p-60f, kMost = 0x1p60f;
 constexpr int kLevels = 120;                           // of token steps, either way: 2^30
 constexpr int kFiner = 24, kCoarser = 12;              // than the middle one: by 2^6 and 2^3
 
@@ -317,6 +319,8 @@ void Coder::parse_values(const Section& section, Reader reader) {
     for (size_t c = 0; c < b.channels; ++c)
       std::memcpy(&inverse_[c], from + c / b.head_size * sizeof(float), sizeof(float));
   }
+  for (size_t c = 0; c < b.channels; ++c)
+    if (!trusted(inverse_[c])) throw BadStream("a section's steps are out of range");
   const uint8_t* means = flags_ & kProfileMeans
                              ? reinterpret_cast<const uint8_t*>(known_means())
                              : reader.take(b.channels * 2);
@@ -324,6 +328,7 @@ void Coder::parse_values(const Section& section, Reader reader) {
     uint16_t mean;
     std::memcpy(&mean, means + 2 * c, 2);
     means_[c] = number(static_cast<uint32_t>(mean) << 16);
+    if (!(std::fabs(means_[c]) < kMost)) throw BadStream("a section's means are out of range");
   }
   const auto valid = [](uint8_t table) {
     if (table >= kValueTables) throw BadStream("a section names a table that isn't there");
@@ -360,7 +365,7 @@ size_t Coder::read_token_steps() {
     }
     if (i >= count) continue;
     const int sum = centres_[i % heads] + level;
-    if (sum < -2 * kLevels || sum > 2 * kLevels) throw BadStream("a token's step is out of range");
+    if (sum < -kLevels || sum > kLevels) throw BadStream("a token's step is out of range");
     by_[i] = power(sum);
   }
   return taken;

@@ -61,6 +61,7 @@ BAD_ESCAPES: tl.constexpr = tl.constexpr(2)
 BAD_TABLE: tl.constexpr = tl.constexpr(4)
 BAD_LEVEL: tl.constexpr = tl.constexpr(8)
 BAD_PATCH: tl.constexpr = tl.constexpr(16)
+BAD_STEP: tl.constexpr = tl.constexpr(32)
 
 _STATE: tl.constexpr = tl.constexpr(65536)
 _SLOTS: tl.constexpr = tl.constexpr(1024)
@@ -185,7 +186,7 @@ def _symbol_at(mine, t, c, rows):  # type: ignore[no-untyped-def]
 def _coded(  # type: ignore[no-untyped-def]
     stream, mine, symbols, steps, means, key_step, t, c, by, mask, rows, head_size
 ):
-    """The numbers of coded tokens ``t`` and channels ``c``, before rotation."""
+    """The numbers of coded tokens ``t`` and channels ``c``, before rotation; and which can't be."""
     flags = tl.load(mine + FLAGS)
     known = tl.load(mine + KNOWN) + c
     if (flags & 8) != 0:
@@ -198,7 +199,10 @@ def _coded(  # type: ignore[no-untyped-def]
     else:
         mean = read16(stream + tl.load(mine + MEANS) + 2 * c + 0 * t, mask)
     q = tl.load(symbols + _symbol_at(mine, t, c, rows), mask=mask, other=0).to(tl.float32)
-    return q * (step * by) + number(mean << 16)
+    middle = number(mean << 16)
+    most = 1152921504606846976.0  # 2^60
+    known_good = (step >= 1 / most) & (step <= most) & (middle < most) & (middle > -most)
+    return q * (step * by) + middle, mask & (known_good == 0)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
@@ -237,11 +241,15 @@ def restore_values(  # type: ignore[no-untyped-def]
         at = tl.load(mine + SYMBOLS) + coded.to(tl.int64) * heads + head
         level = tl.load(symbols + at, mask=mask, other=0).to(tl.int32)
         level += (centre.to(tl.int32) << 24) >> 24
-    wild = mask & ((level < -240) | (level > 240))
+    wild = mask & ((level < -120) | (level > 120))
     worst = tl.max(tl.max(wild.to(tl.int32), 1), 0)
     tl.atomic_or(errors + section, BAD_LEVEL, mask=worst != 0)
     by = power(tl.where(wild, 0, level))
-    y = _coded(stream, mine, symbols, steps, means, key_step, coded, c, by, mask, rows, head_size)
+    y, odd = _coded(
+        stream, mine, symbols, steps, means, key_step, coded, c, by, mask, rows, head_size
+    )
+    worst = tl.max(tl.max(odd.to(tl.int32), 1), 0)
+    tl.atomic_or(errors + section, BAD_STEP, mask=worst != 0)
     if (flags & 4) != 0:
         turned = mask & (d < 2 * pairs)
         pair, away = partner(d, pairs, interleaved)
@@ -249,7 +257,7 @@ def restore_values(  # type: ignore[no-untyped-def]
         cosine = tl.load(cosines + angle, mask=turned, other=1.0)
         sine = tl.load(sines + angle, mask=turned, other=0.0)
         other = tl.where(turned, c + away, c)
-        z = _coded(
+        z, odd = _coded(
             stream, mine, symbols, steps, means, key_step, coded, other, by, mask, rows, head_size
         )
         y = tl.where(turned, turn(y, z, cosine, sine, away), y)

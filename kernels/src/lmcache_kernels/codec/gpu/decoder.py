@@ -26,6 +26,7 @@ _REASONS = {
     kernels.BAD_ESCAPES.value: "escapes aren't as many as it says",
     kernels.BAD_TABLE.value: "tables aren't there",
     kernels.BAD_LEVEL.value: "steps are out of range",
+    kernels.BAD_STEP.value: "steps or means are out of range",
     kernels.BAD_PATCH.value: "patches lie outside of it",
 }
 

@@ -154,6 +154,10 @@ def read(
     if _head_checksum(data[:payload]) != check:
         raise ValueError("a stream's directory is damaged")
     turns = struct.unpack_from(f"<{2 * pairs}d", data, _HEADER.size)
+    if not all(
+        abs(c * c + s * s - 1) <= 1e-6 for c, s in zip(turns[::2], turns[1::2], strict=True)
+    ):
+        raise ValueError("a stream's angles are no cosines and sines")
     header = Header(bool(flags), pairs, key_step, value_step, each, needed, turns)
     per_layer = sections // count
     wanted = range(layers.start * per_layer, layers.stop * per_layer)
