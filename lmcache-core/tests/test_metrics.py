@@ -118,3 +118,10 @@ def test_what_is_counted_is_in_the_table() -> None:
     for name, labels in found:
         assert labels <= set(METRICS[name][1])
     assert set(METRICS) >= GAUGES
+
+
+def test_the_page_has_them_all() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    for name, (text, labels) in METRICS.items():
+        gauge = " (a gauge)" if name in GAUGES else ""
+        assert f"| `{name}`{gauge} | {', '.join(f'`{one}`' for one in labels)} | {text} |" in page
