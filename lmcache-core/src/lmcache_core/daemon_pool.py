@@ -14,9 +14,10 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, TypeVar
+
+from lmcache_core.futures import settle_soon
 
 _T = TypeVar("_T")
 
@@ -25,27 +26,16 @@ class _OnLoop:
     """What a thread needs of a future, for one that an event loop awaits."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
         self.awaited: asyncio.Future[Any] = loop.create_future()
 
     def set_running_or_notify_cancel(self) -> bool:
         return not self.awaited.cancelled()
 
     def set_result(self, result: Any) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
-            self._loop.call_soon_threadsafe(self._succeed, result)
+        settle_soon(self.awaited, result)
 
     def set_exception(self, error: BaseException) -> None:
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._fail, error)
-
-    def _succeed(self, result: Any) -> None:
-        if not self.awaited.done():  # cancelled meanwhile
-            self.awaited.set_result(result)
-
-    def _fail(self, error: BaseException) -> None:
-        if not self.awaited.done():
-            self.awaited.set_exception(error)
+        settle_soon(self.awaited, error=error)
 
 
 _Call = tuple["Future[Any] | _OnLoop", Callable[..., Any], tuple[Any, ...]]

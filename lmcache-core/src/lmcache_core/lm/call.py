@@ -13,6 +13,7 @@ from enum import Enum, auto
 from typing import Any
 
 from lmcache_core.errors import BackendError
+from lmcache_core.futures import settle_soon
 from lmcache_core.lm.protocol import Op
 
 logger = logging.getLogger(__name__)
@@ -61,16 +62,5 @@ class Call:
         future, self.future = self.future, None
         if future is None or self.abandoned:
             return
-
-        def tell() -> None:
-            if future.done():
-                return
-            if error is None:
-                future.set_result(answer)
-            else:
-                future.set_exception(error)
-
-        try:
-            future.get_loop().call_soon_threadsafe(tell)
-        except RuntimeError:
+        if not settle_soon(future, answer, error):
             logger.debug("the event loop ended before a call did")

@@ -23,6 +23,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from lmcache_core.errors import BackendError, BackendUnavailable
+from lmcache_core.futures import settle_soon
 from lmcache_core.lm import protocol
 from lmcache_core.lm.call import Call, Stage
 from lmcache_core.lm.config import LmConfig
@@ -65,7 +66,7 @@ class Connection:
         ]
         self._running = len(self._threads)
         self._connected = threading.Event()
-        self._ended: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._ended: list[asyncio.Future[None]] = []
         for thread in self._threads:
             thread.start()
 
@@ -119,11 +120,10 @@ class Connection:
     async def close(self) -> None:
         """Fail what is under way and end both threads. Idempotent."""
         self._fail(BackendUnavailable(f"{self.address}: the backend was closed"))
-        loop = asyncio.get_running_loop()
-        ended: asyncio.Future[None] = loop.create_future()
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with self._lock:
             if self._running:
-                self._ended.append((loop, ended))
+                self._ended.append(ended)
             else:
                 ended.set_result(None)
         await ended
@@ -186,9 +186,8 @@ class Connection:
         assert error is not None  # noqa: S101  threads end for no other reason
         for call in calls:
             call.settle(None, type(error)(str(error)))
-        for loop, future in ended:
-            with contextlib.suppress(RuntimeError):  # the loop ended before
-                loop.call_soon_threadsafe(future.set_result, None)
+        for future in ended:
+            settle_soon(future)
 
     # -- the writer's thread ---------------------------------------------------------------
 
