@@ -203,6 +203,13 @@ def own_node(sysfs: Path = Path("/sys/devices/system/node")) -> tuple[int | None
     return used[0], ""
 
 
+def address_of(buffer: memoryview) -> int:
+    """Where ``buffer`` starts; 0 where Python doesn't say, as for read-only or empty memory."""
+    if buffer.readonly or not buffer.nbytes:
+        return 0
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
 class _Mapping(mmap.mmap):
     """A mapping that ends its CUDA registration, and its file descriptor, before it ends."""
 

@@ -6,7 +6,6 @@ rename. Knows nothing about keys, sizes that are allowed, or what to evict.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import hashlib
@@ -21,6 +20,7 @@ from itertools import count
 from pathlib import Path
 
 from lmcache_core.errors import BackendError, BackendRejected, BackendTimeout, BackendUnavailable
+from lmcache_core.host_memory import address_of
 from lmcache_core.storage import MISS
 
 logger = logging.getLogger(__name__)
@@ -275,9 +275,8 @@ def free_bytes(path: Path) -> int:
 
 def _is_aligned(buffer: memoryview) -> bool:
     # The address of a read-only buffer can't be had without another package; it takes the bounce.
-    if buffer.readonly:
-        return False
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % ALIGNMENT == 0
+    start = address_of(buffer)
+    return start != 0 and start % ALIGNMENT == 0
 
 
 def _round_up(nbytes: int) -> int:

@@ -24,9 +24,9 @@ from lmcache_core.errors import (
     BackendUnavailable,
     LMCacheError,
 )
-from lmcache_core.host_memory import share
+from lmcache_core.host_memory import address_of, share
 from lmcache_core.isolation.process import Child
-from lmcache_core.isolation.scratch import Scratch, address, copy_all, loaded, placed, rounded
+from lmcache_core.isolation.scratch import Scratch, copy_all, loaded, placed, rounded
 from lmcache_core.isolation.wire import (
     ARENA,
     SCRATCH,
@@ -279,7 +279,7 @@ class IsolatedBackend(StorageBackend):
         """Where each buffer lies in shared memory; ``None`` for those that don't."""
         places: list[Place | None] = []
         for buffer in buffers:
-            start, nbytes = address(buffer), buffer.nbytes
+            start, nbytes = address_of(buffer), buffer.nbytes
             if not nbytes:
                 places.append((SCRATCH, 0, 0))
             elif self._arena_start <= start and start + nbytes <= self._arena_end:

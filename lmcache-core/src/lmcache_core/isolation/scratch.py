@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmcache_core.host_memory import PAGE_BYTES
+from lmcache_core.host_memory import PAGE_BYTES, address_of
 from lmcache_core.isolation.wire import SCRATCH, Place
 from lmcache_core.storage import MISS, HostRegion
 
@@ -131,11 +131,4 @@ def copy_all(pairs: list[tuple[memoryview, memoryview]]) -> None:
         if source.readonly or not source.nbytes:
             target[: source.nbytes] = source
         else:
-            ctypes.memmove(address(target), address(source), source.nbytes)
-
-
-def address(buffer: memoryview) -> int:
-    """Where ``buffer`` starts; 0 where Python doesn't say, as for read-only memory."""
-    if buffer.readonly or not buffer.nbytes:
-        return 0
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+            ctypes.memmove(address_of(target), address_of(source), source.nbytes)

@@ -66,7 +66,7 @@ class LmConfig(BaseModel):
     @property
     def is_near(self) -> bool:
         """Whether the server is on this machine for sure, and values go through shared memory."""
-        near = self.path is not None or self.host.lower() == "localhost" or _is_loopback(self.host)
+        near = self.path is not None or self.host.lower() == "localhost" or is_loopback(self.host)
         return near and self.same_host and not self.tls
 
     @property
@@ -78,9 +78,10 @@ class LmConfig(BaseModel):
         return f"lm{'+tls' if self.tls else ''}://{host}:{self.port}"
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach ``address``; a name is none."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
     except ValueError:
         return False
 

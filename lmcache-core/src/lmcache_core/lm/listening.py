@@ -5,7 +5,6 @@ Knows addresses, and who may reach what. Knows nothing about who connects.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import socket
@@ -108,8 +107,3 @@ def listen_unix(path: Path) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only this machine can reach a listener's ``address``."""
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback

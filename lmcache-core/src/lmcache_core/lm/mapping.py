@@ -42,7 +42,8 @@ class ReadOnlyMapping:
 
     def copy(self, parts: list[Extent], into: memoryview) -> None:
         """Copy ``parts`` to the start of ``into``, without the interpreter's lock."""
-        target = address_of(into)
+        # Refuses what can't be written.
+        target = ctypes.addressof(ctypes.c_char.from_buffer(into))
         for start, length in parts:
             ctypes.memmove(target, self.address + start, length)
             target += length
@@ -50,11 +51,6 @@ class ReadOnlyMapping:
     def close(self) -> None:
         """Unmap; nobody may be reading."""
         self._libc.munmap(ctypes.c_void_p(self.address), ctypes.c_size_t(self.nbytes))
-
-
-def address_of(view: memoryview) -> int:
-    """Where a writable buffer of a byte or more starts."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 def is_sealed(fd: int) -> bool:

@@ -23,9 +23,10 @@ from pathlib import Path
 from lmcache_core.errors import ConfigError
 from lmcache_core.host_memory import available_bytes
 from lmcache_core.lm.arena import LEASE_BYTES, Arena
+from lmcache_core.lm.config import is_loopback
 from lmcache_core.lm.disk import Disk
 from lmcache_core.lm.http import MetricsServer
-from lmcache_core.lm.listening import is_loopback, listen, listen_unix, unix_path
+from lmcache_core.lm.listening import listen, listen_unix, unix_path
 from lmcache_core.lm.service import Leases, Service
 from lmcache_core.lm.session import SCRATCH_BYTES, Session
 from lmcache_core.lm.values import Values

@@ -13,7 +13,8 @@ import os
 from collections.abc import Sequence
 from queue import SimpleQueue
 
-from lmcache_core.lm.mapping import ReadOnlyMapping, address_of
+from lmcache_core.host_memory import address_of
+from lmcache_core.lm.mapping import ReadOnlyMapping
 from lmcache_core.storage import HostRegion
 
 PIECE_BYTES = 1 << 20
@@ -93,8 +94,6 @@ class SharedMemory:
             return None
         found: list[int] = []
         for view in values:
-            if view.readonly or not view.nbytes:
-                return None
             offset = address_of(view) - region.address
             if not 0 <= offset <= region.nbytes - view.nbytes:
                 return None
