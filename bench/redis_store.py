@@ -32,9 +32,10 @@ from typing import Any
 import redis
 from measuring import Report, Took, awaited, duration, parse, parser, runs_of, throughput
 
-from lmcache_backend_redis.backend import IN_FLIGHT_BYTES, RedisBackend
+from lmcache_backend_redis.backend import RedisBackend
 from lmcache_backend_redis.config import RedisConfig
 from lmcache_backend_redis.layout import HEAD, Head, Names
+from lmcache_backend_redis.loading import IN_FLIGHT_BYTES
 from lmcache_backend_redis.resp import command
 from lmcache_core.frame import HEADER_BYTES
 from lmcache_core.keys import CacheNamespace, ChunkKey, chunk_key

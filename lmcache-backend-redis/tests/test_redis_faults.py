@@ -20,10 +20,10 @@ import pytest
 from faulty_link import FaultyLink, Traffic
 from redis_servers import Server, cluster, free_port, replicated, running, until
 
-from lmcache_backend_redis import backend as backend_module
 from lmcache_backend_redis.backend import RedisBackend
 from lmcache_backend_redis.config import RedisConfig
 from lmcache_backend_redis.layout import HEAD, Names
+from lmcache_backend_redis.storing import Store
 from lmcache_core.builtin.raw import RawSerde
 from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
 from lmcache_core.guard import Guard
@@ -230,7 +230,7 @@ def test_what_is_not_committed_expires(
         raise BackendUnavailable("killed")
 
     with opened(run, server.url) as backend:
-        monkeypatch.setattr(backend_module._Store, "_commit", died)
+        monkeypatch.setattr(Store, "_commit", died)
         with pytest.raises(BackendUnavailable):
             put(run, backend, KEY, value(1, LONG))
         assert run(backend.contains([KEY])) == [False]
