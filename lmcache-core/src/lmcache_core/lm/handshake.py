@@ -92,14 +92,14 @@ class Handshake:
         """The meta of the answer to HELLO."""
         until = time.monotonic() + self._config.connect_timeout_s
         head = memoryview(bytearray(HEADER_BYTES))
-        self._line.fill(head, until)
+        self._line.fill(head, until=until)
         answer = protocol.parse_header(head)
         if answer.status is not Status.OK:
             raise self._line.refusal(answer)
         if answer.op is not Op.HELLO or answer.meta > protocol.MAX_HELLO_BYTES or answer.payload:
             raise ProtocolError(f"HELLO was answered with {answer}")
         meta = memoryview(bytearray(answer.meta))
-        self._line.fill(meta, until)
+        self._line.fill(meta, until=until)
         return meta
 
     def _nearer(self, stream: Stream, welcome: Welcome) -> tuple[Stream, Welcome]:
@@ -154,14 +154,14 @@ class Handshake:
         try:
             head = memoryview(bytearray(HEADER_BYTES))
             head[: len(start)] = start
-            self._line.fill(head[len(start) :], until)
+            self._line.fill(head[len(start) :], until=until)
             answer = protocol.parse_header(head)
             if answer.status is not Status.OK:
                 raise self._line.refusal(answer)
             if answer.meta != 16 or len(fds) != 1:
                 raise ProtocolError("SHARE wasn't answered with a descriptor")
             data = memoryview(bytearray(16))
-            self._line.fill(data, until)
+            self._line.fill(data, until=until)
             nbytes, epoch_at = greeting.parse_shared(data)
             return ReadOnlyMapping(fds[0], nbytes), epoch_at
         finally:

@@ -82,9 +82,8 @@ class Incoming:
         into = self._begin(call)
         if not into:
             self._line.drain(total)
-        for size, view in zip(sizes, into, strict=False):
-            if size != MISSING:
-                self._line.fill(view[:size])
+        places = zip(sizes, into, strict=False)
+        self._line.fill(*[view[:size] for size, view in places if size != MISSING])
         return sizes
 
     def _copy(self, call: Call, meta: memoryview) -> tuple[int, ...]:

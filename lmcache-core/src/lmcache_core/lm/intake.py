@@ -28,6 +28,8 @@ _CODES = {
     StoreOutcome.ALREADY_PRESENT: 1,
     StoreOutcome.NOT_ADMITTED: 2,
 }
+_TOGETHER_BYTES = 32 << 20
+"""So much of a STORE is waited for at a time; nobody sees its first value before its last."""
 _TURN_BYTES = 4 << 20
 """After so many bytes of an OFFER, other clients of the same thread have their turn."""
 
@@ -149,34 +151,65 @@ class Intake:
             expected = 4 * sum(-(-size // self._staged.piece) for size in sizes)
         if header.payload != expected:
             raise ProtocolError(f"{header.payload} bytes of values, {expected} are announced")
-        outcomes = [
-            await self._take_one(space, header, key, size)
-            for key, size in zip(keys, sizes, strict=True)
-        ]
+        if header.op is Op.STAGE:
+            outcomes = [
+                await self._take_staged(space, header, key, size)
+                for key, size in zip(keys, sizes, strict=True)
+            ]
+        else:
+            outcomes = await self._receive(space, keys, sizes)
         return sizes, outcomes
 
-    async def _take_one(self, space: str, header: Header, key: ChunkKey, size: int) -> StoreOutcome:
+    async def _receive(
+        self, space: str, keys: list[ChunkKey], sizes: Sequence[int]
+    ) -> list[StoreOutcome]:
+        """Values from the socket, some at a time: one system call may fill several of them."""
+        outcomes: list[StoreOutcome] = []
+        coming: list[Value] = []
+        try:
+            for key, size in zip(keys, sizes, strict=True):
+                value = self._reserve(space, key, size)
+                if value is StoreOutcome.NOT_ADMITTED and coming:
+                    # What is still coming can't be evicted; once it is there, it can.
+                    outcomes += await self._finish(coming)
+                    value = self._reserve(space, key, size)
+                if isinstance(value, Value):
+                    coming.append(value)
+                    if sum(one.nbytes for one in coming) >= _TOGETHER_BYTES:
+                        outcomes += await self._finish(coming)
+                else:
+                    outcomes += await self._finish(coming)
+                    await self._wire.drain(size, self._scratch)
+                    outcomes.append(value)
+            outcomes += await self._finish(coming)
+        except BaseException:
+            self._service.values.release(coming)
+            raise
+        return outcomes
+
+    async def _finish(self, coming: list[Value]) -> list[StoreOutcome]:
+        """Receive and commit the values of ``coming``, which is empty then."""
+        if not coming:
+            return []
+        views = self._service.arena.views
+        await self._wire.read(*[view for one in coming for view in views(one.parts, one.nbytes)])
+        there = coming.copy()
+        coming.clear()
+        return [self._service.values.commit(value) for value in there]
+
+    async def _take_staged(
+        self, space: str, header: Header, key: ChunkKey, size: int
+    ) -> StoreOutcome:
         value = self._reserve(space, key, size)
-        if header.op is Op.STAGE:
-            receive = self._receive_staged(header, size, value)
-        else:
-            receive = self._receive(size, value)
         if not isinstance(value, Value):
-            await receive
+            await self._receive_staged(header, size, value)
             return value
         try:
-            await receive
+            await self._receive_staged(header, size, value)
         except BaseException:
             self._service.values.release([value])
             raise
         return self._service.values.commit(value)
-
-    async def _receive(self, size: int, value: Value | StoreOutcome) -> None:
-        if not isinstance(value, Value):
-            await self._wire.drain(size, self._scratch)
-            return
-        for view in self._service.arena.views(value.parts, size):
-            await self._wire.read(view)
 
     async def _receive_staged(self, header: Header, size: int, value: Value | StoreOutcome) -> None:
         staged = self._staged

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lmcache_core.errors import (
     BackendError,
@@ -20,7 +20,7 @@ from lmcache_core.errors import (
 from lmcache_core.lm import protocol
 from lmcache_core.lm.config import LmConfig
 from lmcache_core.lm.protocol import ProtocolError, Status
-from lmcache_core.lm.stream import Stream
+from lmcache_core.lm.stream import IOV_MAX, Stream, passed
 
 _SCRATCH_BYTES = 256 << 10
 _REJECTED = (Status.DENIED, Status.VERSION, Status.UNSUPPORTED, Status.MALFORMED)
@@ -95,52 +95,27 @@ class Line:
         if self._is_due() and quiet_s > self._config.stall_timeout_s:
             raise BackendTimeout(f"{self.address}: nothing moved for {quiet_s:.0f} s")
 
-    def send(self, views: list[memoryview]) -> None:
+    def send(self, views: Sequence[memoryview]) -> None:
         """Send all of ``views``.
 
         Raises:
             OSError, EOFError: the connection broke, or was cut.
             BackendTimeout: as `tick`.
         """
-        views = [view for view in views if view.nbytes]
-        at = 0
-        stream = self._stream
-        while at < len(views):
-            if stream is None:
-                raise EOFError
-            try:
-                sent = stream.send(views[at:] if at else views)
-            except BlockingIOError:
-                self.tick()
-                continue
-            self.moved()
-            while at < len(views) and sent >= views[at].nbytes:
-                sent -= views[at].nbytes
-                at += 1
-            if sent:
-                views[at] = views[at][sent:]
+        if self._stream is None:
+            raise EOFError
+        self._move(views, self._stream.send, None)
 
-    def fill(self, view: memoryview, until: float | None = None) -> None:
-        """Receive all of ``view``; as part of a greeting ``until`` then.
+    def fill(self, *views: memoryview, until: float | None = None) -> None:
+        """Receive all of ``views``, one after the other; as part of a greeting ``until`` then.
 
         Raises:
             OSError, EOFError: the connection broke, ended, or was cut.
             BackendTimeout: as `tick`.
         """
-        stream = self._stream
-        if stream is None:
+        if self._stream is None:
             raise EOFError
-        at, end = 0, view.nbytes
-        while at < end:
-            try:
-                got = stream.recv_into(view[at:] if at else view)
-            except BlockingIOError:
-                self.tick(until)
-                continue
-            if not got:
-                raise EOFError
-            at += got
-            self.moved()
+        self._move(views, self._stream.receive, until)
 
     def drain(self, nbytes: int) -> None:
         """Receive ``nbytes`` that nobody wants.
@@ -155,10 +130,29 @@ class Line:
             self.fill(self._scratch[:length])
             nbytes -= length
 
+    def _move(
+        self,
+        views: Sequence[memoryview],
+        some: Callable[[Sequence[memoryview]], int],
+        until: float | None,
+    ) -> None:
+        left = [view for view in views if view.nbytes]
+        at = 0
+        while at < len(left):
+            try:
+                moved = some(left[at : at + IOV_MAX])
+            except BlockingIOError:
+                self.tick(until)
+                continue
+            if not moved:
+                raise EOFError
+            self.moved()
+            at = passed(left, at, moved)
+
     def refusal(self, header: protocol.Header) -> BackendError:
         """What the server says in a message whose status isn't OK, as the error to raise."""
         text = memoryview(bytearray(min(header.meta, protocol.MAX_MESSAGE_BYTES)))
-        self.fill(text, time.monotonic() + self._config.connect_timeout_s)
+        self.fill(text, until=time.monotonic() + self._config.connect_timeout_s)
         said = bytes(text).decode(errors="replace")
         kind = BackendRejected if header.status in _REJECTED else BackendUnavailable
         return kind(f"{self.address}: the server refused: {said}")

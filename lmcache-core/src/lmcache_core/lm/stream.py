@@ -1,7 +1,7 @@
 """Blocking byte streams for the client's threads: TCP, Unix sockets, TLS.
 
-`Plain.recv_into` asks the kernel to fill the whole buffer (MSG_WAITALL), so a value of 32 MiB costs
-one system call and takes the interpreter's lock once, however busy the engine's own
+`Plain.receive` asks the kernel to fill all buffers (MSG_WAITALL), so all values of an answer cost
+one system call and take the interpreter's lock once, however busy the engine's own
 threads keep it. Every call comes back after `TICK_S` at the latest, so that its
 caller can look at the clock.
 """
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Protocol
 
 TICK_S = 0.5
-_IOV_MAX = 512
+IOV_MAX = 512
+"""Views that a stream is handed at a time; the kernel takes no more than 1,024."""
 _RECORDS_BYTES = 256 << 10
 """Handed to OpenSSL at a time: it encrypts 16 KiB a record, and the lock is held meanwhile."""
 
@@ -31,11 +32,17 @@ class Stream(Protocol):
     same_host: bool
     """The other end is on this machine."""
 
-    def recv_into(self, view: memoryview) -> int:
-        """Fill ``view`` as far as possible; 0 at the end, `BlockingIOError` after a tick."""
+    def receive(self, views: Sequence[memoryview]) -> int:
+        """Fill the beginning of ``views``, at most `IOV_MAX`; how many bytes, 0 at the end.
+
+        `BlockingIOError` after a tick.
+        """
 
     def send(self, views: Sequence[memoryview]) -> int:
-        """Send the beginning of ``views``; how many bytes. `BlockingIOError` after a tick."""
+        """Send the beginning of ``views``, at most `IOV_MAX`; how many bytes.
+
+        `BlockingIOError` after a tick.
+        """
 
     def shutdown(self) -> None:
         """Wake whoever reads or writes, with an end or an error. Idempotent."""
@@ -55,11 +62,13 @@ class Plain:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
         self.same_host = _is_same_host(sock)
 
-    def recv_into(self, view: memoryview) -> int:
-        return self.sock.recv_into(view, 0, socket.MSG_WAITALL)
+    def receive(self, views: Sequence[memoryview]) -> int:
+        if len(views) == 1:
+            return self.sock.recv_into(views[0], 0, socket.MSG_WAITALL)
+        return self.sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
 
     def send(self, views: Sequence[memoryview]) -> int:
-        return self.sock.sendmsg(views[:_IOV_MAX])
+        return self.sock.sendmsg(views)
 
     def shutdown(self) -> None:
         with contextlib.suppress(OSError):
@@ -86,8 +95,8 @@ class Tls:
         self._lock = threading.Lock()
         self._closed = False
 
-    def recv_into(self, view: memoryview) -> int:
-        return self._attempt(self._tls.recv_into, view)
+    def receive(self, views: Sequence[memoryview]) -> int:
+        return self._attempt(self._tls.recv_into, views[0])
 
     def send(self, views: Sequence[memoryview]) -> int:
         return self._attempt(self._tls.send, views[0][:_RECORDS_BYTES])
@@ -120,6 +129,16 @@ class Tls:
             poll.register(self._tls.fileno(), events)
             poll.poll(left * 1000)
         raise ConnectionError("the connection was given up")
+
+
+def passed(views: list[memoryview], at: int, nbytes: int) -> int:
+    """Where ``views`` go on after ``nbytes`` from ``at`` on; shortens the view that is there."""
+    while at < len(views) and nbytes >= views[at].nbytes:
+        nbytes -= views[at].nbytes
+        at += 1
+    if nbytes:
+        views[at] = views[at][nbytes:]
+    return at
 
 
 def dial(host: str, port: int, timeout_s: float) -> socket.socket:

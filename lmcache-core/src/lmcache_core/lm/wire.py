@@ -36,7 +36,7 @@ class Wire:
         self._fd = sock.fileno()
         self._tls = isinstance(sock, ssl.SSLSocket)
         self._reader: asyncio.Future[None] | None = None
-        self._rest: memoryview | None = None
+        self._rest: list[memoryview] | None = None
         self._reading = False
         self._moved = 0
         self._since_turn = 0
@@ -57,27 +57,23 @@ class Wire:
 
             await self._attempt(step)
 
-    async def read(self, view: memoryview) -> None:
-        """Fill all of ``view``.
+    async def read(self, *views: memoryview) -> None:
+        """Fill all of ``views``, one after the other.
 
         Raises:
             EOFError: the peer ended before that.
             OSError: the connection broke.
         """
-        at, end = 0, view.nbytes
-        recv_into = self.sock.recv_into
-        while at < end:
+        left = _last_first(views)
+        while left:
             try:
-                got = recv_into(view[at:] if at else view)
+                got = self._receive_some(left)
             except BlockingIOError:
-                await self._readable(view[at:])
+                await self._readable(left)
                 return
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wants:
                 await self._wanted(wants)
                 continue
-            if not got:
-                raise EOFError
-            at += got
             await self.took(got)  # a fast peer may never let the socket run dry
 
     async def drain(self, nbytes: int, scratch: memoryview) -> None:
@@ -92,7 +88,7 @@ class Wire:
             nbytes -= length
 
     async def took(self, nbytes: int) -> None:
-        """So many bytes came on another way; after some, others have their turn."""
+        """So many bytes came, on any way; after some, others have their turn."""
         self._moved += nbytes
         self._since_turn += nbytes
         if self._since_turn >= _YIELD_BYTES:
@@ -122,7 +118,7 @@ class Wire:
         Raises:
             OSError: the connection broke.
         """
-        left = [memoryview(view) for view in reversed(views) if len(view)]
+        left = _last_first(views)
         while left:
             sent = _now(lambda: self._send_some(left))
             if isinstance(sent, BlockingIOError):
@@ -175,12 +171,23 @@ class Wire:
         else:
             sent = self.sock.sendmsg(left[: -_IOV_MAX - 1 : -1])
         self._moved += sent
-        rest = sent
-        while left and rest >= left[-1].nbytes:
-            rest -= left.pop().nbytes
-        if rest:
-            left[-1] = left[-1][rest:]
+        _take_out(left, sent)
         return sent
+
+    def _receive_some(self, left: list[memoryview]) -> int:
+        """Fill the beginning of ``left``, which is last in it, and take it out.
+
+        Raises:
+            EOFError: the peer ended.
+        """
+        if self._tls or len(left) == 1:
+            got = self.sock.recv_into(left[-1])
+        else:
+            got = self.sock.recvmsg_into(left[: -_IOV_MAX - 1 : -1])[0]
+        if not got:
+            raise EOFError
+        _take_out(left, got)
+        return got
 
     async def _wanted(self, wants: OSError) -> None:
         if isinstance(wants, ssl.SSLWantWriteError):
@@ -188,8 +195,8 @@ class Wire:
         else:
             await self._readable()
 
-    async def _readable(self, rest: memoryview | None = None) -> None:
-        """Wait until there is something to read, or until all of ``rest`` is filled.
+    async def _readable(self, rest: list[memoryview] | None = None) -> None:
+        """Wait until there is something to read, or until all of ``rest`` is filled, last first.
 
         Raises:
             EOFError, OSError: as `read`, with ``rest``.
@@ -215,21 +222,16 @@ class Wire:
         elif not future.done() and (self._rest is None or self._fill(self._rest, future)):
             future.set_result(None)
 
-    def _fill(self, rest: memoryview, future: asyncio.Future[None]) -> bool:
+    def _fill(self, rest: list[memoryview], future: asyncio.Future[None]) -> bool:
         """Read into ``rest`` once; whether it is full."""
         try:
-            got = self.sock.recv_into(rest)
+            self._moved += self._receive_some(rest)
         except BlockingIOError:
             return False
-        except OSError as error:
+        except (OSError, EOFError) as error:
             future.set_exception(error)
             return False
-        if not got:
-            future.set_exception(EOFError())
-            return False
-        self._moved += got
-        self._rest = rest[got:]
-        return got == rest.nbytes
+        return not rest
 
     async def _writable(self, left: list[memoryview] | None = None) -> None:
         """Wait until something can be sent, or until all of ``left`` is.
@@ -257,6 +259,18 @@ class Wire:
             return
         if not left:
             future.set_result(None)
+
+
+def _last_first(views: Sequence[memoryview | bytes]) -> list[memoryview]:
+    return [memoryview(view) for view in reversed(views) if len(view)]
+
+
+def _take_out(left: list[memoryview], nbytes: int) -> None:
+    """Take the first ``nbytes`` out of views that stand last first."""
+    while left and nbytes >= left[-1].nbytes:
+        nbytes -= left.pop().nbytes
+    if nbytes:
+        left[-1] = left[-1][nbytes:]
 
 
 def _now(call: Callable[[], int]) -> int | OSError:

@@ -11,9 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from lmcache_core.errors import BackendTimeout
-from lmcache_core.lm.stream import Plain, Stream
-
-_IOV_MAX = 512
+from lmcache_core.lm.stream import IOV_MAX, Plain, Stream, passed
 
 
 class Line:
@@ -34,18 +32,7 @@ class Line:
             BackendTimeout: nothing moved for a while.
             OSError: the connection broke.
         """
-        stream = self._stream
-        if isinstance(stream, Plain):
-            receive = stream.sock.recvmsg_into
-
-            def some(left: list[memoryview]) -> int:
-                return receive(left[:_IOV_MAX], 0, socket.MSG_WAITALL)[0]
-        else:
-
-            def some(left: list[memoryview]) -> int:
-                return stream.recv_into(left[0])
-
-        self._move(views, some, patient)
+        self._move(views, self._stream.receive, patient)
 
     def send(self, views: Sequence[memoryview]) -> None:
         """Send ``views`` one after the other.
@@ -79,13 +66,16 @@ class Line:
         self._stream.close()
 
     def _move(
-        self, views: Sequence[memoryview], some: Callable[[list[memoryview]], int], patient: bool
+        self,
+        views: Sequence[memoryview],
+        some: Callable[[Sequence[memoryview]], int],
+        patient: bool,
     ) -> None:
         left = [view for view in views if view.nbytes]
         at, moved_at = 0, time.monotonic()
         while at < len(left):
             try:
-                moved = some(left[at : at + _IOV_MAX])
+                moved = some(left[at : at + IOV_MAX])
             except BlockingIOError:  # a tick
                 quiet_s = time.monotonic() - moved_at
                 if not patient and quiet_s > self.stall_timeout_s and not self._down:
@@ -98,11 +88,7 @@ class Line:
             if moved < 0:
                 continue
             moved_at, patient = time.monotonic(), False
-            while at < len(left) and moved >= left[at].nbytes:
-                moved -= left[at].nbytes
-                at += 1
-            if moved:
-                left[at] = left[at][moved:]
+            at = passed(left, at, moved)
 
 
 def pieces(region: memoryview, places: Sequence[tuple[int, int]]) -> list[memoryview]:
