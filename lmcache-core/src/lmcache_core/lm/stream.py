@@ -22,6 +22,9 @@ from typing import Protocol
 TICK_S = 0.5
 IOV_MAX = 512
 """Views that a stream is handed at a time; the kernel takes no more than 1,024."""
+WAKE_BYTES = 1 << 20
+"""Whoever waits for more than twice as many bytes is woken when so many are there, not for each
+segment: with eight clients on two CPUs that is a tenth of the time."""
 _RECORDS_BYTES = 256 << 10
 """Handed to OpenSSL at a time: it encrypts 16 KiB a record, and the lock is held meanwhile."""
 
@@ -63,6 +66,17 @@ class Plain:
         self.same_host = _is_same_host(sock)
 
     def receive(self, views: Sequence[memoryview]) -> int:
+        early = _all_but_last(views, WAKE_BYTES)
+        if not early:
+            return self._receive(views)
+        # What follows these views is always enough to wake us.
+        wake_from(self.sock, WAKE_BYTES)
+        try:
+            return self._receive(early)
+        finally:
+            wake_from(self.sock, 1)
+
+    def _receive(self, views: Sequence[memoryview]) -> int:
         if len(views) == 1:
             return self.sock.recv_into(views[0], 0, socket.MSG_WAITALL)
         return self.sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
@@ -129,6 +143,28 @@ class Tls:
             poll.register(self._tls.fileno(), events)
             poll.poll(left * 1000)
         raise ConnectionError("the connection was given up")
+
+
+def wake_from(sock: socket.socket, nbytes: int) -> None:
+    """Let whoever waits for bytes from ``sock`` be woken when so many are there.
+
+    As many must be on their way, or nobody is woken before the connection ends.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
+
+
+def _all_but_last(views: Sequence[memoryview], nbytes: int) -> list[memoryview]:
+    """``views`` without their last ``nbytes``; nothing if that isn't most of them."""
+    rest = sum(view.nbytes for view in views) - nbytes
+    if rest < nbytes:
+        return []
+    found: list[memoryview] = []
+    for view in views:
+        found.append(view[:rest])
+        rest -= found[-1].nbytes
+        if not rest:
+            break
+    return found
 
 
 def passed(views: list[memoryview], at: int, nbytes: int) -> int:

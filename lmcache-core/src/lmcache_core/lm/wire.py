@@ -15,11 +15,12 @@ import socket
 import ssl
 from collections.abc import Callable, Sequence
 
+from lmcache_core.lm.stream import IOV_MAX, WAKE_BYTES, wake_from
+
 MIN_PROGRESS_BYTES = 64 << 10
 """Fewer than so many bytes in a stall time-out are no progress, or a peer that sends a byte now and
 then could hold memory for ever."""
 _YIELD_BYTES = 4 << 20
-_IOV_MAX = 512
 _RECORDS_BYTES = 256 << 10
 
 
@@ -37,6 +38,8 @@ class Wire:
         self._tls = isinstance(sock, ssl.SSLSocket)
         self._reader: asyncio.Future[None] | None = None
         self._rest: list[memoryview] | None = None
+        self._due = 0
+        self._threshold = 1
         self._reading = False
         self._moved = 0
         self._since_turn = 0
@@ -169,7 +172,7 @@ class Wire:
         if self._tls:
             sent = self.sock.send(left[-1][:_RECORDS_BYTES])
         else:
-            sent = self.sock.sendmsg(left[: -_IOV_MAX - 1 : -1])
+            sent = self.sock.sendmsg(left[: -IOV_MAX - 1 : -1])
         self._moved += sent
         _take_out(left, sent)
         return sent
@@ -183,7 +186,7 @@ class Wire:
         if self._tls or len(left) == 1:
             got = self.sock.recv_into(left[-1])
         else:
-            got = self.sock.recvmsg_into(left[: -_IOV_MAX - 1 : -1])[0]
+            got = self.sock.recvmsg_into(left[: -IOV_MAX - 1 : -1])[0]
         if not got:
             raise EOFError
         _take_out(left, got)
@@ -203,6 +206,8 @@ class Wire:
         """
         future = self._reader = self._loop.create_future()
         self._rest = rest
+        self._due = sum(view.nbytes for view in rest) if rest else 0
+        self._set_threshold()
         if not self._reading:
             self._loop.add_reader(self._fd, self._on_readable)
             self._reading = True
@@ -211,6 +216,15 @@ class Wire:
             await future
         finally:
             self._reader = self._rest = None
+            self._due = 0
+            self._set_threshold()
+
+    def _set_threshold(self) -> None:
+        """Let the kernel wake this loop when so much is there, as long as more than that comes."""
+        threshold = WAKE_BYTES if self._due >= 2 * WAKE_BYTES and not self._tls else 1
+        if threshold != self._threshold:
+            wake_from(self.sock, threshold)
+            self._threshold = threshold
 
     def _on_readable(self) -> None:
         # Stays registered between reads, and fills what is waited for by itself: while a value
@@ -225,12 +239,15 @@ class Wire:
     def _fill(self, rest: list[memoryview], future: asyncio.Future[None]) -> bool:
         """Read into ``rest`` once; whether it is full."""
         try:
-            self._moved += self._receive_some(rest)
+            got = self._receive_some(rest)
         except BlockingIOError:
             return False
         except (OSError, EOFError) as error:
             future.set_exception(error)
             return False
+        self._moved += got
+        self._due -= got
+        self._set_threshold()
         return not rest
 
     async def _writable(self, left: list[memoryview] | None = None) -> None:
