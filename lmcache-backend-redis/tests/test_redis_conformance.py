@@ -53,6 +53,15 @@ class TestOneServer(StorageBackendTests):
         return maker(empty.url)
 
 
+class TestOnThreads(TestOneServer):
+    """Where short calls too are made by a thread."""
+
+    @pytest.fixture
+    def make_backend(self, empty: Server, monkeypatch: pytest.MonkeyPatch) -> MakeBackend:
+        monkeypatch.setattr("lmcache_backend_redis.backend.ON_LOOP_BYTES", -1)
+        return maker(empty.url)
+
+
 class TestSmallPieces(TestOneServer):
     """All but the shortest values are cut."""
 

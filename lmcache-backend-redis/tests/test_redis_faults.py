@@ -60,6 +60,18 @@ def server(tmp_path: Path) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture(params=["on the loop", "on threads"])
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Makes all calls, however long, in one of the two places."""
+    where = str(request.param)
+    most = 1 << 30 if where == "on the loop" else -1
+    monkeypatch.setattr("lmcache_backend_redis.backend.ON_LOOP_BYTES", most)
+    return where
+
+
+everywhere = pytest.mark.usefixtures("where")
+
+
 @contextmanager
 def opened(run: Loop, url: str, **options: Any) -> Iterator[RedisBackend]:
     backend = RedisBackend(RedisConfig.model_validate({"url": url, **QUICK, **options}))
@@ -289,6 +301,7 @@ def test_replacing_a_damaged_value_leaves_nothing_of_it(run: Loop, server: Serve
         assert names_in(server) == []
 
 
+@everywhere
 def test_two_writers_leave_one_value(run: Loop, server: Server) -> None:
     with opened(run, server.url) as one, opened(run, server.url) as two:
 
@@ -316,6 +329,7 @@ def test_clear_takes_what_was_never_finished_too(run: Loop, server: Server) -> N
         assert names_in(server) == [b"somebody's"]
 
 
+@everywhere
 def test_a_full_server_admits_nothing(run: Loop, tmp_path: Path) -> None:
     full = ["--maxmemory", "3mb", "--maxmemory-policy", "noeviction"]
     server = Server(tmp_path, arguments=full)
@@ -359,6 +373,7 @@ def test_values_that_are_too_large_are_refused_at_the_start(run: Loop, server: S
 # -- servers that go away ------------------------------------------------------------------
 
 
+@everywhere
 def test_a_hung_server_costs_its_time_limit(run: Loop, server: Server) -> None:
     with opened(run, server.url) as backend:
         put(run, backend, KEY, value(1, LONG))
@@ -376,6 +391,7 @@ def test_a_hung_server_costs_its_time_limit(run: Loop, server: Server) -> None:
         assert get(run, backend, KEY) == value(1, LONG)
 
 
+@everywhere
 def test_a_server_that_restarts_empty(run: Loop, server: Server) -> None:
     with opened(run, server.url) as backend:
         put(run, backend, KEY, value(1, LONG))
@@ -388,6 +404,7 @@ def test_a_server_that_restarts_empty(run: Loop, server: Server) -> None:
         assert get(run, backend, KEY) == value(1, LONG)
 
 
+@everywhere
 @pytest.mark.parametrize("what", ["load", "store"])
 def test_a_server_killed_in_the_middle(run: Loop, server: Server, what: str) -> None:
     size = 64 << 20
@@ -411,6 +428,28 @@ def test_a_server_killed_in_the_middle(run: Loop, server: Server, what: str) -> 
         assert run(backend.contains([KEY])) == [False]
 
 
+def test_a_cancelled_load_leaves_its_buffer_alone(run: Loop, server: Server) -> None:
+    (target,) = buffers(1, LONG)
+    before = bytes(target)
+    with opened(run, server.url, timeout_s=60.0) as backend:
+        put(run, backend, KEY, value(1, LONG))
+
+        async def cancelled() -> None:
+            server.pause()
+            call = asyncio.ensure_future(backend.load([KEY], [memoryview(target)]))
+            await asyncio.sleep(0.1)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            server.resume()
+            await asyncio.sleep(0.1)
+
+        run(cancelled())
+        assert target == before
+        assert get(run, backend, KEY) == value(1, LONG), "on another connection"
+
+
+@everywhere
 def test_closing_does_not_wait_for_a_hung_server(run: Loop, server: Server) -> None:
     patient = {"timeout_s": 3600.0, "call_timeout_s": 3600.0}
     with opened(run, server.url, **patient) as backend:
@@ -432,6 +471,7 @@ def test_closing_does_not_wait_for_a_hung_server(run: Loop, server: Server) -> N
 # -- several servers -----------------------------------------------------------------------
 
 
+@everywhere
 def test_the_primary_is_killed_during_requests(run: Loop, tmp_path: Path) -> None:
     """Sentinel makes the replica the primary; until then there are misses, and no wrong bytes."""
     with replicated(tmp_path) as servers, opened(run, servers.url) as backend:
@@ -550,6 +590,7 @@ SLACK_S = 3.0
 """What a loaded machine may add. A call that hangs doesn't end within it either."""
 
 
+@everywhere
 def test_random_faults(run: Loop, server: Server) -> None:
     """Cuts, silence, kills and hangs: no wrong byte, no late answer, no thread that is stuck."""
     chance = random.Random(FAULTS)

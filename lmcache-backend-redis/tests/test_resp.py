@@ -17,13 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lmcache_backend_redis.blocking import BlockingWire, at_once
 from lmcache_backend_redis.resp import (
     MAX_LINE,
     MAX_SMALL_BULK,
     ProtocolError,
     Reply,
     ReplyError,
-    Wire,
     command,
     commands,
 )
@@ -63,8 +63,8 @@ class Scripted:
         return count
 
 
-def wire(text: bytes, portions: Sequence[int] = ()) -> Wire:
-    return Wire(Scripted(text, portions), "peer", idle_s=1.0, until=time.monotonic() + 60)
+def wire(text: bytes, portions: Sequence[int] = ()) -> BlockingWire:
+    return BlockingWire(Scripted(text, portions), "peer", idle_s=1.0, until=time.monotonic() + 60)
 
 
 def encoded(reply: Reply) -> bytes:
@@ -94,54 +94,54 @@ def depth(reply: Reply) -> int:
 @given(st.lists(REPLIES, max_size=5), PORTIONS)
 def test_replies_in_any_portions(replies: list[Reply], portions: list[int]) -> None:
     reader = wire(b"".join(map(encoded, replies)), portions)
-    assert [reader.reply() for _ in replies] == replies
+    assert [at_once(reader.reply()) for _ in replies] == replies
     assert not reader.broken
 
 
 @given(st.lists(st.integers(-9, 10**12), min_size=1, max_size=300), PORTIONS)
 def test_many_integers(numbers: list[int], portions: list[int]) -> None:
     reader = wire(b"".join(map(encoded, numbers)) + b"+END\r\n", portions)
-    assert reader.integers(len(numbers)) == numbers
-    assert reader.reply() == b"END"
+    assert at_once(reader.integers(len(numbers))) == numbers
+    assert at_once(reader.reply()) == b"END"
 
 
 @given(st.binary(max_size=5000), st.binary(max_size=5000), PORTIONS)
 def test_bulk_replies_land_in_the_buffer(one: bytes, two: bytes, portions: list[int]) -> None:
     reader = wire(encoded(one) + encoded(two) + encoded(None), portions)
     for value in (one, two):
-        assert reader.bulk_length() == len(value)
+        assert at_once(reader.bulk_length()) == len(value)
         target = bytearray(len(value))
-        reader.read_into(memoryview(target))
-        reader.end_bulk()
+        at_once(reader.read_into(memoryview(target)))
+        at_once(reader.end_bulk())
         assert target == value
-    assert reader.bulk_length() is None
+    assert at_once(reader.bulk_length()) is None
 
 
 @given(st.lists(st.binary(max_size=2000), max_size=600))
 def test_parts_are_sent_whole(parts: list[bytes]) -> None:
     peer = Scripted(b"")
-    Wire(peer, "peer", idle_s=1.0, until=time.monotonic() + 60).send(parts)
+    at_once(BlockingWire(peer, "peer", idle_s=1.0, until=time.monotonic() + 60).send(parts))
     assert bytes(peer.sent) == b"".join(parts)
 
 
 @pytest.mark.parametrize("portions", [[], [1] * 40, [3, 9]])
 def test_what_was_expected_is_read_and_nothing_else(portions: list[int]) -> None:
     reader = wire(b"+OK\r\n+OK\r\n:1\r\n$-1\r\n+OK\r\n", portions)
-    assert reader.came(b"+OK\r\n+OK\r\n")
-    assert not reader.came(b":1\r\n+OK\r\n")
-    assert reader.reply() == 1
-    assert reader.reply() is None
-    assert reader.came(b"+OK\r\n")
-    assert reader.came(b"")
+    assert at_once(reader.came(b"+OK\r\n+OK\r\n"))
+    assert not at_once(reader.came(b":1\r\n+OK\r\n"))
+    assert at_once(reader.reply()) == 1
+    assert at_once(reader.reply()) is None
+    assert at_once(reader.came(b"+OK\r\n"))
+    assert at_once(reader.came(b""))
     with pytest.raises(BackendUnavailable, match="closed"):
-        reader.came(b"+OK\r\n")
+        at_once(reader.came(b"+OK\r\n"))
 
 
 def test_too_much_to_expect_is_read_one_by_one() -> None:
     many = b"+OK\r\n" * 10_000
     reader = wire(many)
-    assert not reader.came(many)
-    assert [reader.reply() for _ in range(10_000)] == [b"OK"] * 10_000
+    assert not at_once(reader.came(many))
+    assert [at_once(reader.reply()) for _ in range(10_000)] == [b"OK"] * 10_000
 
 
 def test_commands() -> None:
@@ -174,14 +174,14 @@ def test_commands() -> None:
 def test_nonsense_is_refused(text: bytes) -> None:
     reader = wire(text)
     with pytest.raises(ProtocolError):
-        reader.reply()
+        at_once(reader.reply())
     assert reader.broken
 
 
 def test_an_error_reply_where_bytes_were_expected() -> None:
     reader = wire(b"-LOADING Redis is loading\r\n")
     with pytest.raises(ReplyError, match="LOADING") as caught:
-        reader.bulk_length()
+        at_once(reader.bulk_length())
     assert caught.value.code == "LOADING"
     assert reader.broken, "whoever pipelined more must not go on reading"
 
@@ -189,12 +189,12 @@ def test_an_error_reply_where_bytes_were_expected() -> None:
 def test_the_end_in_the_middle() -> None:
     reader = wire(b"$10\r\nabc")
     with pytest.raises(BackendUnavailable, match="closed the connection"):
-        reader.reply()
+        at_once(reader.reply())
     assert reader.broken
 
 
 def test_a_long_line_is_no_bulk_reply_but_is_read() -> None:
-    assert wire(b"+" + b"x" * 40_000 + b"\r\n").reply() == b"x" * 40_000
+    assert at_once(wire(b"+" + b"x" * 40_000 + b"\r\n").reply()) == b"x" * 40_000
 
 
 def _scripts() -> st.SearchStrategy[bytes]:
@@ -234,21 +234,21 @@ def consume(text: bytes, portions: Sequence[int], how: str) -> None:
     assert reader.broken
 
 
-def read_for_ever(reader: Wire, how: str) -> None:
+def read_for_ever(reader: BlockingWire, how: str) -> None:
     """Each round reads a line at least, and a script is finite."""
     target = memoryview(bytearray(64))
     while True:
         if how == "reply":
-            if isinstance(reply := reader.reply(), ReplyError):
+            if isinstance(reply := at_once(reader.reply()), ReplyError):
                 raise reply
         elif how == "integers":
-            reader.integers(3)
-        elif (length := reader.bulk_length()) is not None:
+            at_once(reader.integers(3))
+        elif (length := at_once(reader.bulk_length())) is not None:
             if length <= target.nbytes:
-                reader.read_into(target[:length])
+                at_once(reader.read_into(target[:length]))
             else:
-                reader.skip(length)
-            reader.end_bulk()
+                at_once(reader.skip(length))
+            at_once(reader.end_bulk())
 
 
 @settings(
@@ -292,7 +292,7 @@ def test_a_length_is_not_believed_before_the_bytes_come() -> None:
     reader = wire(b"*1048576\r\n" + b"$1048576\r\nabc")
     tracemalloc.start()
     with pytest.raises(BackendUnavailable):
-        reader.reply()
+        at_once(reader.reply())
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 << 20
@@ -304,10 +304,10 @@ def test_a_length_is_not_believed_before_the_bytes_come() -> None:
 def test_a_silent_server_times_out() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        reader = Wire(ours, "peer", idle_s=0.05, until=time.monotonic() + 60)
+        reader = BlockingWire(ours, "peer", idle_s=0.05, until=time.monotonic() + 60)
         theirs.sendall(b"$100\r\nabc")
         with pytest.raises(BackendTimeout, match="silent for"):
-            reader.reply()
+            at_once(reader.reply())
         assert reader.broken
 
 
@@ -323,10 +323,10 @@ def test_a_server_that_dribbles_is_given_up() -> None:
     thread = threading.Thread(target=dribble)
     with ours, theirs:
         thread.start()
-        reader = Wire(ours, "peer", idle_s=5, until=time.monotonic() + 0.3)
+        reader = BlockingWire(ours, "peer", idle_s=5, until=time.monotonic() + 0.3)
         try:
             with pytest.raises(BackendTimeout, match="call_timeout_s"):
-                reader.reply()
+                at_once(reader.reply())
         finally:
             stop.set()
             thread.join()
@@ -335,7 +335,7 @@ def test_a_server_that_dribbles_is_given_up() -> None:
 def test_a_server_that_does_not_read_is_given_up() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        writer = Wire(ours, "peer", idle_s=0.05, until=time.monotonic() + 60)
+        writer = BlockingWire(ours, "peer", idle_s=0.05, until=time.monotonic() + 60)
         with pytest.raises(BackendTimeout):
-            writer.send([bytes(64 << 20)])
+            at_once(writer.send([bytes(64 << 20)]))
         assert writer.broken

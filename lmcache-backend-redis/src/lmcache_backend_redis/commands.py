@@ -19,7 +19,7 @@ def is_whole(head: Head, follows: int) -> bool:
     return follows == (0 if head.piece_bytes else head.value_bytes)
 
 
-def intact(wire: Wire, names: Sequence[bytes]) -> list[bool]:
+async def intact(wire: Wire, names: Sequence[bytes]) -> list[bool]:
     """Say which chunks are there in full, and forget those that are there in part.
 
     A head whose pieces were evicted, or what another version left, would keep a new value out.
@@ -28,11 +28,11 @@ def intact(wire: Wire, names: Sequence[bytes]) -> list[bool]:
         command(b"GETRANGE", name, b"0", b"%d" % (HEAD.size - 1)) + command(b"STRLEN", name)
         for name in names
     ]
-    wire.send([b"".join(asking)])
+    await wire.send([b"".join(asking)])
     intact = [False] * len(names)
-    if wire.came(b"$0\r\n\r\n:0\r\n" * len(names)):
+    if await wire.came(b"$0\r\n\r\n:0\r\n" * len(names)):
         return intact  # none is there, as usual
-    heads = [(_string(wire), _integer(wire)) for _ in names]
+    heads = [(await _string(wire), await _integer(wire)) for _ in names]
     pieces: list[tuple[int, bytes, int]] = []
     damaged: set[int] = set()
     for i, (start, length) in enumerate(heads):
@@ -45,16 +45,16 @@ def intact(wire: Wire, names: Sequence[bytes]) -> list[bool]:
             continue
         for name, place in head.pieces(names[i]):
             pieces.append((i, name, place.stop - place.start))
-    wire.send([commands(b"STRLEN", [name for _, name, _ in pieces])])
-    lengths = wire.integers(len(pieces))
+    await wire.send([commands(b"STRLEN", [name for _, name, _ in pieces])])
+    lengths = await wire.integers(len(pieces))
     damaged.update(i for (i, _, nbytes), got in zip(pieces, lengths, strict=True) if got != nbytes)
     for i in damaged:
         intact[i] = False
-    discard(wire, [names[i] for i in sorted(damaged)])
+    await discard(wire, [names[i] for i in sorted(damaged)])
     return intact
 
 
-def discard(wire: Wire, names: Sequence[bytes]) -> int:
+async def discard(wire: Wire, names: Sequence[bytes]) -> int:
     """Remove chunks with their pieces; answer how many there were.
 
     A head is read and removed in one transaction, so whoever removes it knows all of its pieces.
@@ -68,12 +68,12 @@ def discard(wire: Wire, names: Sequence[bytes]) -> int:
         + command(b"EXEC")
         for name in names
     ]
-    wire.send([b"".join(taking)])
+    await wire.send([b"".join(taking)])
     count, pieces = 0, []
     for name in names:
         for _ in range(3):
-            _refuse(wire.reply())
-        done = _refuse(wire.reply())
+            _refuse(await wire.reply())
+        done = _refuse(await wire.reply())
         match done:
             case [bytes(start), int(removed)]:
                 count += removed
@@ -81,22 +81,22 @@ def discard(wire: Wire, names: Sequence[bytes]) -> int:
                 pieces += [piece for piece, _ in head.pieces(name)] if head else []
             case _:
                 raise ProtocolError(f"{wire.peer} answered EXEC with {done!r:.80}")
-    unlink(wire, pieces)
+    await unlink(wire, pieces)
     return count
 
 
-def unlink(wire: Wire, names: Sequence[bytes]) -> None:
+async def unlink(wire: Wire, names: Sequence[bytes]) -> None:
     # One command a name: a cluster refuses a command about several slots.
-    wire.send([commands(b"UNLINK", names)])
-    wire.integers(len(names))
+    await wire.send([commands(b"UNLINK", names)])
+    await wire.integers(len(names))
 
 
-def clear(wire: Wire, names: Names) -> int:
+async def clear(wire: Wire, names: Names) -> int:
     """Remove everything of a namespace from one node; answer how many chunks there were."""
     count, cursor = 0, b"0"
     while True:
-        wire.send([command(b"SCAN", cursor, b"MATCH", names.pattern, b"COUNT", _SCAN_COUNT)])
-        page = _refuse(wire.reply())
+        await wire.send([command(b"SCAN", cursor, b"MATCH", names.pattern, b"COUNT", _SCAN_COUNT)])
+        page = _refuse(await wire.reply())
         match page:
             case [bytes(cursor), list(found)]:
                 these = [name for name in found if isinstance(name, bytes)]
@@ -104,8 +104,8 @@ def clear(wire: Wire, names: Names) -> int:
                 raise ProtocolError(f"{wire.peer} answered SCAN with {page!r:.80}")
         # Heads first, so that nobody is sent after pieces that are gone.
         these.sort(key=Names.is_head, reverse=True)
-        wire.send([commands(b"UNLINK", these)])
-        removed = wire.integers(len(these))
+        await wire.send([commands(b"UNLINK", these)])
+        removed = await wire.integers(len(these))
         count += sum(n for name, n in zip(these, removed, strict=True) if Names.is_head(name))
         if cursor == b"0":
             return count
@@ -118,15 +118,15 @@ def _refuse(reply: Reply) -> Reply:
     return reply
 
 
-def _integer(wire: Wire) -> int:
-    reply = _refuse(wire.reply())
+async def _integer(wire: Wire) -> int:
+    reply = _refuse(await wire.reply())
     if not isinstance(reply, int):
         raise ProtocolError(f"{wire.peer} answered {reply!r:.80} where a number was expected")
     return reply
 
 
-def _string(wire: Wire) -> bytes:
-    reply = _refuse(wire.reply())
+async def _string(wire: Wire) -> bytes:
+    reply = _refuse(await wire.reply())
     if not isinstance(reply, bytes):
         raise ProtocolError(f"{wire.peer} answered {reply!r:.80} where a string was expected")
     return reply

@@ -109,7 +109,11 @@ class RedisConfig(BaseModel):
         False, description="Ask and load from replicas, with Sentinel or a cluster."
     )
     connections: int = Field(
-        4, ge=1, le=64, description="Calls at the same time, each with a connection and a thread."
+        4,
+        ge=1,
+        le=64,
+        description="Calls at the same time, each with a connection: so many long ones, each on a "
+        "thread, and so many short ones.",
     )
     connect_timeout_s: float = Field(
         1.0, gt=0, description="Seconds until a server that can't be reached is given up."

@@ -55,7 +55,7 @@ class Load:
         self._waiting: deque[_Ask] = deque()
         self._in_flight = 0
 
-    def run(
+    async def run(
         self,
         positions: Iterable[int],
         names: Sequence[bytes],
@@ -69,18 +69,18 @@ class Load:
             expected = HEAD.size + (capacity if capacity <= self._piece_bytes else 0)
             self._waiting.append(_Ask(names[value.position], expected, value))
         while self._waiting or self._asked:
-            self._ask()
+            await self._ask()
             one = self._asked.popleft()
             self._in_flight -= one.expected_bytes
             if one.place is None:
-                self._read_head(one)
+                await self._read_head(one)
             else:
-                self._read_piece(one, one.place)
+                await self._read_piece(one, one.place)
         for value in values:
             if not (value.lost or value.missing):
                 sizes[value.position] = value.nbytes
 
-    def _ask(self) -> None:
+    async def _ask(self) -> None:
         if self._asked and self._in_flight > IN_FLIGHT_BYTES // 2:
             return  # soon, for several at once
         asked: list[bytes] = []
@@ -95,37 +95,38 @@ class Load:
             self._asked.append(self._waiting.popleft())
             self._in_flight += one.expected_bytes
             asked.append(one.name)
-        self._wire.send([commands(b"GET", asked)])
+        await self._wire.send([commands(b"GET", asked)])
 
-    def _read_head(self, one: _Ask) -> None:
+    async def _read_head(self, one: _Ask) -> None:
         wire, value = self._wire, one.value
-        length = wire.bulk_length()
+        length = await wire.bulk_length()
         if length is None:
             value.lost = True
             return
-        head = Head.unpack(wire.take(HEAD.size)) if length >= HEAD.size else None
+        head = Head.unpack(await wire.take(HEAD.size)) if length >= HEAD.size else None
         follows = length - HEAD.size if length >= HEAD.size else length
         if head is None or not is_whole(head, follows) or head.value_bytes > value.into.nbytes:
             value.lost = True
-            wire.skip(follows)
+            await wire.skip(follows)
         else:
             value.nbytes = head.value_bytes
-            wire.read_into(value.into[:follows])
+            if follows:
+                await wire.read_into(value.into[:follows])
             pieces = head.pieces(one.name)
             value.missing = len(pieces)
             for name, place in pieces:
                 self._waiting.append(_Ask(name, place.stop - place.start, value, place))
-        wire.end_bulk()
+        await wire.end_bulk()
 
-    def _read_piece(self, one: _Ask, place: slice) -> None:
-        length = self._wire.bulk_length()
+    async def _read_piece(self, one: _Ask, place: slice) -> None:
+        length = await self._wire.bulk_length()
         if length is None:
             one.value.lost = True
             return
         if length == place.stop - place.start:
-            self._wire.read_into(one.value.into[place])
+            await self._wire.read_into(one.value.into[place])
             one.value.missing -= 1
         else:
             one.value.lost = True
-            self._wire.skip(length)
-        self._wire.end_bulk()
+            await self._wire.skip(length)
+        await self._wire.end_bulk()

@@ -47,7 +47,7 @@ class Store:
         self._ttl_s = config.ttl_s
         self._staging = b"%d" % (int(config.call_timeout_s) + _STAGING_MARGIN_S)
 
-    def run(
+    async def run(
         self,
         positions: Iterable[int],
         names: Sequence[bytes],
@@ -55,7 +55,7 @@ class Store:
         outcomes: list[StoreOutcome],
     ) -> None:
         fits = [i for i in positions if sources[i].nbytes <= MAX_VALUE_BYTES]
-        present = intact(self._wire, [names[i] for i in fits])
+        present = await intact(self._wire, [names[i] for i in fits])
         puts = []
         for i, there in zip(fits, present, strict=True):
             if there:
@@ -63,20 +63,20 @@ class Store:
                 continue
             head = Head.of(sources[i].nbytes, self._piece_bytes)
             puts.append(_Put(i, names[i], sources[i], head, head.pieces(names[i])))
-        self._send(puts)
+        await self._send(puts)
         for put in puts:  # while the server is busy
             if put.pieces:
                 put.commit = b"".join(self._transaction(put))
-        if self._wire.came(b"+OK\r\n" * sum(len(put.pieces) or 1 for put in puts)):
+        if await self._wire.came(b"+OK\r\n" * sum(len(put.pieces) or 1 for put in puts)):
             written = puts
             for put in puts:
                 if not put.pieces:
                     outcomes[put.position] = StoreOutcome.STORED
         else:
-            written = [put for put in puts if self._written(put, outcomes)]
-        self._commit([put for put in written if put.pieces], outcomes)
+            written = [put for put in puts if await self._written(put, outcomes)]
+        await self._commit([put for put in written if put.pieces], outcomes)
 
-    def _send(self, puts: Iterable[_Put]) -> None:
+    async def _send(self, puts: Iterable[_Put]) -> None:
         parts: list[bytes | memoryview] = []
         for put in puts:
             if put.pieces:
@@ -84,11 +84,11 @@ class Store:
                     parts += _set(name, b"", put.source[place], (b"EX", self._staging))
             else:
                 parts += _set(put.name, put.head.pack(), put.source, (b"NX", *self._expiry(0)))
-        self._wire.send(parts)
+        await self._wire.send(parts)
 
-    def _written(self, put: _Put, outcomes: list[StoreOutcome]) -> bool:
+    async def _written(self, put: _Put, outcomes: list[StoreOutcome]) -> bool:
         """Read what became of the SETs of one chunk."""
-        replies = [self._wire.reply() for _ in put.pieces or (None,)]
+        replies = [await self._wire.reply() for _ in put.pieces or (None,)]
         errors = [reply for reply in replies if isinstance(reply, ReplyError)]
         for error in errors:
             if error.code != "OOM":
@@ -101,18 +101,18 @@ class Store:
             outcomes[put.position] = StoreOutcome.STORED
         return True
 
-    def _commit(self, puts: Sequence[_Put], outcomes: list[StoreOutcome]) -> None:
+    async def _commit(self, puts: Sequence[_Put], outcomes: list[StoreOutcome]) -> None:
         if not puts:
             return
-        self._wire.send([put.commit for put in puts])
-        if self._wire.came(b"".join(_kept(len(put.pieces)) for put in puts)):
+        await self._wire.send([put.commit for put in puts])
+        if await self._wire.came(b"".join(_kept(len(put.pieces)) for put in puts)):
             for put in puts:
                 outcomes[put.position] = StoreOutcome.STORED
             return
         superseded: list[bytes] = []
         incomplete: list[bytes] = []
         for put in puts:
-            done = self._transacted(len(put.pieces) + 1)
+            done = await self._transacted(len(put.pieces) + 1)
             if done is None:
                 continue  # full; the pieces expire
             *kept, set_head = done
@@ -123,8 +123,8 @@ class Store:
                 outcomes[put.position] = StoreOutcome.STORED
             else:
                 incomplete.append(put.name)  # a piece was evicted while the others were written
-        discard(self._wire, incomplete)
-        unlink(self._wire, superseded)
+        await discard(self._wire, incomplete)
+        await unlink(self._wire, superseded)
 
     def _transaction(self, put: _Put) -> Iterator[bytes]:
         yield command(b"MULTI")
@@ -135,10 +135,10 @@ class Store:
         yield command(b"SET", put.name, put.head.pack(), b"NX", *self._expiry(0))
         yield command(b"EXEC")
 
-    def _transacted(self, count: int) -> list[Reply] | None:
+    async def _transacted(self, count: int) -> list[Reply] | None:
         """What ``count`` commands answered in a transaction; ``None`` if there was no memory."""
-        queued = [self._wire.reply() for _ in range(count + 1)]  # with MULTI's own
-        done = self._wire.reply()
+        queued = [await self._wire.reply() for _ in range(count + 1)]  # with MULTI's own
+        done = await self._wire.reply()
         errors = [reply for reply in (*queued, done) if isinstance(reply, ReplyError)]
         if errors:
             if errors[0].code == "OOM":

@@ -2,8 +2,8 @@
 
 redis-py opens connections, logs in, does TLS, finds the primary with Sentinel and the node of a
 slot with a cluster, and pools what is idle. What travels on a connection afterwards is `resp`'s
-business, so the socket is taken from it for the time of a call. Its retries are switched off:
-core's guard decides about them.
+business, so the socket is taken from it: by a thread for the time of a call, by an event loop until
+the connection fails. Its retries are switched off: core's guard decides about them.
 
 A connection goes back to its pool only after every reply on it was read and none was an error. Any
 failure closes it and the idle ones of the same pool, which probably share its fate; the next call
@@ -21,6 +21,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Final
 
 import redis
@@ -46,7 +47,9 @@ from redis.exceptions import (
 from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelConnectionPool
 
+from lmcache_backend_redis.blocking import BlockingWire, at_once
 from lmcache_backend_redis.config import Address, Form, RedisConfig
+from lmcache_backend_redis.looping import LoopWire
 from lmcache_backend_redis.resp import ReplyError, Wire
 from lmcache_core.errors import (
     BackendError,
@@ -78,6 +81,17 @@ _MOVED = frozenset(("MOVED", "ASK"))
 _REFUSED = frozenset(("NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE"))
 
 
+@dataclass(frozen=True)
+class Line:
+    """A connection that stays with the event loop."""
+
+    connection: Connection
+    sock: socket.socket
+    wire: LoopWire
+    failures: int
+    """How many its node had when it was connected."""
+
+
 class Node:
     """One connection pool, and whether its server is worth a try."""
 
@@ -85,6 +99,8 @@ class Node:
         self.pool = pool
         self.peer = peer
         self.rests_until = 0.0
+        self.failures = 0
+        self.idle: list[Line] = []
 
 
 class Topology(ABC):
@@ -115,42 +131,99 @@ class Topology(ABC):
     def _answered(self, node: Node) -> None:
         """Learn from a call that worked."""
 
+    @abstractmethod
+    def loop_node(self, *, read: bool) -> Node | None:
+        """The node of every key, if calls to it can be awaited on an event loop; else ``None``."""
+
+    # -- on a thread -----------------------------------------------------------------------
+
     @contextmanager
-    def wire(self, node: Node, until: float | None = None) -> Iterator[Wire]:
-        """A connection for one call.
+    def wire(self, node: Node, until: float) -> Iterator[Wire]:
+        """A connection for one call, on a thread.
 
         Raises:
             BackendError: whatever went wrong, inside the ``with`` too.
         """
-        if until is None:
-            until = time.monotonic() + self._config.call_timeout_s
-        moved = False
-        try:
+        with self._learning(node):
             connection = self._connect(node)
             sock = _socket(connection)
-            wire = Wire(sock, node.peer, idle_s=self._config.timeout_s, until=until)
+            wire = BlockingWire(sock, node.peer, idle_s=self._config.timeout_s, until=until)
             fine = False
             try:
                 self._take(sock)
                 yield wire
-                fine = not wire.broken
+                fine = wire.at_rest
             finally:
-                with self._lock:
-                    self._taken.discard(sock)
+                self._put(sock)
                 if not fine:
                     connection.disconnect()
                 node.pool.release(connection)
-            self._answered(node)
-        except (BackendError, ReplyError, *_CLIENT_ERRORS) as error:
-            moved = isinstance(error, MovedError) or (
-                isinstance(error, ReplyError) and error.code in _MOVED
-            )
-            told = translated(error, node.peer)
-            node.pool.disconnect(inuse_connections=False)
-            self._failed(node, told, moved)
-            if told is error:
+
+    def add_line(self, node: Node) -> None:
+        """Connect, on a thread, for a call that will be awaited on the loop.
+
+        Raises:
+            BackendError: whatever went wrong.
+        """
+        with self._learning(node):
+            failures = node.failures
+            connection = self._connect(node)
+            try:
+                sock = _socket(connection)
+                wire = LoopWire(sock, node.peer, idle_s=self._config.timeout_s)
+                if self._closed:
+                    raise BackendUnavailable("the backend is closed")
+            except BaseException:
+                connection.disconnect()
+                node.pool.release(connection)
                 raise
-            raise told from error
+            node.idle.append(Line(connection, sock, wire, failures))
+
+    # -- on the loop -----------------------------------------------------------------------
+
+    def has_line(self, node: Node) -> bool:
+        """Whether a connection is at hand that still stands; those that don't are closed."""
+        while node.idle:
+            line = node.idle[-1]
+            # Sentinel's pool doesn't own connections to who isn't the primary any more.
+            current = line.failures == node.failures and node.pool.owns_connection(line.connection)
+            if current and line.wire.is_quiet():
+                return True
+            node.idle.pop()
+            _drop(node, line)
+        return False
+
+    @contextmanager
+    def line(self, node: Node, until: float) -> Iterator[Wire]:
+        """A connection for one call that is awaited on the loop; only right after `has_line`.
+
+        Raises:
+            BackendError: whatever went wrong, inside the ``with`` too.
+        """
+        with self._learning(node):
+            if not node.idle:
+                raise BackendUnavailable(f"{node.peer} closes connections as soon as they are made")
+            line = node.idle.pop()
+            fine = False
+            try:
+                self._take(line.sock)
+                line.wire.begin(until)
+                yield line.wire
+                fine = line.wire.at_rest
+            finally:
+                self._put(line.sock)
+                if fine:
+                    node.idle.append(line)
+                else:
+                    _drop(node, line)
+
+    def leave_loop(self) -> None:
+        """Close what stays with the loop; nothing is under way there any more."""
+        for node in (self.loop_node(read=False), self.loop_node(read=True)):
+            while node is not None and node.idle:
+                _drop(node, node.idle.pop())
+
+    # -- for both --------------------------------------------------------------------------
 
     def abort(self) -> None:
         """End what is under way on every connection. Doesn't block."""
@@ -167,6 +240,24 @@ class Topology(ABC):
         for pool in self._pools():
             pool.disconnect()
 
+    @contextmanager
+    def _learning(self, node: Node) -> Iterator[None]:
+        """Translate what goes wrong, and remember it."""
+        try:
+            yield
+        except (BackendError, ReplyError, *_CLIENT_ERRORS) as error:
+            moved = isinstance(error, MovedError) or (
+                isinstance(error, ReplyError) and error.code in _MOVED
+            )
+            told = translated(error, node.peer)
+            node.failures += 1  # the loop's idle connections are closed there
+            node.pool.disconnect(inuse_connections=False)
+            self._failed(node, told, moved)
+            if told is error:
+                raise
+            raise told from error
+        self._answered(node)
+
     def _connect(self, node: Node) -> Connection:
         if self._closed:
             raise BackendUnavailable("the backend is closed")
@@ -178,12 +269,17 @@ class Topology(ABC):
                 raise BackendUnavailable("the backend is closed")
             self._taken.add(sock)
 
+    def _put(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._taken.discard(sock)
+
 
 class _Fixed(Topology):
     """One server, or Sentinel's idea of the primary and its replicas."""
 
     def __init__(self, config: RedisConfig, address: Address) -> None:
         super().__init__(config)
+        self._tls = address.tls
         self._primary = _node(config, address, primary=True)
         self._reader = (
             _node(config, address, primary=False) if config.replica_reads else self._primary
@@ -194,6 +290,10 @@ class _Fixed(Topology):
 
     def primaries(self) -> list[Node]:
         return [self._primary]
+
+    def loop_node(self, *, read: bool) -> Node | None:
+        # TLS would encrypt on the loop's thread.
+        return None if self._tls else self._reader if read else self._primary
 
     def _failed(self, node: Node, error: BackendError, moved: bool) -> None:
         """Nothing: a pool of Sentinel's asks for the primary whenever it connects."""
@@ -247,6 +347,9 @@ class _Cluster(Topology):
             if node.rests_until <= now:
                 groups.setdefault(node, []).append(position)
         return groups
+
+    def loop_node(self, *, read: bool) -> None:
+        """None: redis-py may have to ask the cluster who has a slot, and blocks meanwhile."""
 
     def primaries(self) -> list[Node]:
         self._refresh()
@@ -308,17 +411,17 @@ def connect(config: RedisConfig) -> Topology:
         raise translated(error, shown) from error
     try:
         for node in topology.primaries():
-            with topology.wire(node) as wire:
-                _ping(wire)
+            with topology.wire(node, time.monotonic() + config.call_timeout_s) as wire:
+                at_once(_ping(wire))
     except BaseException:
         topology.close()
         raise
     return topology
 
 
-def _ping(wire: Wire) -> None:
-    wire.send([b"*1\r\n$4\r\nPING\r\n"])
-    reply = wire.reply()
+async def _ping(wire: Wire) -> None:
+    await wire.send([b"*1\r\n$4\r\nPING\r\n"])
+    reply = await wire.reply()
     if isinstance(reply, ReplyError):
         raise reply
     if reply != b"PONG":
@@ -421,6 +524,12 @@ def _tls(config: RedisConfig, address: Address) -> dict[str, Any]:
 
 def _plain(secret: SecretStr | None) -> str | None:
     return secret.get_secret_value() if secret else None
+
+
+def _drop(node: Node, line: Line) -> None:
+    line.wire.leave()
+    line.connection.disconnect()
+    node.pool.release(line.connection)
 
 
 def _socket(connection: Connection) -> socket.socket:
