@@ -42,8 +42,9 @@ from lmcache_core.tier import Tier
 FAULTS = int(os.environ.get("LM_FAULTS", "200"))
 NAMESPACE = CacheNamespace("random faults", LAYOUT)
 LONG = {"tcp": 1_200_077, "region": (2 << 20) + 77}
-"""Two of them are waited for mebibyte by mebibyte. In shared memory only requests pass the link. So that it breaks while a value is being copied,
-values are longer there, and connections shorter."""
+"""Two of the first are waited for mebibyte by mebibyte. In shared memory only requests pass the
+link: so that it breaks while a value is being copied, values are longer there, and connections
+shorter."""
 SHORT_CUTS = (0, 50, 300, 1_000, 3_000, 10_000)
 FLOWS = 6
 IN_REGION = 16
