@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lmcache_backend_infinistore.config import InfinistoreConfig
+from lmcache_core.testing.ports import free_port
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Server:
     def __init__(self, nic: Path, gib: int = 1) -> None:
         self._preloads = [nic, _compiled(nic.parent, "uv_poll_repair")]
         self._gib = gib
-        self.port, self._manage_port = _free_port(), _free_port()
+        self.port, self._manage_port = free_port(), free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed at the end of `with`
 
@@ -149,13 +149,6 @@ class Server:
         with urllib.request.urlopen(address, data=data, timeout=5.0) as answer:
             found: dict[str, Any] = json.load(answer)
             return found
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
 
 
 def main() -> None:

@@ -17,21 +17,10 @@ from typing import Any
 from urllib.request import urlopen
 
 from lmcache_backend_mooncake.config import MooncakeConfig
+from lmcache_core.testing.ports import free_port
 
 MIB = 1 << 20
 PATIENCE_S = 20.0
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens at."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def binary() -> str:
@@ -49,7 +38,7 @@ class Master:
     """
 
     def __init__(self, *flags: str, ports: Sequence[int] = ()) -> None:
-        self.port, self.metadata_port, self.metrics_port = ports or free_ports(3)
+        self.port, self.metadata_port, self.metrics_port = ports or [free_port() for _ in range(3)]
         self._flags = flags
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -196,7 +185,7 @@ class MetadataServer:
     """Mooncake's metadata server in a process of its own, without the master."""
 
     def __init__(self) -> None:
-        (self.port,) = free_ports(1)
+        self.port = free_port()
         module = "mooncake.http_metadata_server"
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(self.port)],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import boto3
+
+from lmcache_core.testing.ports import free_port
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,7 @@ def s3_server() -> Iterator[S3]:
     command = shutil.which("moto_server", path=os.path.dirname(sys.executable))
     if command is None:
         raise FileNotFoundError("there is no moto_server; pip install 'moto[server]'")
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [command, "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL,

@@ -10,16 +10,18 @@ import ipaddress
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import redis
+
+from lmcache_core.testing.ports import free_port
 
 START_S = 30.0
 
@@ -42,14 +44,8 @@ def valkey_binary() -> str:
     return str(found[0])
 
 
-def free_port() -> int:
-    """A port that was free just now, and whose cluster bus port (10000 above) exists."""
-    while True:
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            port: int = one.getsockname()[1]
-        if port < 55000:
-            return port
+BUS = 10000
+"""A node of a cluster listens at its port and at the one so much above."""
 
 
 def until(condition: Callable[[], Any], what: str, timeout_s: float = START_S) -> None:
@@ -71,7 +67,7 @@ class Server:
     """One server process."""
 
     folder: Path
-    port: int = field(default_factory=free_port)
+    port: int = field(default_factory=partial(free_port, BUS))
     arguments: Sequence[str] = ()
     binary: str = field(default_factory=redis_binary)
     client_options: dict[str, Any] = field(default_factory=dict)
@@ -112,6 +108,8 @@ class Server:
         self.process = subprocess.Popen([*command, *self.arguments], stdout=subprocess.DEVNULL)
         with self.client() as client:
             until(client.ping, f"{self.binary} on port {self.port}")
+        # Otherwise it was somebody else who answered.
+        assert self.process.poll() is None, (self.folder / "log").read_text()
         return self
 
     def signal(self, number: signal.Signals) -> None:

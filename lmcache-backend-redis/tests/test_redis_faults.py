@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from faulty_link import FaultyLink, Traffic
-from redis_servers import Server, cluster, free_port, replicated, running, until
+from redis_servers import Server, cluster, replicated, running, until
 
 from lmcache_backend_redis.backend import RedisBackend
 from lmcache_backend_redis.config import RedisConfig
@@ -31,6 +31,7 @@ from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.metrics import Counters
 from lmcache_core.storage import MISS, BackendContext, StoreOutcome
 from lmcache_core.testing.loop import Loop
+from lmcache_core.testing.ports import free_port
 from lmcache_core.testing.storage import LAYOUT, buffers, keys, value, views
 from lmcache_core.tier import Tier
 

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,8 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from lmcache_core.testing.ports import free_port
 
 READY_TIMEOUT_S = 600.0
 REQUEST_TIMEOUT_S = 300.0
@@ -114,7 +115,7 @@ class VllmServer:
         Raises:
             ServerError: it ended, or wasn't ready within ``ready_timeout_s``. Nothing is left.
         """
-        self.port = _free_port()
+        self.port = free_port()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
@@ -313,13 +314,6 @@ def _members(group: int) -> list[int]:
             if state != "Z" and int(its_group) == group:
                 found.append(int(stat.parent.name))
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _cores() -> str:
