@@ -9,7 +9,10 @@ wake an event loop first, which takes as long as to read a head. Knows nothing a
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
+import socket
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import compress, islice
@@ -18,7 +21,7 @@ from typing import Any, Final
 
 from lmcache_backend_infinistore import devices
 from lmcache_backend_infinistore.config import InfinistoreConfig
-from lmcache_backend_infinistore.links import Block, Link, Parts
+from lmcache_backend_infinistore.links import Block, Link, Parts, reached
 from lmcache_core.errors import BackendRejected, BackendUnavailable
 from lmcache_core.storage import HostRegion, StoreOutcome
 
@@ -32,6 +35,9 @@ _REQUEST_BLOCKS: Final = 128
 _UNDER_WAY: Final = 8
 """Requests at the same time: enough that none waits for an answer, few for the client's buffers."""
 _ALIGNED: Final = 64
+_HEARD_S: Final = 1.0
+"""How long an answer counts for as long as a second connection, the witness, is there. It could
+outlive the first one, if something between here and the server ends those that do nothing."""
 _DONE: Final = 200
 _REFUSED: Final = (404, 507)
 """A key that isn't there, and no room: what is asked for, or sent, is too much."""
@@ -70,20 +76,27 @@ class RdmaLink(Link):
         link: str = config.link_type
         if link == "auto":
             link = devices.link_type(device, config.ib_port) or module.LINK_IB
-        super().__init__(
-            module,
-            config,
-            connection_type=module.TYPE_RDMA,
-            dev_name=device,
-            ib_port=config.ib_port,
-            link_type=link,
-        )
+        self._witness = reached(*config.address, config.connect_timeout_s)
+        self._witness.setblocking(False)
+        try:
+            super().__init__(
+                module,
+                config,
+                connection_type=module.TYPE_RDMA,
+                dev_name=device,
+                ib_port=config.ib_port,
+                link_type=link,
+            )
+        except BaseException:
+            self._witness.close()
+            raise
         self._under_way: list[_Request] = []
         self._staging = mmap.mmap(-1, config.staging_bytes)
         self._staged = ctypes.addressof(ctypes.c_char.from_buffer(self._staging))
         self._registered = [(self.heads_address, self.heads.nbytes)]
         if region is not None:
             self._registered.append((region.address, region.nbytes))
+        self._heard_at = -math.inf
         try:
             for address, nbytes in [(self._staged, config.staging_bytes), *self._registered]:
                 self._register(address, nbytes)
@@ -95,10 +108,18 @@ class RdmaLink(Link):
         # No time-out: as long as the server may still write to our memory, a call isn't over.
         while self._under_way:
             self._under_way.pop().wait()
+        self._witness.close()
         super().close()
 
+    def probe(self) -> None:
+        # A server that is gone answers no request, and doesn't refuse one. What it has just said
+        # holds while the system knows of no end: that closes what a program had open.
+        if time.monotonic() - self._heard_at > _HEARD_S or _ended(self._witness):
+            super().probe()
+            self._heard_at = time.monotonic()
+
     def read_heads(self, blocks: Sequence[Block]) -> list[bool]:
-        self.probe()  # a server that is gone answers no request, and doesn't refuse one
+        self.probe()
         return self._begin(blocks, write=False)()
 
     def read_pieces(self, blocks: Sequence[Block]) -> list[bool]:
@@ -235,7 +256,19 @@ class RdmaLink(Link):
             self._under_way.remove(request)
         if code not in (_DONE, *_REFUSED):
             raise BackendUnavailable(f"the server answers a request with {code}")
+        self._heard_at = time.monotonic()
         return code == _DONE
+
+
+def _ended(witness: socket.socket) -> bool:
+    """Whether the other end of a connection, on which nobody says anything, is gone."""
+    try:
+        witness.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _aligned(nbytes: int) -> int:
