@@ -110,7 +110,8 @@ class Link(ABC):
         config = self._config
         host, port = config.address
         place = f"{host}:{port}"
-        address = _reached(host, port, config.connect_timeout_s)
+        with reached(host, port, config.connect_timeout_s) as first:
+            address = first.getpeername()[0]
         client = self._module.InfinityConnection(
             self._module.ClientConfig(
                 host_addr=address, service_port=port, log_level=config.log_level, **self._options
@@ -268,17 +269,15 @@ class Links:
             link.close()
 
 
-def _reached(host: str, port: int, timeout_s: float) -> str:
-    """The IPv4 address at which a server listens; the library knows no names and no time-outs.
+def reached(host: str, port: int, timeout_s: float) -> socket.socket:
+    """A connection to a server, over IPv4; the library knows no names and no time-outs.
 
     Raises:
         BackendUnavailable: there is none.
     """
     try:
         found = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)
-        address = str(found[0][4][0])
-        with socket.create_connection((address, port), timeout_s):
-            return address
+        return socket.create_connection((str(found[0][4][0]), port), timeout_s)
     except OSError as error:
         raise BackendUnavailable(
             f"InfiniStore at {host}:{port} can't be reached: {error}"

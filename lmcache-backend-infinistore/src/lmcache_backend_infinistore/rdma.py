@@ -1,23 +1,28 @@
 """RDMA to an InfiniStore server: registered memory, and requests that wait for no other.
 
 The server does the requests of one connection one after the other, in the order in which they came.
-So a caller that asks for more before it waits costs no round trip. Knows nothing about chunks.
+So a caller that asks for more before it waits costs no round trip. Requests go to the client's
+``conn``, which says from a thread of its own when one is done: its coroutines do that, too, but
+wake an event loop first, which takes as long as to read a head. Knows nothing about chunks.
 """
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
+import math
 import mmap
+import socket
+import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import compress, islice
+from queue import SimpleQueue
 from typing import Any, Final
 
 from lmcache_backend_infinistore import devices
 from lmcache_backend_infinistore.config import InfinistoreConfig
-from lmcache_backend_infinistore.links import Block, Link, Parts
-from lmcache_core.errors import BackendRejected
+from lmcache_backend_infinistore.links import Block, Link, Parts, reached
+from lmcache_core.errors import BackendRejected, BackendUnavailable
 from lmcache_core.storage import HostRegion, StoreOutcome
 
 _Pending = Callable[[], list[bool]]
@@ -30,7 +35,30 @@ _REQUEST_BLOCKS: Final = 128
 _UNDER_WAY: Final = 8
 """Requests at the same time: enough that none waits for an answer, few for the client's buffers."""
 _ALIGNED: Final = 64
-_NO_SPACE: Final = "ret = 507"
+_HEARD_S: Final = 1.0
+"""How long an answer counts for as long as a second connection, the witness, is there. It could
+outlive the first one, if something between here and the server ends those that do nothing."""
+_DONE: Final = 200
+_REFUSED: Final = (404, 507)
+"""A key that isn't there, and no room: what is asked for, or sent, is too much."""
+
+
+class _Request:
+    """One request under way, until the server's answer is known."""
+
+    def __init__(self) -> None:
+        self._codes: SimpleQueue[int] = SimpleQueue()
+        self._code: int | None = None
+
+    def answered(self, code: int) -> None:
+        """For the client's thread."""
+        self._codes.put(code)
+
+    def wait(self) -> int:
+        """The server's answer; without a time-out, as nothing of the client has one."""
+        if self._code is None:
+            self._code = self._codes.get()
+        return self._code
 
 
 class RdmaLink(Link):
@@ -48,21 +76,27 @@ class RdmaLink(Link):
         link: str = config.link_type
         if link == "auto":
             link = devices.link_type(device, config.ib_port) or module.LINK_IB
-        super().__init__(
-            module,
-            config,
-            connection_type=module.TYPE_RDMA,
-            dev_name=device,
-            ib_port=config.ib_port,
-            link_type=link,
-        )
-        self._loop = asyncio.new_event_loop()
-        self._under_way: list[asyncio.Task[Any]] = []
+        self._witness = reached(*config.address, config.connect_timeout_s)
+        self._witness.setblocking(False)
+        try:
+            super().__init__(
+                module,
+                config,
+                connection_type=module.TYPE_RDMA,
+                dev_name=device,
+                ib_port=config.ib_port,
+                link_type=link,
+            )
+        except BaseException:
+            self._witness.close()
+            raise
+        self._under_way: list[_Request] = []
         self._staging = mmap.mmap(-1, config.staging_bytes)
         self._staged = ctypes.addressof(ctypes.c_char.from_buffer(self._staging))
         self._registered = [(self.heads_address, self.heads.nbytes)]
         if region is not None:
             self._registered.append((region.address, region.nbytes))
+        self._heard_at = -math.inf
         try:
             for address, nbytes in [(self._staged, config.staging_bytes), *self._registered]:
                 self._register(address, nbytes)
@@ -71,17 +105,21 @@ class RdmaLink(Link):
             raise
 
     def close(self) -> None:
-        if self._loop.is_closed():
-            return
         # No time-out: as long as the server may still write to our memory, a call isn't over.
-        for task in self._under_way:
-            self._loop.run_until_complete(asyncio.wait([task]))
-            task.exception()  # or asyncio complains that nobody asked
+        while self._under_way:
+            self._under_way.pop().wait()
+        self._witness.close()
         super().close()
-        self._loop.close()
+
+    def probe(self) -> None:
+        # A server that is gone answers no request, and doesn't refuse one. What it has just said
+        # holds while the system knows of no end: that closes what a program had open.
+        if time.monotonic() - self._heard_at > _HEARD_S or _ended(self._witness):
+            super().probe()
+            self._heard_at = time.monotonic()
 
     def read_heads(self, blocks: Sequence[Block]) -> list[bool]:
-        self.probe()  # a server that is gone answers no request, and doesn't refuse one
+        self.probe()
         return self._begin(blocks, write=False)()
 
     def read_pieces(self, blocks: Sequence[Block]) -> list[bool]:
@@ -124,7 +162,7 @@ class RdmaLink(Link):
 
     def _begin(self, blocks: Sequence[Block], *, write: bool) -> _Pending:
         answers = [False] * len(blocks)
-        started: list[tuple[list[int], list[Block], asyncio.Task[Any]]] = []
+        started: list[tuple[list[int], list[Block], _Request]] = []
         for positions, base in self._requests(blocks):
             part = [blocks[i] for i in positions]
             if base is None:
@@ -132,12 +170,12 @@ class RdmaLink(Link):
                     answers[i] = answer
             else:
                 places = [(block.name, block.address - base) for block in part]
-                task = self._started(places, part[0].nbytes, base, write=write)
-                started.append((positions, part, task))
+                request = self._started(places, part[0].nbytes, base, write=write)
+                started.append((positions, part, request))
 
         def finish() -> list[bool]:
-            for positions, part, task in started:
-                done = self._done(task)
+            for positions, part, request in started:
+                done = self._done(request)
                 found = [True] * len(part) if done else self._again(part, write=write)
                 for i, answer in zip(positions, found, strict=True):
                     answers[i] = answer
@@ -198,31 +236,39 @@ class RdmaLink(Link):
 
     def _started(
         self, places: list[tuple[str, int]], nbytes: int, base: int, *, write: bool
-    ) -> asyncio.Task[Any]:
+    ) -> _Request:
         while len(self._under_way) >= _UNDER_WAY:
-            self._loop.run_until_complete(asyncio.wait(self._under_way[:1]))
-            del self._under_way[0]
-        ask = self._client.rdma_write_cache_async if write else self._client.rdma_read_cache_async
-        call: Coroutine[Any, Any, Any] = ask(places, nbytes, base)
-        task = self._loop.create_task(call)
-        self._under_way.append(task)
-        self._loop.run_until_complete(asyncio.sleep(0))  # so that it is on its way
-        return task
+            self._under_way.pop(0).wait()
+        connection = self._client.conn
+        ask = connection.w_rdma_async if write else connection.r_rdma_async
+        names, offsets = zip(*places, strict=True)
+        request = _Request()
+        code = ask(names, offsets, nbytes, base, request.answered)
+        if code < 0:
+            raise BackendUnavailable(f"a request of {len(names)} keys can't be sent ({code})")
+        self._under_way.append(request)
+        return request
 
-    def _done(self, task: asyncio.Task[Any]) -> bool:
+    def _done(self, request: _Request) -> bool:
         """Wait for a request; false if a key is missing, or there is no room."""
-        try:
-            self._loop.run_until_complete(task)
-        except self._module.InfiniStoreKeyNotFound:
-            return False
-        except Exception as error:
-            if _NO_SPACE not in str(error):
-                raise
-            return False
-        finally:
-            if task in self._under_way:
-                self._under_way.remove(task)
+        code = request.wait()
+        if request in self._under_way:
+            self._under_way.remove(request)
+        if code not in (_DONE, *_REFUSED):
+            raise BackendUnavailable(f"the server answers a request with {code}")
+        self._heard_at = time.monotonic()
+        return code == _DONE
+
+
+def _ended(witness: socket.socket) -> bool:
+    """Whether the other end of a connection, on which nobody says anything, is gone."""
+    try:
+        witness.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
         return True
+    return True
 
 
 def _aligned(nbytes: int) -> int:
