@@ -17,8 +17,9 @@ from typing import Any, Final
 from lmcache_backend_infinistore.client import library
 from lmcache_backend_infinistore.config import InfinistoreConfig
 from lmcache_backend_infinistore.layout import BEGINNING, Head
-from lmcache_backend_infinistore.links import VALUES, Block, Link, Links, Parts, TcpLink
+from lmcache_backend_infinistore.links import HEAD_BYTES, VALUES, Link, Links, Parts, TcpLink
 from lmcache_backend_infinistore.rdma import RdmaLink, chosen_device
+from lmcache_backend_infinistore.wire import Block
 from lmcache_core.errors import BackendUnavailable
 from lmcache_core.keys import ChunkKey
 from lmcache_core.storage import (
@@ -31,10 +32,10 @@ from lmcache_core.storage import (
 
 logger = logging.getLogger(__name__)
 
-_TCP_BATCH: Final = 4
-"""Chunks in one call over TCP; core makes as many calls at a time as there are connections."""
 _QUESTIONS: Final = 2
 """Lookups at the same time: over TCP whatever values take, so that they don't wait behind those."""
+_ASKED: Final = 64
+"""Keys of a prefix that are looked up at once, though only the first that isn't there counts."""
 
 
 class InfinistoreBackend(BlockingBackend):
@@ -42,25 +43,23 @@ class InfinistoreBackend(BlockingBackend):
 
     def __init__(self, config: InfinistoreConfig) -> None:
         self._config = config
-        self._module = library()
+        # Over TCP, nothing of the client is used.
+        self._module = None if config.connection_type == "TCP" else library()
         self._questions: Links | None = None
         self._values: Links | None = None
         self._prefix = ""
-        # Over TCP a batch saves nothing, and two connections do while one waits for an answer.
-        tcp = config.connection_type == self._module.TYPE_TCP
-        self._batch = _TCP_BATCH if tcp else VALUES
 
     @property
     def capabilities(self) -> BackendCapabilities:
         return BackendCapabilities(
             shared=True,
             persistent=True,
-            preferred_batch=self._batch,
+            preferred_batch=VALUES,
             max_concurrency=self._config.connections + _QUESTIONS,
         )
 
     def open_blocking(self, context: BackendContext) -> None:
-        config, module = self._config, self._module
+        config = self._config
         if config.without_effect:
             logger.warning(
                 "%s: no effect over TCP: %s", context.name, ", ".join(config.without_effect)
@@ -68,7 +67,7 @@ class InfinistoreBackend(BlockingBackend):
         # Chunks of different means of transport don't mix: see `links`.
         means = config.connection_type.lower()
         self._prefix = f"{config.prefix}:1:{means}:{context.namespace.fingerprint}:"
-        self._questions = Links(lambda: TcpLink(module, config), _QUESTIONS)
+        self._questions = Links(lambda: TcpLink(config), _QUESTIONS)
         if not context.lookup_only:
             self._values = Links(self._connector(context), config.connections)
         # What can't work should say so at the start.
@@ -83,7 +82,7 @@ class InfinistoreBackend(BlockingBackend):
 
     def contains_blocking(self, keys: Sequence[ChunkKey]) -> list[bool]:
         with _open(self._questions).lend() as link:
-            return [link.exists(name) for name in self._names(keys)]
+            return link.exist(self._names(keys))
 
     def load_blocking(self, keys: Sequence[ChunkKey], into: Sequence[memoryview]) -> list[int]:
         if not keys:
@@ -113,7 +112,7 @@ class InfinistoreBackend(BlockingBackend):
         """How many keys from the first on would hit, up to the first miss.
 
         InfiniStore's own prefix lookup halves the range, as if nothing were ever evicted from the
-        middle of a prefix; this asks for one after the other.
+        middle of a prefix; this asks for each, many at a time.
         """
         return await self._run(self._count_leading_hits, keys)
 
@@ -128,16 +127,17 @@ class InfinistoreBackend(BlockingBackend):
 
     def _connector(self, context: BackendContext) -> Callable[[], Link]:
         config, module = self._config, self._module
-        if config.connection_type == module.TYPE_TCP:
-            return lambda: TcpLink(module, config)
+        if module is None:
+            return lambda: TcpLink(config)
         device = chosen_device(config)
         return lambda: RdmaLink(module, config, device, context.region)
 
     def _count_leading_hits(self, keys: Sequence[ChunkKey]) -> int:
         with _open(self._questions).lend() as link:
-            for count, name in enumerate(self._names(keys)):
-                if not link.exists(name):
-                    return count
+            for first in range(0, len(keys), _ASKED):
+                found = link.exist(self._names(keys[first : first + _ASKED]))
+                if not all(found):
+                    return first + found.index(False)
         return len(keys)
 
     def _delete(self, keys: Sequence[ChunkKey]) -> int:
@@ -200,7 +200,7 @@ def _store(
     held = [_pinned(source) for source in sources]  # until all is written
     values = []
     for i, (name, source, start) in enumerate(zip(names, sources, held, strict=True)):
-        head = Head.of(source.nbytes, most, nonce, link.head_bytes - BEGINNING)
+        head = Head.of(source.nbytes, most, nonce, HEAD_BYTES - BEGINNING)
         values.append(Parts(_pieces(head, name, start), heads.fill(i, name, head, source)))
     return link.store(values)
 
@@ -239,12 +239,10 @@ class _Heads:
         return self._of(i)[BEGINNING:]
 
     def _of(self, i: int) -> memoryview:
-        size = self._link.head_bytes
-        return self._link.heads[i * size : (i + 1) * size]
+        return self._link.heads[i * HEAD_BYTES : (i + 1) * HEAD_BYTES]
 
     def _block(self, i: int, name: str) -> Block:
-        size = self._link.head_bytes
-        return Block(name, self._link.heads_address + i * size, size)
+        return Block(name, self._link.heads_address + i * HEAD_BYTES, HEAD_BYTES)
 
 
 def _pieces(head: Head, name: str, start: Any) -> list[Block]:

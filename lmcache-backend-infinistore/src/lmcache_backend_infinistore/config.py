@@ -34,7 +34,7 @@ class InfinistoreConfig(BaseModel):
         description="Address of the server, such as `infinistore://host:22345/?device=mlx5_0`."
     )
     connection_type: Literal["RDMA", "TCP"] = Field(
-        "RDMA", description="How values travel. TCP needs no RDMA device, and copies every value."
+        "RDMA", description="How values travel. TCP needs no RDMA device."
     )
     device: str | None = Field(
         None,
@@ -121,7 +121,7 @@ class InfinistoreConfig(BaseModel):
         """Options that were set and change nothing, because the connection is TCP."""
         if self.connection_type == "RDMA":
             return []
-        only_rdma = ("device", "ib_port", "link_type", "staging_bytes")
+        only_rdma = ("device", "ib_port", "link_type", "staging_bytes", "log_level")
         return [name for name in only_rdma if name in self.model_fields_set and self._differs(name)]
 
     def _differs(self, name: str) -> bool:

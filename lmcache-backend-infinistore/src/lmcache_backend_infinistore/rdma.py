@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,8 @@ from typing import Any, Final
 
 from lmcache_backend_infinistore import devices
 from lmcache_backend_infinistore.config import InfinistoreConfig
-from lmcache_backend_infinistore.links import Block, Link, Parts, reached
+from lmcache_backend_infinistore.links import PROBE, Link, Parts
+from lmcache_backend_infinistore.wire import DONE, MISSING, NO_ROOM, Block
 from lmcache_core.errors import BackendRejected, BackendUnavailable
 from lmcache_core.storage import HostRegion, StoreOutcome
 
@@ -36,11 +36,8 @@ _UNDER_WAY: Final = 8
 """Requests at the same time: enough that none waits for an answer, few for the client's buffers."""
 _ALIGNED: Final = 64
 _HEARD_S: Final = 1.0
-"""How long an answer counts for as long as a second connection, the witness, is there. It could
-outlive the first one, if something between here and the server ends those that do nothing."""
-_DONE: Final = 200
-_REFUSED: Final = (404, 507)
-"""A key that isn't there, and no room: what is asked for, or sent, is too much."""
+"""How long an answer counts while our own connection is there. It could outlive the client's, if
+something between here and the server ends those that do nothing."""
 
 
 class _Request:
@@ -64,8 +61,6 @@ class _Request:
 class RdmaLink(Link):
     """The server reads and writes registered memory: that of chunks, of heads, a staging area."""
 
-    head_bytes = 4 << 10
-
     def __init__(
         self,
         module: Any,
@@ -76,20 +71,9 @@ class RdmaLink(Link):
         link: str = config.link_type
         if link == "auto":
             link = devices.link_type(device, config.ib_port) or module.LINK_IB
-        self._witness = reached(*config.address, config.connect_timeout_s)
-        self._witness.setblocking(False)
-        try:
-            super().__init__(
-                module,
-                config,
-                connection_type=module.TYPE_RDMA,
-                dev_name=device,
-                ib_port=config.ib_port,
-                link_type=link,
-            )
-        except BaseException:
-            self._witness.close()
-            raise
+        super().__init__(config)
+        self._module = module
+        self._client: Any = None
         self._under_way: list[_Request] = []
         self._staging = mmap.mmap(-1, config.staging_bytes)
         self._staged = ctypes.addressof(ctypes.c_char.from_buffer(self._staging))
@@ -98,6 +82,7 @@ class RdmaLink(Link):
             self._registered.append((region.address, region.nbytes))
         self._heard_at = -math.inf
         try:
+            self._connect(device, link)
             for address, nbytes in [(self._staged, config.staging_bytes), *self._registered]:
                 self._register(address, nbytes)
         except BaseException:
@@ -108,14 +93,16 @@ class RdmaLink(Link):
         # No time-out: as long as the server may still write to our memory, a call isn't over.
         while self._under_way:
             self._under_way.pop().wait()
-        self._witness.close()
         super().close()
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
 
     def probe(self) -> None:
         # A server that is gone answers no request, and doesn't refuse one. What it has just said
         # holds while the system knows of no end: that closes what a program had open.
-        if time.monotonic() - self._heard_at > _HEARD_S or _ended(self._witness):
-            super().probe()
+        if time.monotonic() - self._heard_at > _HEARD_S or self._wire.ended():
+            self._client.check_exist(PROBE)
             self._heard_at = time.monotonic()
 
     def read_heads(self, blocks: Sequence[Block]) -> list[bool]:
@@ -126,30 +113,49 @@ class RdmaLink(Link):
         return self._begin(blocks, write=False)()
 
     def store(self, values: Sequence[Parts]) -> list[StoreOutcome]:
-        # Usually none is there: so one is asked about, and the others while they are on their way.
-        present = [self.exists(value.head.name) for value in values[:1]]
-        if any(present):
-            present += [self.exists(value.head.name) for value in values[1:]]
-        moved = [i for i in range(len(values)) if not any(present[i : i + 1])]
-        pieces = self._begin([one for i in moved for one in values[i].pieces], write=True)
-        present += [self.exists(value.head.name) for value in values[len(present) :]]
-        new = [i for i, there in enumerate(present) if not there]
-        heads = self._begin([values[i].head for i in new], write=True)
+        self.probe()
+        present = self.exist([value.head.name for value in values])
+        new = [value for value, there in zip(values, present, strict=True) if not there]
+        # The server does the second request after the first.
+        pieces = self._begin([piece for value in new for piece in value.pieces], write=True)
+        heads = self._begin([value.head for value in new], write=True)
 
-        arrived: list[list[bool]] = [[] for _ in values]
-        answers = iter(pieces())
-        for i in moved:
-            arrived[i] = list(islice(answers, len(values[i].pieces)))
-        for i, head in zip(new, heads(), strict=True):
-            arrived[i].append(head)
-        return [self._outcome(*one) for one in zip(values, present, arrived, strict=True)]
+        arrived, visible = iter(pieces()), iter(heads())
+        return [
+            StoreOutcome.ALREADY_PRESENT
+            if there
+            else self._outcome(value, [*islice(arrived, len(value.pieces)), next(visible)])
+            for value, there in zip(values, present, strict=True)
+        ]
 
-    def _outcome(self, value: Parts, present: bool, arrived: list[bool]) -> StoreOutcome:
-        if not present and all(arrived):
+    def _outcome(self, value: Parts, arrived: list[bool]) -> StoreOutcome:
+        if all(arrived):
             return StoreOutcome.STORED
-        blocks = zip((*value.pieces, value.head), arrived, strict=False)
-        self._delete([block.name for block, there in blocks if there])
-        return StoreOutcome.ALREADY_PRESENT if present else StoreOutcome.NOT_ADMITTED
+        self._wire.delete(
+            [*compress((block.name for block in (*value.pieces, value.head)), arrived)]
+        )
+        return StoreOutcome.NOT_ADMITTED
+
+    def _connect(self, device: str, link: str) -> None:
+        config, module = self._config, self._module
+        host, port = config.address
+        client = module.InfinityConnection(
+            module.ClientConfig(
+                host_addr=self._wire.address,
+                service_port=port,
+                log_level=config.log_level,
+                connection_type=module.TYPE_RDMA,
+                dev_name=device,
+                ib_port=config.ib_port,
+                link_type=link,
+            )
+        )
+        try:
+            client.connect()
+        except Exception as error:
+            client.close()
+            raise BackendUnavailable(f"InfiniStore at {host}:{port} refuses us: {error}") from error
+        self._client = client
 
     def _register(self, address: int, nbytes: int) -> None:
         try:
@@ -222,7 +228,7 @@ class RdmaLink(Link):
         if len(blocks) == 1:
             return [False]
         if not write:  # some are missing; it isn't said which
-            there = [self._there(block.name) for block in blocks]
+            there = self._wire.exist([block.name for block in blocks])
             if not all(there):
                 left = iter(self._begin(list(compress(blocks, there)), write=False)())
                 return [one and next(left) for one in there]
@@ -254,21 +260,10 @@ class RdmaLink(Link):
         code = request.wait()
         if request in self._under_way:
             self._under_way.remove(request)
-        if code not in (_DONE, *_REFUSED):
+        if code not in (DONE, MISSING, NO_ROOM):
             raise BackendUnavailable(f"the server answers a request with {code}")
         self._heard_at = time.monotonic()
-        return code == _DONE
-
-
-def _ended(witness: socket.socket) -> bool:
-    """Whether the other end of a connection, on which nobody says anything, is gone."""
-    try:
-        witness.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
+        return code == DONE
 
 
 def _aligned(nbytes: int) -> int:
