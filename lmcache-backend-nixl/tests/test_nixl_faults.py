@@ -181,6 +181,18 @@ def test_an_interrupted_store_is_a_miss(tmp_path: Path, run: Loop) -> None:
     run(second.close())
 
 
+def test_an_entry_of_a_pool_that_is_gone_is_replaced(tmp_path: Path, run: Loop) -> None:
+    backend = files(tmp_path)
+    opened(backend, run)
+    gone = tmp_path / NAMESPACE.fingerprint / "chunks" / keys(1)[0].hex()
+    gone.symlink_to(f"{'0' * 16}.{'1' * 16}.0.{VALUE}")
+    assert run(backend.contains(keys(1))) == [False]
+    assert load(backend, run, keys(1)) == [MISS]
+    assert store(backend, run, keys(1)) == [StoreOutcome.STORED]
+    assert load(backend, run, keys(1)) == [VALUE]
+    run(backend.close())
+
+
 def test_two_processes_have_a_pool_each_and_read_both(tmp_path: Path, run: Loop) -> None:
     one, two = files(tmp_path), files(tmp_path)
     opened(one, run)

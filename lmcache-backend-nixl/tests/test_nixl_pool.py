@@ -36,7 +36,25 @@ def published(pool: Pool, key: ChunkKey) -> Entry:
 def test_a_link_reads_as_it_was_written(links: Links, pool: Pool) -> None:
     entry = published(pool, KEY)
     assert links.read(KEY) == entry == Entry.parse(entry.text)
-    assert pool.entry(KEY, links.text(KEY)) is entry
+    assert pool.entries([OTHER, KEY]) == [None, entry]
+    pool.close(keep=False)
+
+
+def test_an_entry_that_is_there_stays(links: Links, pool: Pool) -> None:
+    entry = published(pool, KEY)
+    other = Entry.of("0" * 16, 1, 0, SLOT)
+    assert not links.publish(KEY, other)
+    assert links.read(KEY) == entry
+    pool.close(keep=False)
+
+
+def test_what_was_asked_for_goes_last(links: Links) -> None:
+    pool = Pool(links, 2, SLOT, flags=0)
+    published(pool, KEY)
+    published(pool, OTHER)
+    assert None not in pool.entries([KEY])
+    published(pool, ChunkKey(b"n" * 16))
+    assert [links.read(key) is None for key in (KEY, OTHER)] == [False, True]
     pool.close(keep=False)
 
 
@@ -74,5 +92,7 @@ def test_what_is_no_link_of_ours_is_no_entry(links: Links, pool: Pool, tmp_path:
     place.unlink()
     os.symlink("nowhere", place)
     assert links.text(KEY) == "nowhere"
-    assert pool.entry(KEY, "nowhere") is None
+    assert pool.entries([KEY]) == [None]
+    entry = published(pool, KEY)  # it doesn't stand in the way of one
+    assert links.read(KEY) == entry
     pool.close(keep=False)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import queue
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from queue import SimpleQueue
 from typing import Any, Final, Literal, NamedTuple
 
 from lmcache_backend_nixl.config import PAGE_BYTES
@@ -195,7 +196,8 @@ class Memory:
         lanes = lanes if buffer_bytes is None else min(lanes, buffer_bytes // slot_bytes)
         each = 1 if buffer_bytes is None else min(values, buffer_bytes // lanes // slot_bytes)
         self._region = region
-        self._lanes: queue.LifoQueue[Lane] = queue.LifoQueue()
+        self._lanes: deque[Lane] = deque()
+        self._free: SimpleQueue[None] = SimpleQueue()
         if region is not None:
             agent.register("DRAM", [(region.address, region.nbytes, 0, "")])
         for _ in range(lanes):
@@ -203,25 +205,34 @@ class Memory:
             memory = mmap.mmap(-1, nbytes)  # costs nothing until it is used
             address = address_of(memoryview(memory))
             agent.register("DRAM", [(address, nbytes, 0, "")])
-            self._lanes.put(Lane(memory, address, values, slot_bytes))
+            self._put_back(Lane(memory, address, values, slot_bytes))
 
     @contextmanager
     def lane(self) -> Iterator[Lane]:
         """A lane of the caller's own; waits for one."""
-        lane = self._lanes.get()
+        self._free.get()
+        lane = self._lanes.pop()  # the one that was used last: its memory is in caches
         try:
             yield lane
         finally:
-            self._lanes.put(lane)
+            self._put_back(lane)
 
-    def registered(self, view: memoryview, alignment: int) -> int | None:
-        """The address of a buffer that NIXL may use as it is; ``None`` for any other."""
+    def _put_back(self, lane: Lane) -> None:
+        self._lanes.append(lane)
+        self._free.put(None)
+
+    def registered(self, views: Sequence[memoryview], alignment: int) -> list[int | None]:
+        """The address of each buffer that NIXL may use as it is; ``None`` for any other."""
         if self._region is None:
-            return None
-        address = address_of(view)
-        start = self._region.address
-        inside = start <= address and address + view.nbytes <= start + self._region.nbytes
-        return address if inside and address % alignment == 0 else None
+            return [None] * len(views)
+        start, end = self._region.address, self._region.address + self._region.nbytes
+        return [
+            address
+            if start <= (address := address_of(view)) <= end - view.nbytes
+            and address % alignment == 0
+            else None
+            for view in views
+        ]
 
 
 def address_of(view: memoryview) -> int:

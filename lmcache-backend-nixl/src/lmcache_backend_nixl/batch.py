@@ -10,7 +10,7 @@ Knows alignment and lanes. Knows nothing about what values are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from lmcache_backend_nixl.agent import Agent, Kind, Lane, Memory, Move, TransferFailed
 from lmcache_backend_nixl.config import PAGE_BYTES
@@ -29,11 +29,8 @@ class Item(NamedTuple):
     device: int
 
 
-class _Located(NamedTuple):
-    """An item, and the address of its bytes if they are registered."""
-
-    item: Item
-    address: int | None
+_Located: TypeAlias = tuple[Item, int | None]
+"""An item, and the address of its bytes if they are registered."""
 
 
 class Batches:
@@ -51,7 +48,7 @@ class Batches:
         Raises:
             TransferFailed: some, or all, weren't written.
         """
-        for part in self._rounds(self._located(items), lane):
+        for part in self._rounds(items, lane):
             moves, _ = self._moves("WRITE", part, lane)
             self._agent.transfer("WRITE", self._kind, moves)
 
@@ -63,22 +60,17 @@ class Batches:
         """
         done: list[int] = []
         failure: TransferFailed | None = None
-        for part in self._rounds(self._located(items), lane):
+        for part in self._rounds(items, lane):
             error = self._try_to_read(part, lane)
             if error is None:
-                done += [one.item.position for one in part]
+                done += [item.position for item, _ in part]
                 continue
             failure = error
             if len(part) > 1:  # NIXL doesn't say which, and one shouldn't cost the others
-                done += [
-                    one.item.position for one in part if self._try_to_read([one], lane) is None
-                ]
+                done += [one[0].position for one in part if self._try_to_read([one], lane) is None]
         if failure is not None and not done:
             raise failure
         return done
-
-    def _located(self, items: Sequence[Item]) -> list[_Located]:
-        return [_Located(one, self._memory.registered(one.view, self._alignment)) for one in items]
 
     def _try_to_read(self, items: Sequence[_Located], lane: Lane) -> TransferFailed | None:
         moves, copies = self._moves("READ", items, lane)
@@ -90,15 +82,16 @@ class Batches:
             target[:] = source
         return None
 
-    def _rounds(self, items: Sequence[_Located], lane: Lane) -> Iterator[list[_Located]]:
+    def _rounds(self, items: Sequence[Item], lane: Lane) -> Iterator[list[_Located]]:
+        addresses = self._memory.registered([one.view for one in items], self._alignment)
         current: list[_Located] = []
         staged = 0
-        for one in items:
-            needs_slot = one.address is None
+        for located in zip(items, addresses, strict=True):
+            needs_slot = located[1] is None
             if len(current) == lane.values or staged + needs_slot > lane.slots:
                 yield current
                 current, staged = [], 0
-            current.append(one)
+            current.append(located)
             staged += needs_slot
         if current:
             yield current
@@ -120,8 +113,7 @@ class Batches:
                 copies.append((part, room[: part.nbytes]))
             moves.append(Move(at, place, length, device))
 
-        for number, located in enumerate(items):
-            one, address = located.item, located.address
+        for number, (one, address) in enumerate(items):
             if address is None:
                 through(*lane.slot(next(slots)), one.view, one.place, one.device)
                 continue

@@ -147,8 +147,7 @@ class NixlFileBackend(BlockingBackend):
         sizes = [MISS] * len(keys)
         entries: dict[int, Entry] = {}
         items: list[Item] = []
-        for index, (key, buffer) in enumerate(zip(keys, into, strict=True)):
-            entry = pool.entry(key, self._links.text(key))
+        for index, (entry, buffer) in enumerate(zip(pool.entries(keys), into, strict=True)):
             if entry is None or entry.nbytes > min(buffer.nbytes, self._slot_bytes):
                 continue
             fd = self._file_of(entry.pool)
@@ -176,10 +175,14 @@ class NixlFileBackend(BlockingBackend):
         entries: dict[int, Entry] = {}
         items: list[Item] = []
         try:
-            for index, (key, source) in enumerate(zip(keys, sources, strict=True)):
-                if self._present(pool, key):
-                    outcomes[index] = StoreOutcome.ALREADY_PRESENT
-                elif entry := pool.reserve(source.nbytes):
+            for index, found in enumerate(pool.entries(keys)):
+                if found is not None:
+                    if self._file_of(found.pool) is not None:
+                        outcomes[index] = StoreOutcome.ALREADY_PRESENT
+                        continue
+                    self._links.remove(keys[index])  # its pool is gone
+                source = sources[index]
+                if entry := pool.reserve(source.nbytes):
                     entries[index] = entry
                     items.append(Item(index, source, entry.offset, pool.fd))
             if items:
@@ -221,17 +224,6 @@ class NixlFileBackend(BlockingBackend):
 
     def _clear(self) -> int:
         return self._delete([key for key, _ in self._links.oldest_first()])
-
-    def _present(self, pool: Pool, key: ChunkKey) -> bool:
-        """Whether a load would hit; removes an entry that stands in the way of a store."""
-        text = self._links.text(key)
-        entry = pool.entry(key, text)
-        if text is None:
-            return False
-        if entry is not None and self._file_of(entry.pool) is not None:
-            return True
-        self._links.remove(key)
-        return False
 
     def _file_of(self, pool: str) -> int | None:
         """The open file of a pool, registered; ``None`` if it is gone."""

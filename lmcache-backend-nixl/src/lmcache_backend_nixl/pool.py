@@ -24,7 +24,7 @@ import re
 import secrets
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -98,6 +98,14 @@ class Links:
 
     def publish(self, key: ChunkKey, entry: Entry) -> bool:
         """Make ``entry`` visible; ``False`` if there is one already."""
+        if self._link(key, entry):
+            return True
+        if self.read(key) is not None:
+            return False
+        self.remove(key)  # something that is no entry stood in its place
+        return self._link(key, entry)
+
+    def _link(self, key: ChunkKey, entry: Entry) -> bool:
         try:
             os.symlink(entry.text, self._place(key))
         except FileExistsError:
@@ -205,16 +213,28 @@ class Pool:
             self._held[key] = entry
         return True
 
-    def entry(self, key: ChunkKey, text: str | None) -> Entry | None:
-        """What the link of ``key`` with this text says; one of our own goes last now."""
+    def entries(self, keys: Sequence[ChunkKey]) -> list[Entry | None]:
+        """What the link of each key says; ours among them go last now.
+
+        Raises:
+            BackendUnavailable: the file system failed.
+        """
+        texts = list(map(self._links.text, keys))
+        found: list[Entry | None] = []
+        stale: list[ChunkKey] = []
         with self._lock:
-            held = self._held.get(key)
-            if held is not None and held.text == text:
-                self._held.move_to_end(key)
-                return held
-        if held is not None:
+            for key, text in zip(keys, texts, strict=True):
+                held = self._held.get(key)
+                if held is not None and held.text == text:
+                    self._held.move_to_end(key)
+                    found.append(held)
+                    continue
+                if held is not None:
+                    stale.append(key)
+                found.append(Entry.parse(text) if text else None)
+        for key in stale:
             self.forget(key)
-        return Entry.parse(text or "")
+        return found
 
     def still(self, key: ChunkKey, entry: Entry) -> bool:
         """Whether nothing else was written where ``entry`` is since it was found."""
