@@ -11,13 +11,17 @@ from registered memory; a call has one of the former or eight of the latter.
                descriptor lists, transfer, waiting
     O_DIRECT   open, write or read whole pages past the page cache, and close, a file each
 
-What is around that in the backend: a thread, an index of links, slots, and with O_DIRECT the last
-page, which goes through memory of its own.
+Both move the same bytes between the same memory and pages that files have already. A run has files
+of its own: how large the pieces are that the page cache keeps a file in differs from file to file,
+and is worth a tenth. What is around that in the backend: a thread, an index of links, slots, and
+with O_DIRECT the last page, which goes through memory of its own. What the thread costs by itself
+is `agent, awaited / agent`: NIXL's own calls, made by a thread that the event loop waits for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import random
 import statistics
@@ -25,22 +29,36 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from calibrations import RawFiles, aligned
-from measuring import Report, Run, Took, awaited, parse, parser, take_turns, throughput
+from measuring import (
+    Job,
+    Report,
+    Result,
+    Run,
+    Took,
+    awaited,
+    parse,
+    parser,
+    take_turns,
+    throughput,
+)
 from nixl import nixl_agent, nixl_agent_config
 
 from lmcache_backend_nixl.agent import address_of
 from lmcache_backend_nixl.config import PAGE_BYTES, NixlConfig
 from lmcache_backend_nixl.files import NixlFileBackend
+from lmcache_core.daemon_pool import DaemonPool
 from lmcache_core.frame import HEADER_BYTES
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import DType, KVLayout, full_attention
 from lmcache_core.storage import BackendContext, HostRegion, StoreOutcome
 
 SHAPES = {"1 x 32 MiB": (1, 32 << 20), "8 x 2 MiB": (8, 2 << 20)}
-TURNS = 3
+WARM_UP, TURNS = 2, 8
+"""Turns that don't count, in which each page is touched; and all. Half begin with either side."""
 FOLDER = Path("/var/tmp")  # noqa: S108 - /tmp is memory on many machines
 LAYOUT = KVLayout(256, (full_attention(layers=32, heads=8, head_size=128, dtype=DType.BF16),))
 
@@ -81,11 +99,22 @@ class Store:
         self._agent.create_backend("POSIX", params)
         self._agent.register_memory([(address, 2 * values * slot, 0, "")], "DRAM")
         flags = os.O_RDWR | os.O_CREAT | (os.O_DIRECT if direct else 0)
-        self._fd = os.open(folder / uuid.uuid4().hex, flags, 0o600)
-        os.posix_fallocate(self._fd, 0, 2 * values * slot)
-        self._agent.register_memory([(0, 2 * values * slot, self._fd, "")], "FILE")
+        self._fds = [os.open(folder / uuid.uuid4().hex, flags, 0o600) for _ in range(2)]
+        for fd in self._fds:
+            os.posix_fallocate(fd, 0, 2 * values * slot)
+            self._agent.register_memory([(0, 2 * values * slot, fd, "")], "FILE")
+        self._thread = DaemonPool(1, "bench")
         self._moved = slot if direct else framed
         self._raw = RawFiles(folder, direct=True, sync=False)
+
+    def job(self, who: str, what: str) -> Job:
+        """What a turn of ``who`` is: one of a title's two names."""
+        jobs = {
+            "agent, awaited": (self.awaited_store, self.awaited_load),
+            "agent": (self.agent_store, self.agent_load),
+            "O_DIRECT": (self.raw_store, self.raw_load),
+        }
+        return jobs.get(who, (self.store, self.load))[what == "load"]
 
     def store(self, turn: int) -> Took:
         call = self._backend.store(self._keys(turn), self._views[: self.count])
@@ -100,10 +129,16 @@ class Store:
         return took
 
     def agent_store(self, turn: int) -> None:
-        self._agent_moves("WRITE", turn, 0)
+        self._agent_moves("WRITE", turn, 0, self._fds[0])
 
     def agent_load(self, turn: int) -> None:
-        self._agent_moves("READ", turn, self.count)
+        self._agent_moves("READ", turn, self.count, self._fds[0])
+
+    def awaited_store(self, turn: int) -> Took:
+        return awaited(self._loop, self._on_thread("WRITE", turn, 0))[1]
+
+    def awaited_load(self, turn: int) -> Took:
+        return awaited(self._loop, self._on_thread("READ", turn, self.count))[1]
 
     def raw_store(self, turn: int) -> None:
         for index, pages in enumerate(self._pages[: self.count]):
@@ -124,13 +159,18 @@ class Store:
         self._raw.__exit__()
         self._loop.run_until_complete(self._backend.close())
         self._loop.close()
-        os.close(self._fd)
+        self._thread.shutdown()
+        for fd in self._fds:
+            os.close(fd)
 
-    def _agent_moves(self, op: str, turn: int, first: int) -> None:
+    async def _on_thread(self, op: str, turn: int, first: int) -> None:
+        await self._thread.run(self._agent_moves, op, turn, first, self._fds[1])
+
+    def _agent_moves(self, op: str, turn: int, first: int, fd: int) -> None:
         half = turn % 2 * self.count
         each, slots = self._moved, range(self.count)
         memory = [(self._addresses[first + i], each, 0) for i in slots]
-        places = [((half + i) * self._slot, each, self._fd) for i in slots]
+        places = [((half + i) * self._slot, each, fd) for i in slots]
         handle = self._agent.initialize_xfer(
             op,
             self._agent.get_xfer_descs(memory, "DRAM"),
@@ -147,26 +187,31 @@ class Store:
         return [ChunkKey(bytes([i]) * 8 + turn.to_bytes(8, "big")) for i in range(self.count)]
 
 
-def measure(
-    store: Store, runs: int, put: Callable[[int], object], get: Callable[[int], object]
-) -> dict[str, list[Run]]:
-    """Turns of store and load, each with its calibration; medians a run."""
+def measure(make: Callable[[Path], Store], folder: Path, runs: int, pair: str) -> list[Result]:
+    """Turns of store and load, each with its calibration, in files of their own for each run."""
+    ours, theirs = pair.split(" / ")
     found: dict[str, list[Run]] = {"store": [], "load": []}
-    for number in range(-1, runs):  # the first one doesn't count
+    nbytes = 0
+    for _ in range(runs):
         took: dict[str, tuple[list[float], list[float]]] = {"store": ([], []), "load": ([], [])}
-        for turn in range((number + 1) * TURNS, (number + 2) * TURNS):
-            for what, ours, theirs in (("store", store.store, put), ("load", store.load, get)):
-                for column, (value,) in zip(
-                    took[what], take_turns(ours, theirs, 1, first=turn), strict=True
-                ):
-                    column.append(value)
-            store.load(turn)
-            assert store.same(), "what was loaded isn't what was stored"
-            store.forget(turn)
-        if number >= 0:
-            for what, columns in took.items():
-                found[what].append(Run(*map(statistics.median, columns)))
-    return found
+        with tempfile.TemporaryDirectory(prefix="bench-nixl-", dir=folder) as place:
+            store = make(Path(place))
+            nbytes = store.nbytes
+            for turn in range(TURNS):
+                for what, columns in took.items():
+                    seconds = take_turns(
+                        store.job(ours, what), store.job(theirs, what), 1, first=turn
+                    )
+                    if turn >= WARM_UP:
+                        for column, (value,) in zip(columns, seconds, strict=True):
+                            column.append(value)
+                store.job(ours, "load")(turn)
+                assert store.same(), "what was loaded isn't what was stored"
+                store.forget(turn)
+            store.close()
+        for what, columns in took.items():
+            found[what].append(Run(*map(statistics.median, columns)))
+    return [throughput(what, nbytes, one) for what, one in found.items()]
 
 
 def main() -> None:
@@ -176,24 +221,20 @@ def main() -> None:
     arguments = parse(options)
     report = Report(arguments, "calibration")
     for shape, (values, nbytes) in SHAPES.items():
-        for title, direct, uring, raw in (
-            ("buffered / agent", False, False, False),
-            ("buffered, io_uring / agent", False, True, False),
-            ("direct / agent", True, False, False),
-            ("direct / O_DIRECT", True, False, True),
+        for pair, direct, uring in (
+            ("agent, awaited / agent", False, False),
+            ("buffered / agent", False, False),
+            ("buffered, io_uring / agent", False, True),
+            ("direct / agent", True, False),
+            ("direct / O_DIRECT", True, False),
         ):
-            if arguments.only not in f"{title}, {shape}":
+            if arguments.only not in f"{pair}, {shape}":
                 continue
-            with tempfile.TemporaryDirectory(prefix="bench-nixl-", dir=arguments.folder) as place:
-                store = Store(Path(place), values, nbytes, direct=direct, uring=uring)
-                put, get = (
-                    (store.raw_store, store.raw_load)
-                    if raw
-                    else (store.agent_store, store.agent_load)
-                )
-                for what, runs in measure(store, arguments.runs, put, get).items():
-                    report.add(throughput(f"{title}, {shape}, {what}", store.nbytes, runs))
-                store.close()
+            make = functools.partial(
+                Store, values=values, nbytes=nbytes, direct=direct, uring=uring
+            )
+            for found in measure(make, arguments.folder, arguments.runs, pair):
+                report.add(replace(found, name=f"{pair}, {shape}, {found.name}"))
     report.write()
 
 

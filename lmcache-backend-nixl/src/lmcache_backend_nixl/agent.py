@@ -21,8 +21,10 @@ from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailabl
 from lmcache_core.storage import HostRegion
 
 Kind = Literal["FILE", "OBJ"]
+_EAGER_S: Final = 0.004
+"""So long a transfer is looked at all the time: a pause takes at least 50 µs, as 1 MiB does."""
 _POLL_SHARE: Final = 0.02
-"""A transfer is looked at again after this part of the time that it has taken so far."""
+"""Then it is looked at again after this part of the time that it has taken so far."""
 _LONGEST_PAUSE_S: Final = 0.001
 
 
@@ -109,7 +111,8 @@ class Agent:
             # files are often done by now, so the first question comes at once.
             while state == "PROC" and (state := agent.check_xfer_state(handle)) == "PROC":
                 took = time.perf_counter() - began
-                time.sleep(min(took * _POLL_SHARE, _LONGEST_PAUSE_S))
+                # Either way others have the interpreter's lock meanwhile.
+                time.sleep(0 if took < _EAGER_S else min(took * _POLL_SHARE, _LONGEST_PAUSE_S))
         except Exception as error:
             raise self._failed(op, moves, error) from error
         finally:
