@@ -12,8 +12,9 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from lmcache_core.lm.stream import IOV_MAX, WAKE_BYTES, Plain
+from lmcache_core.lm.stream import WAKE_BYTES, Plain
 from lmcache_core.lm.wire import Wire
+from lmcache_core.views import last_first, next_of, take_out
 
 KIB = 1 << 10
 SIZES = [
@@ -63,14 +64,11 @@ def test_a_client_receives_all_views(sizes: list[int], part: int) -> None:
     views = [memoryview(bytearray(size)) for size in sizes]
     with _pair() as (near, far), _trickling(far, content, part):
         stream = Plain(near)
-        left = [view for view in views if view.nbytes]
+        left = last_first(views)
         while left:
-            got = stream.receive(left[:IOV_MAX])
+            got = stream.receive(next_of(left))
             assert got
-            while left and got >= left[0].nbytes:
-                got -= left.pop(0).nbytes
-            if got:
-                left[0] = left[0][got:]
+            take_out(left, got)
         assert _threshold(near) == 1
     assert b"".join(views) == content
 

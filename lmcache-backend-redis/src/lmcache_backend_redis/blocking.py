@@ -12,8 +12,9 @@ import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, Final, Protocol, TypeVar
 
-from lmcache_backend_redis.resp import PARTS_PER_CALL, Wire, cut, unsent
+from lmcache_backend_redis.resp import Wire
 from lmcache_core.errors import BackendError
+from lmcache_core.views import last_first, next_of, take_out
 
 T = TypeVar("T")
 
@@ -62,15 +63,15 @@ class BlockingWire(Wire):
             sock.settimeout(None)  # SO_RCVTIMEO and SO_SNDTIMEO are for blocking sockets
 
     async def send(self, parts: Sequence[bytes | memoryview]) -> None:
-        left = unsent(parts)
+        left = last_first(parts)
         while left:
-            cut(left, self._send_some(left))
+            take_out(left, self._send_some(left))
 
     def _send_some(self, left: list[memoryview]) -> int:
         self._limit()
         try:
             if self._plain:
-                return self._sock.sendmsg(left[: -PARTS_PER_CALL - 1 : -1])
+                return self._sock.sendmsg(next_of(left))
             return self._sock.send(left[-1])
         except OSError as error:
             raise self._failed(error) from error

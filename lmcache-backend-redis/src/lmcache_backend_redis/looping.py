@@ -16,7 +16,8 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from lmcache_backend_redis.resp import PARTS_PER_CALL, Wire, cut, unsent
+from lmcache_backend_redis.resp import Wire
+from lmcache_core.views import last_first, next_of, take_out
 
 _RECEIVES_A_TURN: Final = 16
 """After so many that needn't have waited, others have their turn: a fast server may never let the
@@ -69,7 +70,7 @@ class LoopWire(Wire):
         return False
 
     async def send(self, parts: Sequence[bytes | memoryview]) -> None:
-        left = unsent(parts)
+        left = last_first(parts)
         try:
             while left:
                 self._send_some(left)
@@ -79,7 +80,7 @@ class LoopWire(Wire):
             raise self._lost(error) from error
 
     def _send_some(self, left: list[memoryview]) -> None:
-        cut(left, self._sock.sendmsg(left[: -PARTS_PER_CALL - 1 : -1]))
+        take_out(left, self._sock.sendmsg(next_of(left)))
 
     async def _receive(self, into: memoryview, *, whole: bool = False) -> int:
         self._receives += 1

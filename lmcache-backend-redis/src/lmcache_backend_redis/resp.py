@@ -33,8 +33,6 @@ MAX_BULK: Final = 512 << 20
 _BUFFER_BYTES = 16 << 10
 _AHEAD_OF_BULK = 64
 """How much may be received along with a bulk reply's first line; it is copied once more."""
-PARTS_PER_CALL: Final = 256
-"""Buffers of one ``sendmsg``; below IOV_MAX, which is 1024 on Linux."""
 
 
 class ProtocolError(BackendError):
@@ -64,19 +62,6 @@ def commands(verb: bytes, names: Sequence[bytes]) -> bytes:
     """The same command about each of ``names``, in a row."""
     start = b"*2\r\n$%d\r\n%b\r\n$" % (len(verb), verb)
     return b"".join([b"%b%d\r\n%b\r\n" % (start, len(name), name) for name in names])
-
-
-def unsent(parts: Sequence[bytes | memoryview]) -> list[memoryview]:
-    """What is to be sent, the first part last."""
-    return [memoryview(part) for part in reversed(parts) if len(part)]
-
-
-def cut(left: list[memoryview], sent: int) -> None:
-    """Take the first ``sent`` bytes out of `unsent` parts."""
-    while left and sent >= left[-1].nbytes:
-        sent -= left.pop().nbytes
-    if sent:
-        left[-1] = left[-1][sent:]
 
 
 class Wire(ABC):

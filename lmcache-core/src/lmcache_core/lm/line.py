@@ -20,7 +20,8 @@ from lmcache_core.errors import (
 from lmcache_core.lm import protocol
 from lmcache_core.lm.config import LmConfig
 from lmcache_core.lm.protocol import ProtocolError, Status
-from lmcache_core.lm.stream import IOV_MAX, Stream, passed
+from lmcache_core.lm.stream import Stream
+from lmcache_core.views import last_first, next_of, take_out
 
 _SCRATCH_BYTES = 256 << 10
 _REJECTED = (Status.DENIED, Status.VERSION, Status.UNSUPPORTED, Status.MALFORMED)
@@ -136,18 +137,17 @@ class Line:
         some: Callable[[Sequence[memoryview]], int],
         until: float | None,
     ) -> None:
-        left = [view for view in views if view.nbytes]
-        at = 0
-        while at < len(left):
+        left = last_first(views)
+        while left:
             try:
-                moved = some(left[at : at + IOV_MAX])
+                moved = some(next_of(left))
             except BlockingIOError:
                 self.tick(until)
                 continue
             if not moved:
                 raise EOFError
             self.moved()
-            at = passed(left, at, moved)
+            take_out(left, moved)
 
     def refusal(self, header: protocol.Header) -> BackendError:
         """What the server says in a message whose status isn't OK, as the error to raise."""

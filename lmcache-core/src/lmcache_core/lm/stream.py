@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Protocol
 
 TICK_S = 0.5
-IOV_MAX = 512
-"""Views that a stream is handed at a time; the kernel takes no more than 1,024."""
 WAKE_BYTES = 1 << 20
 """Whoever waits for more than twice as many bytes is woken when so many are there, not for each
 segment: with eight clients on two CPUs that is a tenth of the time."""
@@ -36,13 +34,13 @@ class Stream(Protocol):
     """The other end is on this machine."""
 
     def receive(self, views: Sequence[memoryview]) -> int:
-        """Fill the beginning of ``views``, at most `IOV_MAX`; how many bytes, 0 at the end.
+        """Fill the beginning of ``views``, at most `views.IOV_MAX`; how many bytes, 0 at the end.
 
         `BlockingIOError` after a tick.
         """
 
     def send(self, views: Sequence[memoryview]) -> int:
-        """Send the beginning of ``views``, at most `IOV_MAX`; how many bytes.
+        """Send the beginning of ``views``, at most `views.IOV_MAX`; how many bytes.
 
         `BlockingIOError` after a tick.
         """
@@ -165,16 +163,6 @@ def _all_but_last(views: Sequence[memoryview], nbytes: int) -> list[memoryview]:
         if not rest:
             break
     return found
-
-
-def passed(views: list[memoryview], at: int, nbytes: int) -> int:
-    """Where ``views`` go on after ``nbytes`` from ``at`` on; shortens the view that is there."""
-    while at < len(views) and nbytes >= views[at].nbytes:
-        nbytes -= views[at].nbytes
-        at += 1
-    if nbytes:
-        views[at] = views[at][nbytes:]
-    return at
 
 
 def dial(host: str, port: int, timeout_s: float) -> socket.socket:

@@ -15,7 +15,8 @@ import socket
 import ssl
 from collections.abc import Callable, Sequence
 
-from lmcache_core.lm.stream import IOV_MAX, WAKE_BYTES, wake_from
+from lmcache_core.lm.stream import WAKE_BYTES, wake_from
+from lmcache_core.views import last_first, next_of, take_out
 
 MIN_PROGRESS_BYTES = 64 << 10
 """Fewer than so many bytes in a stall time-out are no progress, or a peer that sends a byte now and
@@ -67,7 +68,7 @@ class Wire:
             EOFError: the peer ended before that.
             OSError: the connection broke.
         """
-        left = _last_first(views)
+        left = last_first(views)
         while left:
             try:
                 got = self._receive_some(left)
@@ -121,7 +122,7 @@ class Wire:
         Raises:
             OSError: the connection broke.
         """
-        left = _last_first(views)
+        left = last_first(views)
         while left:
             sent = _now(lambda: self._send_some(left))
             if isinstance(sent, BlockingIOError):
@@ -172,9 +173,9 @@ class Wire:
         if self._tls:
             sent = self.sock.send(left[-1][:_RECORDS_BYTES])
         else:
-            sent = self.sock.sendmsg(left[: -IOV_MAX - 1 : -1])
+            sent = self.sock.sendmsg(next_of(left))
         self._moved += sent
-        _take_out(left, sent)
+        take_out(left, sent)
         return sent
 
     def _receive_some(self, left: list[memoryview]) -> int:
@@ -186,10 +187,10 @@ class Wire:
         if self._tls or len(left) == 1:
             got = self.sock.recv_into(left[-1])
         else:
-            got = self.sock.recvmsg_into(left[: -IOV_MAX - 1 : -1])[0]
+            got = self.sock.recvmsg_into(next_of(left))[0]
         if not got:
             raise EOFError
-        _take_out(left, got)
+        take_out(left, got)
         return got
 
     async def _wanted(self, wants: OSError) -> None:
@@ -276,18 +277,6 @@ class Wire:
             return
         if not left:
             future.set_result(None)
-
-
-def _last_first(views: Sequence[memoryview | bytes]) -> list[memoryview]:
-    return [memoryview(view) for view in reversed(views) if len(view)]
-
-
-def _take_out(left: list[memoryview], nbytes: int) -> None:
-    """Take the first ``nbytes`` out of views that stand last first."""
-    while left and nbytes >= left[-1].nbytes:
-        nbytes -= left.pop().nbytes
-    if nbytes:
-        left[-1] = left[-1][nbytes:]
 
 
 def _now(call: Callable[[], int]) -> int | OSError:

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from lmcache_core.errors import BackendTimeout
-from lmcache_core.lm.stream import IOV_MAX, Plain, Stream, passed
+from lmcache_core.lm.stream import Plain, Stream
+from lmcache_core.views import last_first, next_of, take_out
 
 
 class Line:
@@ -71,11 +72,10 @@ class Line:
         some: Callable[[Sequence[memoryview]], int],
         patient: bool,
     ) -> None:
-        left = [view for view in views if view.nbytes]
-        at, moved_at = 0, time.monotonic()
-        while at < len(left):
+        left, moved_at = last_first(views), time.monotonic()
+        while left:
             try:
-                moved = some(left[at : at + IOV_MAX])
+                moved = some(next_of(left))
             except BlockingIOError:  # a tick
                 quiet_s = time.monotonic() - moved_at
                 if not patient and quiet_s > self.stall_timeout_s and not self._down:
@@ -88,7 +88,7 @@ class Line:
             if moved < 0:
                 continue
             moved_at, patient = time.monotonic(), False
-            at = passed(left, at, moved)
+            take_out(left, moved)
 
 
 def pieces(region: memoryview, places: Sequence[tuple[int, int]]) -> list[memoryview]:
