@@ -11,6 +11,7 @@ from typing import Any
 
 from lmcache_core.lm import protocol
 from lmcache_core.lm.call import Call
+from lmcache_core.lm.fence import fence
 from lmcache_core.lm.line import Line
 from lmcache_core.lm.protocol import MAX_EXTENTS, MISSING, Header, Op, ProtocolError
 from lmcache_core.lm.shared import SharedMemory
@@ -96,6 +97,7 @@ class Incoming:
         parts = protocol.parse_extents(meta[end:], sizes, shared.arena.nbytes)
         for part, view in zip(parts, self._begin(call), strict=False):
             shared.arena.copy(part, view)
+        fence()
         kept = shared.arena.number(shared.epoch_at) == epoch
         self._submit(Call(Op.RETURN, meta=protocol.number(call.number)))
         return sizes if kept else (MISSING,) * call.count

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from lmcache_core.keys import ChunkKey
 from lmcache_core.lm import greeting, protocol
 from lmcache_core.lm.arena import Arena
+from lmcache_core.lm.fence import fence
 from lmcache_core.lm.mapping import ReadOnlyMapping, is_sealed
 from lmcache_core.lm.protocol import Header, Op, ProtocolError
 from lmcache_core.lm.service import Service
@@ -118,6 +119,7 @@ class Intake:
                 continue
             try:
                 await self._copy(region.address + offset, value)
+                fence()
                 vouched = staged.vouches_for(header.request)
             except BaseException:
                 values.release([value])

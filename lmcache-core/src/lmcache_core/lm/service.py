@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lmcache_core.lm.arena import Arena
+from lmcache_core.lm.fence import fence
 from lmcache_core.lm.mapping import ReadOnlyMapping
 from lmcache_core.lm.values import Values
 from lmcache_core.metrics import Counters
@@ -46,6 +47,7 @@ class Leases:
     def revoke(self, index: int) -> None:
         """Tell the client that what it is reading doesn't count."""
         self._numbers[index] += 1
+        fence()
 
     def close(self) -> None:
         """Let go of the arena."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from queue import SimpleQueue
 
 from lmcache_core.host_memory import address_of
+from lmcache_core.lm.fence import fence
 from lmcache_core.lm.mapping import ReadOnlyMapping
 from lmcache_core.storage import HostRegion
 
@@ -61,11 +62,13 @@ class Staging:
         """They may change from now on. Before the server read this, it doesn't keep a copy."""
         if self._vouchers[number % _VOUCHERS] == number:
             self._vouchers[number % _VOUCHERS] = 0
+            fence()
 
     def withdraw_all(self) -> None:
         """The same for every OFFER."""
         for index in range(_VOUCHERS):
             self._vouchers[index] = 0
+        fence()
 
     def close(self) -> None:
         """Give the memory back; nobody may be writing."""
