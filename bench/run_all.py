@@ -61,7 +61,7 @@ PROGRAMS = [
     Program("codec_speed", ("--quick",)),
     Program("stress", ("--seconds", "60")),
     Program("stress", ("--seconds", "15", "--tier", "filesystem"), "stress_tier"),
-    Program("ttft_vllm", ("--quick", "--turns", "9")),
+    Program("ttft_vllm", ("--runs", "3", "--turns", "7")),
 ]
 
 
