@@ -189,7 +189,7 @@ class Topology(ABC):
             current = line.failures == node.failures and node.pool.owns_connection(line.connection)
             if current and line.wire.is_quiet():
                 return True
-            node.idle.pop()
+            node.idle.remove(line)  # not the last: a thread may have added one meanwhile
             _drop(node, line)
         return False
 
