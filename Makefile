@@ -46,7 +46,7 @@ types: $(READY) ## mypy --strict on what is published
 
 unit: $(READY) ## the tests that need no engine
 	@mkdir -p $(RESULTS)
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m "not vllm" $(UNIT) --ignore=tests/vllm \
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not vllm" $(UNIT) --ignore=tests/vllm \
 	  --junit-xml=$(RESULTS)/unit.xml
 
 docs: $(READY) ## the documentation, strictly, into site/

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_prometheus_text_of_nothing_is_empty() -> None:
 def counted() -> Iterator[tuple[str, set[str]]]:
     """Name and labels of every ``counters.add(...)`` in core but those of the ``lm://`` server."""
     for file in Path(lmcache_core.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(_parsed(file.read_text())):
             match node:
                 case ast.Call(
                     func=ast.Attribute(
@@ -125,3 +126,11 @@ def test_the_page_has_them_all() -> None:
     for name, (text, labels) in METRICS.items():
         gauge = " (a gauge)" if name in GAUGES else ""
         assert f"| `{name}`{gauge} | {', '.join(f'`{one}`' for one in labels)} | {text} |" in page
+
+
+def _parsed(source: str) -> ast.Module:
+    # Some Pythons, 3.11.7 for one, lose count once in a while: python/cpython issue 106905.
+    for _ in range(5):
+        with contextlib.suppress(SystemError):
+            return ast.parse(source)
+    return ast.parse(source)
