@@ -1,98 +1,155 @@
-"""What a pool holds follows the links, and no slot is handed out while one leads to it."""
+"""A pool follows its index and those of others, and no slot is handed out while one names it."""
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from lmcache_backend_nixl.pool import Entry, Links, Pool
+from lmcache_backend_nixl.index import Entry
+from lmcache_backend_nixl.pool import Others, Pool
+from lmcache_core.errors import BackendUnavailable
 from lmcache_core.keys import ChunkKey
 
 SLOT = 4096
-KEY, OTHER = ChunkKey(b"k" * 16), ChunkKey(b"o" * 16)
+KEY, OTHER, THIRD = (ChunkKey(bytes([letter]) * 16) for letter in b"kot")
 
 
 @pytest.fixture
-def links(tmp_path: Path) -> Links:
-    made = Links(tmp_path)
-    made.make_folders()
-    return made
+def pool(tmp_path: Path) -> Iterator[Pool]:
+    made = Pool(tmp_path, 2, SLOT, flags=0)
+    yield made
+    made.close(keep=False)
 
 
 @pytest.fixture
-def pool(links: Links) -> Pool:
-    return Pool(links, 1, SLOT, flags=0)
+def other(tmp_path: Path) -> Iterator[Pool]:
+    """Another process's; a lock doesn't know that it isn't one."""
+    made = Pool(tmp_path, 2, SLOT, flags=0)
+    yield made
+    made.close(keep=False)
 
 
-def published(pool: Pool, key: ChunkKey) -> Entry:
-    entry = pool.reserve(SLOT)
+def published(pool: Pool, *keys: ChunkKey) -> list[Entry | None]:
+    slots = [slot for slot in pool.reserve([(key, SLOT) for key in keys]) if slot is not None]
+    assert len(slots) == len(keys)
+    assert all(pool.publish([(slot, key, SLOT) for slot, key in zip(slots, keys, strict=True)]))
+    return pool.find(keys)
+
+
+def test_what_one_pool_publishes_every_pool_finds(pool: Pool, other: Pool, tmp_path: Path) -> None:
+    (entry,) = published(pool, KEY)
     assert entry is not None
-    assert pool.publish(key, entry)
-    return entry
+    assert pool.find([OTHER, KEY]) == other.find([OTHER, KEY]) == [None, entry]
+    lookups = Others(tmp_path)
+    assert lookups.find([KEY]) == [entry]
+    lookups.close()
 
 
-def test_a_link_reads_as_it_was_written(links: Links, pool: Pool) -> None:
-    entry = published(pool, KEY)
-    assert links.read(KEY) == entry == Entry.parse(entry.text)
-    assert pool.entries([OTHER, KEY]) == [None, entry]
-    pool.close(keep=False)
+def test_of_two_values_with_a_name_the_first_stays(pool: Pool) -> None:
+    slots = pool.reserve([(KEY, SLOT), (KEY, SLOT)])
+    assert None not in slots
+    first, second = (slot or 0 for slot in slots)
+    assert pool.publish([(first, KEY, SLOT)]) == [True]
+    assert pool.publish([(second, KEY, SLOT)]) == [False]
+    assert pool.usage() == (1, SLOT)
+    assert pool.reserve([(OTHER, SLOT)]) == [second]
 
 
-def test_an_entry_that_is_there_stays(links: Links, pool: Pool) -> None:
-    entry = published(pool, KEY)
-    other = Entry.of("0" * 16, 1, 0, SLOT)
-    assert not links.publish(KEY, other)
-    assert links.read(KEY) == entry
-    pool.close(keep=False)
-
-
-def test_what_was_asked_for_goes_last(links: Links) -> None:
-    pool = Pool(links, 2, SLOT, flags=0)
+def test_what_was_asked_for_goes_last(pool: Pool) -> None:
     published(pool, KEY)
     published(pool, OTHER)
-    assert None not in pool.entries([KEY])
-    published(pool, ChunkKey(b"n" * 16))
-    assert [links.read(key) is None for key in (KEY, OTHER)] == [False, True]
-    pool.close(keep=False)
+    assert None not in pool.find([KEY])
+    published(pool, THIRD)
+    assert [entry is None for entry in pool.find([KEY, OTHER, THIRD])] == [False, True, False]
 
 
-def test_what_has_its_link_is_not_forgotten(links: Links, pool: Pool) -> None:
-    entry = published(pool, KEY)
-    pool.forget(KEY)  # as somebody does who looked before it was published
-    assert pool.usage() == (1, SLOT)
-    assert pool.still(KEY, entry)
-    links.remove(KEY)
-    pool.forget(KEY)
+def test_the_end_of_a_prefix_goes_first(pool: Pool) -> None:
+    published(pool, KEY, OTHER)
+    published(pool, THIRD)
+    assert [entry is None for entry in pool.find([KEY, OTHER])] == [False, True]
+
+
+def test_what_does_not_fit_gets_no_slot(pool: Pool) -> None:
+    assert pool.reserve([(KEY, SLOT + 1), (KEY, 0), (ChunkKey(b"k" * 33), 1)]) == [None] * 3
+    slots = pool.reserve([(KEY, 1), (OTHER, 1), (THIRD, 1)])
+    assert slots == [0, 1, None]
+    pool.give_back(slots)
+    assert len([slot for slot in pool.reserve([(KEY, 1), (OTHER, 1)]) if slot is not None]) == 2
+
+
+def test_another_value_in_a_slot_is_noticed(pool: Pool, other: Pool) -> None:
+    (old, _) = published(pool, KEY, OTHER)
+    assert old is not None
+    assert other.find([KEY]) == [old]
+    assert pool.still(KEY, old)
+    assert other.still(KEY, old)
+    pool.find([OTHER])
+    published(pool, THIRD)
+    assert not pool.still(KEY, old)
+    assert not other.still(KEY, old)
+    (new,) = published(pool, KEY)
+    assert new != old
+    assert not pool.still(KEY, old)
+    assert not other.still(KEY, old)
+
+
+def test_whoever_deletes_deletes_everywhere(pool: Pool, other: Pool) -> None:
+    published(pool, KEY)
+    published(other, OTHER)
+    assert other.delete([KEY, OTHER, THIRD]) == 2
+    assert pool.find([KEY, OTHER]) == other.find([KEY, OTHER]) == [None, None]
+    assert pool.usage() == other.usage() == (0, 0)
+    published(pool, KEY, OTHER)
+    published(other, THIRD)
+    assert other.delete(None) == 3
+    assert pool.find([KEY, OTHER, THIRD]) == [None] * 3
     assert pool.usage() == (0, 0)
-    assert not pool.still(KEY, entry)
+    published(pool, KEY, OTHER)  # both slots are free
+
+
+def test_a_pool_that_comes_and_goes_is_noticed(pool: Pool, tmp_path: Path) -> None:
+    old = time.time() - 10
+    os.utime(tmp_path, (old, old))
+    assert pool.find([KEY]) == [None]
+    late = Pool(tmp_path, 2, SLOT, flags=0)
+    (entry,) = published(late, KEY)
+    assert pool.find([KEY]) == [entry]
+    late.close(keep=False)
+    assert pool.find([KEY]) == [None]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_pool_that_was_left_is_read_and_then_taken_over(pool: Pool, tmp_path: Path) -> None:
+    late = Pool(tmp_path, 2, SLOT, flags=0)
+    (entry,) = published(late, KEY)
+    late.close(keep=True)
+    assert pool.find([KEY]) == [entry]
+    heir = Pool(tmp_path, 2, SLOT, flags=0)
+    assert heir.name == late.name
+    assert heir.find([KEY]) == [entry]
+    heir.close(keep=False)
+
+
+def test_a_pool_that_somebody_removed_is_an_error(tmp_path: Path) -> None:
+    pool = Pool(tmp_path, 2, SLOT, flags=0)
+    pool.path.unlink()
+    with pytest.raises(BackendUnavailable, match=r"somebody removed .*pool-.*lmcache clear"):
+        pool.find([KEY])
     pool.close(keep=False)
 
 
-def test_another_value_in_a_slot_is_noticed(links: Links, pool: Pool) -> None:
-    old = published(pool, KEY)
-    new = published(pool, OTHER)
-    assert new.offset == old.offset
-    assert not pool.still(KEY, old)
-    links.remove(OTHER)
-    assert pool.still(OTHER, new)  # its slot is its own until it is forgotten
-    pool.forget(OTHER)
-    assert published(pool, KEY) != old
-    assert not pool.still(KEY, old)
-    pool.close(keep=False)
-
-
-def test_what_is_no_link_of_ours_is_no_entry(links: Links, pool: Pool, tmp_path: Path) -> None:
-    place = tmp_path / "chunks" / KEY.hex()
-    assert links.text(KEY) is None
-    place.write_text("")
-    assert links.text(KEY) == ""
-    assert links.read(KEY) is None
-    place.unlink()
-    os.symlink("nowhere", place)
-    assert links.text(KEY) == "nowhere"
-    assert pool.entries([KEY]) == [None]
-    entry = published(pool, KEY)  # it doesn't stand in the way of one
-    assert links.read(KEY) == entry
-    pool.close(keep=False)
+def test_a_pool_that_can_not_grow_keeps_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = Pool(tmp_path, 2, SLOT, flags=0)
+    published(pool, KEY)
+    pool.close(keep=True)
+    with pytest.raises(Exception, match="nixl_pool_size"):
+        Pool(tmp_path, 1 << 40, SLOT, flags=0)
+    again = Pool(tmp_path, 2, SLOT, flags=0)
+    assert again.usage() == (1, SLOT)
+    again.close(keep=False)

@@ -1,6 +1,6 @@
 """Chunks in a pool of slots in a file, moved by NIXL's POSIX, GDS, GDS_MT or HF3FS plugin.
 
-Knows when a chunk may be read and when one has been written. Slots and the index are `pool`'s
+Knows when a chunk may be read and when one has been written. Slots and indexes are `pool`'s
 business, descriptors `batch`'s.
 """
 
@@ -10,14 +10,15 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from lmcache_backend_nixl.agent import Agent, Memory
 from lmcache_backend_nixl.batch import Batches, Item
 from lmcache_backend_nixl.config import PAGE_BYTES, NixlConfig
-from lmcache_backend_nixl.pool import Entry, Links, Pool, remove_orphans
+from lmcache_backend_nixl.index import Entry
+from lmcache_backend_nixl.pool import Others, Pool, data_file
 from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
 from lmcache_core.keys import ChunkKey
 from lmcache_core.storage import (
@@ -51,14 +52,16 @@ class NixlFileBackend(BlockingBackend):
         if config.path is None:
             raise BackendRejected("path (nixl_path) is missing")
         self._config = config
-        self._links = Links(config.path.expanduser().absolute())
+        self._folder = config.path.expanduser().absolute()
         self._slot_bytes = UNKNOWN_VALUE_BYTES
         self._lookup_only = False
         self._agent: Agent | None = None
         self._memory: Memory | None = None
         self._batches: Batches | None = None
         self._slots: Pool | None = None
-        self._others: dict[str, int | None] = {}
+        self._index: Pool | Others | None = None
+        """Says where values are; for lookups, all pools are somebody else's."""
+        self._files: dict[str, int | None] = {}
         """Open files of other processes' pools; ``None`` for one that is gone."""
         self._lock = threading.Lock()
 
@@ -75,13 +78,14 @@ class NixlFileBackend(BlockingBackend):
     # -- opening and closing ---------------------------------------------------------------
 
     def open_blocking(self, context: BackendContext) -> None:
-        top = self._links.folder
-        self._links = Links(top / context.namespace.fingerprint)
+        top = self._folder
+        self._folder = top / context.namespace.fingerprint
         self._lookup_only = context.lookup_only
         if context.max_value_bytes is not None:
             self._slot_bytes = -(-context.max_value_bytes // PAGE_BYTES) * PAGE_BYTES
         if context.lookup_only:
-            return  # links are all that it reads
+            self._index = Others(self._folder)
+            return
         for notice in self._config.notices():
             logger.warning("%s: %s", context.name, notice)
         agent = Agent(self._config.backend, self._config.params())
@@ -100,6 +104,7 @@ class NixlFileBackend(BlockingBackend):
             pool.close(keep=True)
             raise
         self._agent, self._memory, self._slots = agent, memory, pool
+        self._index = pool
         direct = self._config.direct_io
         self._batches = Batches(agent, memory, "FILE", whole_pages=direct)
         count, nbytes = pool.usage()
@@ -108,23 +113,23 @@ class NixlFileBackend(BlockingBackend):
     def close_blocking(self) -> None:
         if self._slots is not None:
             self._slots.close(keep=self._config.persist)
+        elif isinstance(self._index, Others):
+            self._index.close()
         if self._agent is not None:
             self._agent.close()
         with self._lock:
-            for fd in self._others.values():
+            for fd in self._files.values():
                 if fd is not None:
                     os.close(fd)
-            self._others.clear()
-        self._agent = self._memory = self._batches = self._slots = None
+            self._files.clear()
+        self._agent = self._memory = self._batches = self._slots = self._index = None
 
     def _open_pool(self, top: Path) -> Pool:
         remedy = "make it a folder that this user can write to, or set path (nixl_path) to another"
         try:
-            self._links.make_folders()
+            self._folder.mkdir(parents=True, exist_ok=True)
             flags = _DIRECT if self._config.direct_io else 0
-            pool = Pool(self._links, self._config.pool_size, self._slot_bytes, flags=flags)
-            remove_orphans(self._links, self._links.oldest_first())
-            return pool
+            return Pool(self._folder, self._config.pool_size, self._slot_bytes, flags=flags)
         except OSError as error:
             if error.errno == errno.EINVAL and self._config.direct_io:
                 raise BackendRejected(
@@ -137,17 +142,16 @@ class NixlFileBackend(BlockingBackend):
     # -- calls -----------------------------------------------------------------------------
 
     def contains_blocking(self, keys: Sequence[ChunkKey]) -> list[bool]:
-        found = [self._links.read(key) for key in keys]
-        pools = {entry.pool for entry in found if entry is not None}
-        there = {pool for pool in pools if self._links.data_file(pool).exists()}
-        return [entry is not None and entry.pool in there for entry in found]
+        if self._index is None:
+            raise BackendUnavailable("the backend isn't open")
+        return [entry is not None for entry in self._index.find(keys)]
 
     def load_blocking(self, keys: Sequence[ChunkKey], into: Sequence[memoryview]) -> list[int]:
         memory, batches, pool = self._opened()
         sizes = [MISS] * len(keys)
         entries: dict[int, Entry] = {}
         items: list[Item] = []
-        for index, (entry, buffer) in enumerate(zip(pool.entries(keys), into, strict=True)):
+        for index, (entry, buffer) in enumerate(zip(pool.find(keys), into, strict=True)):
             if entry is None or entry.nbytes > min(buffer.nbytes, self._slot_bytes):
                 continue
             fd = self._file_of(entry.pool)
@@ -171,59 +175,56 @@ class NixlFileBackend(BlockingBackend):
         self, keys: Sequence[ChunkKey], sources: Sequence[memoryview]
     ) -> list[StoreOutcome]:
         memory, batches, pool = self._opened()
-        outcomes = [StoreOutcome.NOT_ADMITTED] * len(keys)
-        entries: dict[int, Entry] = {}
+        outcomes = [StoreOutcome.ALREADY_PRESENT] * len(keys)
+        wanted = [
+            index
+            for index, entry in enumerate(pool.find(keys))
+            if entry is None or self._file_of(entry.pool) is None
+        ]
+        slots = pool.reserve([(keys[index], sources[index].nbytes) for index in wanted])
         items: list[Item] = []
+        values: list[tuple[int, ChunkKey, int]] = []
+        for index, slot in zip(wanted, slots, strict=True):
+            if slot is None:
+                outcomes[index] = StoreOutcome.NOT_ADMITTED
+                continue
+            source = sources[index]
+            values.append((slot, keys[index], source.nbytes))
+            items.append(Item(index, source, slot * pool.slot_bytes, pool.fd))
+        if not items:
+            return outcomes
         try:
-            for index, found in enumerate(pool.entries(keys)):
-                if found is not None:
-                    if self._file_of(found.pool) is not None:
-                        outcomes[index] = StoreOutcome.ALREADY_PRESENT
-                        continue
-                    self._links.remove(keys[index])  # its pool is gone
-                source = sources[index]
-                if entry := pool.reserve(source.nbytes):
-                    entries[index] = entry
-                    items.append(Item(index, source, entry.offset, pool.fd))
-            if items:
-                with memory.lane() as lane:
-                    batches.write(items, lane)
-                if self._config.fsync:
-                    os.fdatasync(pool.fd)
-            for index in list(entries):
-                published = pool.publish(keys[index], entries[index])
-                del entries[index]  # it has been published or given back
-                outcomes[index] = StoreOutcome.STORED if published else StoreOutcome.ALREADY_PRESENT
-        except OSError as error:
-            raise BackendUnavailable(f"can't sync {pool.path}: {error.strerror}") from error
+            with memory.lane() as lane:
+                batches.write(items, lane)
+            if self._config.fsync:
+                pool.sync()
         except BackendError as error:
+            pool.give_back(slots)
             raise self._about(error, "write to") from error
-        finally:
-            for entry in entries.values():
-                pool.give_back(entry)
+        except BaseException:
+            pool.give_back(slots)
+            raise
+        for item, published in zip(items, pool.publish(values), strict=True):
+            if published:
+                outcomes[item.position] = StoreOutcome.STORED
+        if self._config.fsync:
+            pool.sync_index()
         return outcomes
 
     async def delete(self, keys: Sequence[ChunkKey]) -> int:
         return await self._run(self._delete, keys)
 
     async def clear(self) -> int:
-        return await self._run(self._clear)
+        return await self._run(self._delete, None)
 
     def usage(self) -> tuple[int, int]:
         return (0, 0) if self._slots is None else self._slots.usage()
 
-    # -- one chunk -------------------------------------------------------------------------
+    # -- inside ----------------------------------------------------------------------------
 
-    def _delete(self, keys: Iterable[ChunkKey]) -> int:
+    def _delete(self, keys: Sequence[ChunkKey] | None) -> int:
         _, _, pool = self._opened()
-        count = 0
-        for key in keys:
-            count += self._links.remove(key)
-            pool.forget(key)
-        return count
-
-    def _clear(self) -> int:
-        return self._delete([key for key, _ in self._links.oldest_first()])
+        return pool.delete(keys)
 
     def _file_of(self, pool: str) -> int | None:
         """The open file of a pool, registered; ``None`` if it is gone."""
@@ -232,14 +233,14 @@ class NixlFileBackend(BlockingBackend):
         if pool == self._slots.name:
             return self._slots.fd
         with self._lock:
-            if pool not in self._others:
-                self._others[pool] = self._open_other(self._agent, pool)
-            return self._others[pool]
+            if pool not in self._files:
+                self._files[pool] = self._open_other(self._agent, pool)
+            return self._files[pool]
 
     def _open_other(self, agent: Agent, pool: str) -> int | None:
         flags = os.O_RDONLY | os.O_CLOEXEC | (_DIRECT if self._config.direct_io else 0)
         try:
-            fd = os.open(self._links.data_file(pool), flags)
+            fd = os.open(data_file(self._folder, pool), flags)
         except OSError:
             return None  # gone, or somebody else's and not to be read
         try:
@@ -259,7 +260,7 @@ class NixlFileBackend(BlockingBackend):
         """``error`` with what may be its cause: NIXL itself doesn't tell."""
         room = os.statvfs(self._config.path or "/")
         return type(error)(
-            f"can't {doing} the pools in {self._links.folder}: {error}. NIXL names no cause; "
+            f"can't {doing} the pools in {self._folder}: {error}. NIXL names no cause; "
             f"{room.f_bavail * room.f_frsize} bytes are free there, and a file that was cut short "
             "or a disk that fails looks like this: see the kernel's log"
         )

@@ -1,17 +1,12 @@
-"""A pool of equal slots in one file, and what lies in them.
+"""A pool of equal slots in one file, and what lies in it and in the pools of other processes.
 
     PATH/FINGERPRINT/pool-ID.data    the slots of one process, allocated at the start
-    PATH/FINGERPRINT/chunks/KEY      a symbolic link whose text is ID.NONCE.OFFSET.LENGTH
-
-A link leads nowhere; it is an index entry that the file system makes and removes in one step, that
-other processes can read, and that a restart finds. It is made once all of the value is in its slot
-and removed before another value goes there. NONCE is other for each value, so a reader that finds
-the same text before and after it read the slot has read that value and no other.
+    PATH/FINGERPRINT/pool-ID.index   what lies in them: see `index`
 
 ID is random and never used again. A process has the pool that it holds a lock on; if it has ended,
 the next one takes it over.
 
-Knows slots, links and what was used last. Moves no bytes of values.
+Knows slots and what was used last. Moves no bytes of values.
 """
 
 from __future__ import annotations
@@ -23,133 +18,133 @@ import os
 import re
 import secrets
 import threading
+import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
+from contextlib import suppress
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
+from lmcache_backend_nixl.index import KEY_BYTES, Entry, Index, OwnIndex
 from lmcache_core.errors import BackendRejected, BackendUnavailable
 from lmcache_core.keys import ChunkKey
 
-_LINK: Final = re.compile(r"([0-9a-f]{16})\.([0-9a-f]{16})\.(\d{1,18})\.(\d{1,18})")
-_FILE: Final = re.compile(r"pool-([0-9a-f]{16})\.data")
-_NO_LINK: Final = (errno.EINVAL, errno.ENOTDIR)
-"""Something else has its name, or that of the folder."""
+_DATA: Final = re.compile(r"pool-([0-9a-f]{16})\.data")
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_COARSE_NS: Final = 2 * 10**9
+"""Within this a folder may change twice and say the same time; FAT's, the coarsest, is that."""
 
 
-class Entry(NamedTuple):
-    """Where a value lies."""
-
-    text: str
-    """Of its link: ``POOL.NONCE.OFFSET.LENGTH``."""
-    pool: str
-    offset: int
-    nbytes: int
-
-    @classmethod
-    def of(cls, pool: str, nonce: int, offset: int, nbytes: int) -> Entry:
-        """A value that gets a link only now; ``nonce`` has 64 bits."""
-        return cls(f"{pool}.{nonce:016x}.{offset}.{nbytes}", pool, offset, nbytes)
-
-    @classmethod
-    def parse(cls, text: str) -> Entry | None:
-        """Read a link's text; ``None`` if it isn't one of ours."""
-        match = _LINK.fullmatch(text)
-        return cls(text, match[1], int(match[3]), int(match[4])) if match else None
+def data_file(folder: Path, pool: str) -> Path:
+    """Where the slots of a pool are."""
+    return folder / f"pool-{pool}.data"
 
 
-class Links:
-    """The index of one namespace, which all processes share."""
+def index_file(folder: Path, pool: str) -> Path:
+    """Where it says what lies in them."""
+    return folder / f"pool-{pool}.index"
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._chunks = folder / "chunks"
-        self._stem = f"{self._chunks}/"
 
-    def make_folders(self) -> None:
-        """Create what isn't there yet."""
-        self._chunks.mkdir(parents=True, exist_ok=True)
+class Others:
+    """The pools in a folder that aren't this process's own. Thread-safe."""
 
-    def text(self, key: ChunkKey) -> str | None:
-        """The text of the link of ``key``; ``None`` if there is nothing.
+    def __init__(self, folder: Path, own: str | None = None) -> None:
+        self._folder = folder
+        self._own = own
+        self._lock = threading.Lock()
+        self._indexes: dict[str, Index] = {}
+        self._listed: int | None = None
 
-        Of something that isn't a link, "".
+    def find(self, keys: Sequence[ChunkKey]) -> list[Entry | None]:
+        """Where the value of each key lies, if any pool has it.
 
         Raises:
-            BackendUnavailable: the file system failed.
+            BackendUnavailable: the file system failed, or one's own pool is gone.
         """
-        try:
-            return os.readlink(self._place(key))
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            if error.errno in _NO_LINK:
-                return ""
-            raise BackendUnavailable(f"can't look into {self._chunks}: {error.strerror}") from error
+        with self._lock:
+            indexes = self._refreshed()
+            return [_first(indexes, key) for key in keys]
 
-    def read(self, key: ChunkKey) -> Entry | None:
-        """The entry of ``key``, if there is one.
+    def still(self, key: ChunkKey, entry: Entry) -> bool:
+        """Whether nothing else was written where ``entry`` is since it was found."""
+        with self._lock:
+            index = self._indexes.get(entry.pool)
+            if index is None:
+                return False
+            self._refresh(index)
+            return index.entries.get(key) == entry
+
+    def withdraw(self, keys: Iterable[ChunkKey] | None) -> set[ChunkKey]:
+        """Have everybody forget ``keys``, or everything; answer which there were.
 
         Raises:
-            BackendUnavailable: the file system failed.
+            BackendUnavailable: the file system failed, or pools aren't to be written.
         """
-        return Entry.parse(self.text(key) or "")
+        withdrawn: set[ChunkKey] = set()
+        with self._lock:
+            for index in self._refreshed():
+                some = index.entries.keys() & (index.entries if keys is None else set(keys))
+                try:
+                    index.withdraw(index.entries[key] for key in some)
+                except FileNotFoundError:
+                    continue  # the pool is gone
+                except OSError as error:
+                    raise _unusable(self._folder, error) from error
+                withdrawn |= some
+        return withdrawn
 
-    def publish(self, key: ChunkKey, entry: Entry) -> bool:
-        """Make ``entry`` visible; ``False`` if there is one already."""
-        if self._link(key, entry):
-            return True
-        if self.read(key) is not None:
-            return False
-        self.remove(key)  # something that is no entry stood in its place
-        return self._link(key, entry)
+    def close(self) -> None:
+        """Call nothing afterwards."""
+        with self._lock:
+            for index in self._indexes.values():
+                index.close()
+            self._indexes.clear()
 
-    def _link(self, key: ChunkKey, entry: Entry) -> bool:
+    def _refreshed(self) -> list[Index]:
+        """Every index there is now, up to date."""
         try:
-            os.symlink(entry.text, self._place(key))
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise BackendUnavailable(f"can't write to {self._chunks}: {error.strerror}") from error
-        return True
-
-    def remove(self, key: ChunkKey, entry: Entry | None = None) -> bool:
-        """Remove the entry of ``key``, or only ``entry``; answer whether it was there."""
-        if entry is not None and self.read(key) != entry:
-            return False
-        try:
-            os.unlink(self._place(key))
+            self._list()
         except FileNotFoundError:
-            return False
+            self._keep(set())
         except OSError as error:
+            raise _unusable(self._folder, error) from error
+        for index in self._indexes.values():
+            self._refresh(index)
+        return list(self._indexes.values())
+
+    def _refresh(self, index: Index) -> None:
+        try:
+            index.refresh()
+        except OSError as error:
+            raise _unusable(self._folder, error) from error
+
+    def _list(self) -> None:
+        changed = os.stat(self._folder).st_mtime_ns
+        if changed == self._listed:
+            return
+        now = time.time_ns()
+        there = set(os.listdir(self._folder))
+        pools = {match[1] for match in map(_DATA.fullmatch, there) if match}
+        self._keep({pool for pool in pools if index_file(self._folder, pool).name in there})
+        self._listed = changed if now - changed > _COARSE_NS else None
+
+    def _keep(self, pools: set[str]) -> None:
+        if self._own is not None and self._own not in pools:
             raise BackendUnavailable(
-                f"can't remove from {self._chunks}: {error.strerror}"
-            ) from error
-        return True
-
-    def oldest_first(self) -> list[tuple[ChunkKey, Entry | None]]:
-        """Every key of the namespace, with ``None`` for one whose entry can't be read."""
-        try:
-            with os.scandir(self._chunks) as entries:
-                found = [dated for dated in map(_dated, entries) if dated is not None]
-        except FileNotFoundError:
-            return []
-        found.sort()
-        return [(key, self.read(key)) for _, key in found]
-
-    def data_file(self, pool: str) -> Path:
-        """Where the slots of a pool are."""
-        return self.folder / f"pool-{pool}.data"
-
-    def _place(self, key: ChunkKey) -> str:
-        return self._stem + key.hex()
+                f"somebody removed {data_file(self._folder, self._own)} or its index while it was "
+                "in use; restart this engine (to empty a pool that is in use: lmcache clear)"
+            )
+        for pool in self._indexes.keys() - pools:
+            self._indexes.pop(pool).close()
+        for pool in pools - self._indexes.keys() - {self._own}:
+            with suppress(FileNotFoundError, PermissionError):  # just removed, or somebody else's
+                self._indexes[pool] = Index(index_file(self._folder, pool), pool)
 
 
 class Pool:
     """The slots that belong to this process. Thread-safe."""
 
-    def __init__(self, links: Links, slots: int, slot_bytes: int, *, flags: int) -> None:
+    def __init__(self, folder: Path, slots: int, slot_bytes: int, *, flags: int) -> None:
         """Take over a pool that nobody has, or make one.
 
         Raises:
@@ -158,114 +153,174 @@ class Pool:
         """
         self.slot_bytes = slot_bytes
         self.nbytes = slots * slot_bytes
-        self._links = links
+        self._folder = folder
         self._lock = threading.Lock()
-        self._held: OrderedDict[ChunkKey, Entry] = OrderedDict()
-        self._nonces = itertools.count(secrets.randbits(64))
         self.name, self.fd = self._take(flags)
-        self.path = links.data_file(self.name)
+        self.path = data_file(folder, self.name)
         try:
             self._allocate()
-            self._recover()
+            self._index = OwnIndex(index_file(folder, self.name), self.name, slots, slot_bytes)
         except BaseException:
             os.close(self.fd)
             raise
-        taken = {entry.offset for entry in self._held.values()}
-        offsets = range(0, self.nbytes, slot_bytes)
-        self._free = deque(offset for offset in offsets if offset not in taken)
+        self._held: OrderedDict[ChunkKey, Entry] = OrderedDict(self._index.found)
+        taken = {entry.slot for entry in self._held.values()}
+        self._free = deque(slot for slot in range(slots) if slot not in taken)
+        self._others = Others(folder, self.name)
 
     def usage(self) -> tuple[int, int]:
         """Chunks and bytes."""
         with self._lock:
             return len(self._held), sum(entry.nbytes for entry in self._held.values())
 
-    def reserve(self, nbytes: int) -> Entry | None:
-        """A slot to write to, emptied of what was used least recently if need be.
-
-        ``None``: the value is too long, or every slot is being written to.
-        """
-        if not 0 < nbytes <= self.slot_bytes:
-            return None
-        with self._lock:
-            if not self._free:
-                if not self._held:
-                    return None
-                key, victim = self._held.popitem(last=False)
-                self._links.remove(key, victim)
-                self._free.append(victim.offset)
-            nonce = next(self._nonces) % 2**64
-            return Entry.of(self.name, nonce, self._free.popleft(), nbytes)
-
-    def give_back(self, entry: Entry) -> None:
-        """A reserved slot that nothing was published from."""
-        with self._lock:
-            self._free.append(entry.offset)
-
-    def publish(self, key: ChunkKey, entry: Entry) -> bool:
-        """Make a value visible that is all there; ``False`` if another one has its name."""
-        if not self._links.publish(key, entry):
-            self.give_back(entry)
-            return False
-        with self._lock:
-            stale = self._held.pop(key, None)  # somebody removed its link
-            if stale is not None:
-                self._free.append(stale.offset)
-            self._held[key] = entry
-        return True
-
-    def entries(self, keys: Sequence[ChunkKey]) -> list[Entry | None]:
-        """What the link of each key says; ours among them go last now.
+    def find(self, keys: Sequence[ChunkKey]) -> list[Entry | None]:
+        """Where the value of each key lies, here or in another pool; ours go last now.
 
         Raises:
-            BackendUnavailable: the file system failed.
+            BackendUnavailable: the file system failed, or the pool was removed.
         """
-        texts = list(map(self._links.text, keys))
-        found: list[Entry | None] = []
-        stale: list[ChunkKey] = []
         with self._lock:
-            for key, text in zip(keys, texts, strict=True):
-                held = self._held.get(key)
-                if held is not None and held.text == text:
+            self._heed()
+            found = list(map(self._held.get, keys))
+            for key in reversed(keys):  # the beginning of a prefix goes last
+                if key in self._held:
                     self._held.move_to_end(key)
-                    found.append(held)
-                    continue
-                if held is not None:
-                    stale.append(key)
-                found.append(Entry.parse(text) if text else None)
-        for key in stale:
-            self.forget(key)
+        missing = [index for index, entry in enumerate(found) if entry is None]
+        if missing:
+            theirs = self._others.find([keys[index] for index in missing])
+            for index, entry in zip(missing, theirs, strict=True):
+                found[index] = entry
         return found
 
     def still(self, key: ChunkKey, entry: Entry) -> bool:
         """Whether nothing else was written where ``entry`` is since it was found."""
-        # What is held here keeps its slot, even if somebody removed its link.
-        return self._held.get(key) is entry or self._links.text(key) == entry.text
+        if entry.pool == self.name:
+            return self._held.get(key) is entry
+        return self._others.still(key, entry)
 
-    def forget(self, key: ChunkKey) -> None:
-        """Give up the slot of ``key`` if its link is gone, or is another one's. Others are fine."""
+    def reserve(self, values: Sequence[tuple[ChunkKey, int]]) -> list[int | None]:
+        """A slot for each value, a key and a length, emptied of what was used least recently.
+
+        ``None``: the value is too long, or every slot is being written to.
+
+        Raises:
+            BackendUnavailable: the file system failed.
+        """
         with self._lock:
-            held = self._held.get(key)
-            # Looked at here, because it may just have been published anew.
-            if held is not None and self._links.text(key) != held.text:
-                del self._held[key]
-                self._free.append(held.offset)
+            fitting = sum(self._fits(*value) for value in values)
+            self._evict(min(fitting - len(self._free), len(self._held)))
+            return [
+                self._free.popleft() if self._free and self._fits(*value) else None
+                for value in values
+            ]
+
+    def give_back(self, slots: Iterable[int | None]) -> None:
+        """Slots that were reserved and nothing was published from."""
+        with self._lock:
+            self._free.extend(slot for slot in slots if slot is not None)
+
+    def publish(self, values: Sequence[tuple[int, ChunkKey, int]]) -> list[bool]:
+        """Make values visible that are all there: a slot, a key and a length for each.
+
+        ``False``: this process has one of that name already, and the slot is free again. Whatever
+        happens, the slots are no longer the caller's.
+
+        Raises:
+            BackendUnavailable: the file system failed. The slots stay out of use: some of them may
+                have been published.
+        """
+        with self._lock:
+            new = {value[1]: value for value in values if value[1] not in self._held}
+            try:
+                last_first = list(reversed(new.values()))
+                entries = self._index.publish(last_first)
+            except OSError as error:
+                raise _unusable(self._folder, error) from error
+            for (_, key, _), entry in zip(last_first, entries, strict=True):
+                self._held[key] = entry
+            published = [new.get(value[1]) == value for value in values]
+            self._free.extend(
+                slot for (slot, _, _), done in zip(values, published, strict=True) if not done
+            )
+            return published
+
+    def sync(self) -> None:
+        """Return once what was written to slots would survive a power cut.
+
+        Raises:
+            BackendUnavailable: the file system failed.
+        """
+        self._sync(self.fd)
+
+    def sync_index(self) -> None:
+        """The same for what was published.
+
+        Raises:
+            BackendUnavailable: the file system failed.
+        """
+        self._sync(self._index.fd)
+
+    def delete(self, keys: Sequence[ChunkKey] | None) -> int:
+        """Forget ``keys``, or everything, in this pool and all others; answer how many there were.
+
+        Raises:
+            BackendUnavailable: the file system failed, or other pools aren't to be written.
+        """
+        with self._lock:
+            self._heed()
+            own = set(self._held if keys is None else self._held.keys() & set(keys))
+            self._drop(own)
+        return len(own | self._others.withdraw(keys))
 
     def close(self, *, keep: bool) -> None:
         """Let go of the pool; unless ``keep``, remove it."""
         with self._lock:
+            self._others.close()
+            self._index.close(keep=keep)
             if not keep:
-                for key, entry in self._held.items():
-                    self._links.remove(key, entry)
                 self.path.unlink(missing_ok=True)
             self._held.clear()
             os.close(self.fd)
 
+    def _sync(self, fd: int) -> None:
+        try:
+            os.fdatasync(fd)
+        except OSError as error:
+            raise BackendUnavailable(f"can't sync {self.path}: {error.strerror}") from error
+
+    def _fits(self, key: ChunkKey, nbytes: int) -> bool:
+        return 0 < nbytes <= self.slot_bytes and len(key) <= KEY_BYTES
+
+    def _heed(self) -> None:
+        """Let go of what another process had forgotten."""
+        try:
+            withdrawn = self._index.withdrawn(self._held.items())
+        except OSError as error:
+            raise _unusable(self._folder, error) from error
+        self._free.extend(self._held.pop(key).slot for key in withdrawn)
+
+    def _evict(self, count: int) -> None:
+        self._drop(set(itertools.islice(self._held, max(0, count))))
+
+    def _drop(self, keys: Set[ChunkKey]) -> None:
+        """Forget values; their slots are free once nobody can find them."""
+        if not keys:
+            return
+        slots = [self._held[key].slot for key in keys]
+        try:
+            self._index.empty(slots)
+        except OSError as error:
+            raise _unusable(self._folder, error) from error
+        for key in keys:
+            del self._held[key]
+        self._free.extend(slots)
+
     def _take(self, flags: int) -> tuple[str, int]:
         names = sorted(
-            match[1] for match in map(_FILE.fullmatch, os.listdir(self._links.folder)) if match
+            match[1] for match in map(_DATA.fullmatch, os.listdir(self._folder)) if match
         )
         for name in [*names, secrets.token_hex(8)]:
-            path = self._links.data_file(name)
+            path = data_file(self._folder, name)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -278,49 +333,38 @@ class Pool:
             if _is_at(fd, path):  # and wasn't removed just before it was locked
                 return name, fd
             os.close(fd)
-        raise BackendUnavailable(f"{self._links.folder} has no pool that could be locked")
+        raise BackendUnavailable(f"{self._folder} has no pool that could be locked")
 
     def _allocate(self) -> None:
-        if os.fstat(self.fd).st_size > self.nbytes:
+        before = os.fstat(self.fd).st_size
+        if before > self.nbytes:
             os.ftruncate(self.fd, self.nbytes)
         try:
             os.posix_fallocate(self.fd, 0, self.nbytes)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            room = os.statvfs(self._links.folder)
-            self.path.unlink(missing_ok=True)
+            room = os.statvfs(self._folder)
+            if before:
+                os.ftruncate(self.fd, before)
+            else:
+                self.path.unlink(missing_ok=True)
             raise BackendRejected(
-                f"there is no room for {self.nbytes} bytes in {self._links.folder}, where "
+                f"there is no room for {self.nbytes} bytes in {self._folder}, where "
                 f"{room.f_bavail * room.f_frsize} are free: pool_size (nixl_pool_size) is "
                 f"{self.nbytes // self.slot_bytes} slots of {self.slot_bytes} bytes; lower it"
             ) from error
 
-    def _recover(self) -> None:
-        """Find what the last owner left, and drop what doesn't fit the slots as they are now."""
-        for key, entry in self._links.oldest_first():
-            if entry is None or entry.pool != self.name:
-                continue
-            fits = entry.offset % self.slot_bytes == 0 and 0 < entry.nbytes <= self.slot_bytes
-            if fits and entry.offset + self.slot_bytes <= self.nbytes:
-                self._held[key] = entry
-            else:
-                self._links.remove(key, entry)
+
+def _first(indexes: Iterable[Index], key: ChunkKey) -> Entry | None:
+    for index in indexes:
+        if (entry := index.entries.get(key)) is not None:
+            return entry
+    return None
 
 
-def remove_orphans(links: Links, entries: Iterable[tuple[ChunkKey, Entry | None]]) -> None:
-    """Remove the entries whose pool is gone."""
-    for key, entry in entries:
-        if entry is None or not links.data_file(entry.pool).exists():
-            links.remove(key, entry)
-
-
-def _dated(entry: os.DirEntry[str]) -> tuple[int, ChunkKey] | None:
-    """When a link was made and for which key; ``None`` for what isn't a link of ours."""
-    try:
-        return entry.stat(follow_symlinks=False).st_mtime_ns, ChunkKey(bytes.fromhex(entry.name))
-    except (ValueError, FileNotFoundError):
-        return None
+def _unusable(folder: Path, error: OSError) -> BackendUnavailable:
+    return BackendUnavailable(f"can't use the indexes in {folder}: {error.strerror}")
 
 
 def _is_at(fd: int, path: Path) -> bool:

@@ -1,0 +1,250 @@
+"""A pool's index says what its owner wrote, at once, to everybody, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lmcache_backend_nixl import index as module
+from lmcache_backend_nixl.index import Entry, Index, OwnIndex
+from lmcache_core.keys import ChunkKey
+
+SLOT = 4096
+KEY, OTHER = ChunkKey(b"k" * 16), ChunkKey(b"o" * 18)
+RECORD = 64
+
+Own = Callable[..., OwnIndex]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "pool-0.index"
+
+
+@pytest.fixture
+def own(path: Path) -> Own:
+    def make(slots: int = 4, slot_bytes: int = SLOT) -> OwnIndex:
+        return OwnIndex(path, "pool", slots, slot_bytes)
+
+    return make
+
+
+@pytest.fixture
+def reader(path: Path) -> Iterator[Index]:
+    OwnIndex(path, "pool", 4, SLOT).close(keep=True)
+    index = Index(path, "pool")
+    yield index
+    index.close()
+
+
+def test_what_is_published_is_read_at_once(own: Own, reader: Index) -> None:
+    owner = own()
+    (first,) = owner.publish([(2, KEY, 100)])
+    reader.refresh()
+    assert reader.entries == {KEY: first}
+    assert first[:4] == ("pool", 2, 2 * SLOT, 100)
+    owner.publish([(0, OTHER, SLOT)])
+    owner.empty([2])
+    reader.refresh()
+    assert reader.entries.keys() == {OTHER}
+    owner.close(keep=True)
+
+
+def test_values_are_told_apart_even_if_the_clock_stands_still(
+    own: Own, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.time, "time_ns", lambda: 5)
+    owner = own()
+    one, two = owner.publish([(0, KEY, 1), (1, OTHER, 1)])
+    owner.close(keep=True)
+    again = own()
+    (three,) = again.publish([(0, KEY, 1)])
+    assert one.nonce < two.nonce < three.nonce
+    again.close(keep=True)
+
+
+def test_a_restart_finds_the_oldest_first(own: Own) -> None:
+    owner = own()
+    owner.publish([(3, KEY, 7)])
+    owner.publish([(1, OTHER, 8)])
+    owner.close(keep=True)
+    again = own()
+    assert [(key, entry.slot) for key, entry in again.found.items()] == [(KEY, 3), (OTHER, 1)]
+    again.close(keep=True)
+
+
+def test_fewer_slots_keep_what_fits_and_other_slots_nothing(own: Own, reader: Index) -> None:
+    owner = own()
+    owner.publish([(3, KEY, 7), (1, OTHER, 8)])
+    owner.close(keep=True)
+    fewer = own(slots=2)
+    assert fewer.found.keys() == {OTHER}
+    reader.refresh()
+    assert reader.entries == fewer.found
+    fewer.close(keep=True)
+    more = own(slots=100)
+    assert more.found.keys() == {OTHER}
+    more.close(keep=True)
+    longer = own(slot_bytes=2 * SLOT)
+    assert not longer.found
+    (entry,) = longer.publish([(1, KEY, 2 * SLOT)])
+    reader.refresh()
+    assert reader.entries == {KEY: entry}
+    assert entry.offset == 2 * SLOT
+    longer.close(keep=True)
+
+
+def test_a_pool_that_goes_away_is_empty(own: Own, reader: Index) -> None:
+    owner = own()
+    owner.publish([(0, KEY, 1)])
+    reader.refresh()
+    assert reader.entries
+    owner.close(keep=False)
+    reader.refresh()
+    assert not reader.entries
+    assert not reader.path.exists()
+
+
+def test_somebody_else_withdraws_a_value_and_no_later_one(own: Own, reader: Index) -> None:
+    owner = own()
+    (old, kept) = owner.publish([(0, KEY, 1), (1, OTHER, 1)])
+    held = {KEY: old, OTHER: kept}
+    assert owner.withdrawn(held.items()) == []
+    reader.refresh()
+    reader.withdraw([old])
+    assert owner.withdrawn(held.items()) == [KEY]
+    assert owner.withdrawn(held.items()) == []
+    reader.refresh()
+    assert reader.entries == {OTHER: kept}
+    (new,) = owner.publish([(0, KEY, 1)])
+    reader.withdraw([old])  # who was slow
+    assert owner.withdrawn([(KEY, new)]) == []
+    reader.refresh()
+    assert reader.entries == {KEY: new, OTHER: kept}
+    owner.close(keep=True)
+
+
+def test_what_was_withdrawn_while_nobody_had_the_pool_stays_away(own: Own, reader: Index) -> None:
+    owner = own()
+    entries = owner.publish([(0, KEY, 1), (1, OTHER, 1)])
+    owner.close(keep=True)
+    reader.refresh()
+    reader.withdraw(entries[:1])
+    again = own()
+    assert again.found.keys() == {OTHER}
+    again.close(keep=True)
+
+
+@pytest.mark.parametrize("at", range(RECORD - 8))
+def test_half_a_record_is_none(own: Own, reader: Index, at: int) -> None:
+    """Each byte of it counts, but for `withdrawn`."""
+    owner = own()
+    owner.publish([(1, KEY, 100)])
+    content = bytearray(reader.path.read_bytes())
+    content[2 * RECORD + at] ^= 0x40
+    reader.path.write_bytes(content)
+    reader.refresh()
+    assert reader.entries == {}
+    owner.close(keep=True)
+    again = own()
+    assert again.found == {}
+    again.close(keep=True)
+
+
+def test_nonsense_is_nothing(own: Own, reader: Index) -> None:
+    """Random bytes, short files, lengths that no slot has: never an error, never an entry."""
+    chance = random.Random(0)
+    owner = own()
+    owner.publish([(1, KEY, 100)])
+    owner.close(keep=True)
+    good = reader.path.read_bytes()
+    for round_ in range(2000):
+        content = bytearray(good)
+        for _ in range(chance.randint(1, 8)):
+            content[chance.randrange(RECORD, len(content))] = chance.randrange(256)
+        content[16:24] = struct.pack("<Q", round_ + 1)
+        reader.path.write_bytes(content[: chance.randint(0, len(content))])
+        reader.refresh()
+        assert all(0 < entry.nbytes <= SLOT for entry in reader.entries.values())
+    reader.path.write_bytes(b"")
+    reader.refresh()
+    assert reader.entries == {}
+
+
+def test_a_thousand_changes_leave_a_reader_with_the_same(own: Own) -> None:
+    """What a reader has pieced together from differences is what one who starts now reads."""
+    chance = random.Random(1)
+    owner = own(slots=300)
+    there: dict[int, tuple[ChunkKey, Entry]] = {}
+    follower = Index(owner.path, "pool")
+    for _ in range(1000):
+        slot = chance.randrange(300)
+        if slot in there:
+            owner.empty([slot])
+            del there[slot]
+        else:
+            key = ChunkKey(chance.randbytes(16))
+            (entry,) = owner.publish([(slot, key, chance.randint(1, SLOT))])
+            there[slot] = key, entry
+        if chance.random() < 0.3:
+            follower.refresh()
+            assert follower.entries == dict(there.values())
+    fresh = Index(owner.path, "pool")
+    fresh.refresh()
+    assert fresh.entries == dict(there.values())
+    for index in (follower, fresh):
+        index.close()
+    owner.close(keep=True)
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from lmcache_backend_nixl.index import OwnIndex
+from lmcache_core.keys import ChunkKey
+owner = OwnIndex(Path(sys.argv[1]), "pool", 8, 4096)
+data = open(sys.argv[2], "r+b", buffering=0)
+number = 0
+print("ready", flush=True)
+while True:
+    number += 1
+    slot = number % 8
+    owner.empty([slot])
+    data.seek(slot * 8)
+    data.write(number.to_bytes(8, "little"))
+    owner.publish([(slot, ChunkKey(number.to_bytes(16, "little")), 8)])
+"""
+
+
+def test_what_stands_the_same_before_and_after_is_what_was_read(path: Path, tmp_path: Path) -> None:
+    """A process overwrites eight slots as fast as it can; another one never reads a wrong value."""
+    data = tmp_path / "data"
+    data.write_bytes(bytes(64))
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, path, data], stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        index, fd = Index(path, "pool"), os.open(data, os.O_RDONLY)
+        read = overtaken = 0
+        while read < 2000:
+            index.refresh()
+            for key, entry in list(index.entries.items()):
+                value = os.pread(fd, 8, entry.slot * 8)
+                index.refresh()
+                if index.entries.get(key) == entry:
+                    assert value == key[:8]
+                    read += 1
+                else:
+                    overtaken += 1
+        writer.kill()
+    index.close()
+    os.close(fd)
+    assert overtaken, "nothing was ever overwritten while it was read"
