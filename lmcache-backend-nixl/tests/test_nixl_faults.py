@@ -67,7 +67,7 @@ def load(backend: BlockingBackend, run: Loop, names: list[ChunkKey]) -> list[int
 
 
 def data_file(path: Path) -> Path:
-    (found,) = path.glob("*/pool-*.data")
+    (found,) = path.glob("*/pool-*.0.data")
     return found
 
 
@@ -132,7 +132,7 @@ def test_chunks_survive_a_restart(tmp_path: Path, run: Loop, direct: bool) -> No
         assert load(backend, run, keys(3)) == [VALUE] * 3
         assert backend.usage() == (3, 3 * VALUE)
         run(backend.close())
-    assert len(list(tmp_path.glob("*/pool-*.data"))) == 1
+    assert len(list(tmp_path.glob("*/pool-*.0.data"))) == 1
 
 
 def test_nothing_survives_when_it_should_not(tmp_path: Path, run: Loop) -> None:
@@ -191,10 +191,10 @@ def test_a_file_that_was_cut_short_costs_what_was_in_it(tmp_path: Path, run: Loo
     backend = files(tmp_path)
     opened(backend, run)
     store(backend, run, keys(3))
-    os.truncate(data_file(tmp_path), 5 * PAGE)  # the first slot, and a part of the second
-    assert load(backend, run, keys(3)) == [VALUE, MISS, MISS]
+    os.truncate(data_file(tmp_path), 5 * PAGE)  # the first slot, and a part of the third
+    assert load(backend, run, keys(3)) == [VALUE, VALUE, MISS]
     with pytest.raises(BackendUnavailable, match=r"can't read from the pools in .*cut short"):
-        load(backend, run, keys(3)[1:])
+        run(backend.load(keys(3)[2:], [memoryview(bytearray(VALUE))]))
     run(backend.close())
 
 
@@ -218,6 +218,57 @@ def test_values_move_between_host_memory_and_slots(tmp_path: Path, run: Loop) ->
         run(backend.close())
         target.release()
         view.release()
+
+
+LONG = 9 * (1 << 20) + 100
+"""Cut into two parts, each worth a thread."""
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("in_arena", [False, True])
+def test_long_values_are_cut_and_put_together(
+    tmp_path: Path, run: Loop, direct: bool, in_arena: bool
+) -> None:
+    room = -(-LONG // PAGE) * PAGE
+    with mmap.mmap(-1, 4 * room) as arena:
+        view = memoryview(arena)
+        region = HostRegion(address_of(view), len(arena), view) if in_arena else None
+        backend = files(tmp_path, direct_io=direct)
+        run(backend.open(BackendContext("faults", NAMESPACE, region, max_value_bytes=LONG)))
+        lengths = [LONG, 5 << 20]
+        sources = [view[i * room : i * room + nbytes] for i, nbytes in enumerate(lengths)]
+        for index, source in enumerate(sources):
+            source[:] = value(index, source.nbytes)
+        targets = [view[(2 + i) * room : (2 + i) * room + n] for i, n in enumerate(lengths)]
+        assert run(backend.store(keys(2), sources)) == [StoreOutcome.STORED] * 2
+        assert run(backend.load(keys(2), targets)) == lengths
+        assert targets == sources
+        first, second = (path.read_bytes() for path in sorted(tmp_path.glob("*/pool-*.data")))
+        half = -(-LONG // PAGE // 2) * PAGE
+        assert first[:half] + second[: LONG - half] == sources[0]
+        run(backend.close())
+        again = files(tmp_path, direct_io=direct)
+        run(again.open(BackendContext("faults", NAMESPACE, region, max_value_bytes=LONG)))
+        targets[0][:] = bytes(LONG)
+        assert run(again.load(keys(1), targets[:1])) == lengths[:1]
+        assert targets[0] == sources[0]
+        run(again.close())
+        for one in (*sources, *targets, view):
+            one.release()
+
+
+def test_a_part_that_can_not_be_read_costs_its_value_only(tmp_path: Path, run: Loop) -> None:
+    """Threads of two agents: nobody returns while the other one still uses the buffers."""
+    backend = files(tmp_path)
+    run(backend.open(BackendContext("faults", NAMESPACE, None, max_value_bytes=LONG)))
+    sources = [memoryview(value(i, LONG)) for i in range(2)]
+    run(backend.store(keys(2), sources))
+    _, second = sorted(tmp_path.glob("*/pool-*.data"))
+    os.truncate(second, LONG // 2 + (1 << 20))  # some of the second value's second part
+    into = [memoryview(bytearray(LONG)) for _ in range(2)]
+    assert run(backend.load(keys(2), into)) == [LONG, MISS]
+    assert into[0] == sources[0]
+    run(backend.close())
 
 
 # -- what is refused at the start -------------------------------------------------------------

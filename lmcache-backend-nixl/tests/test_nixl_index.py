@@ -14,13 +14,26 @@ import pytest
 
 from lmcache_backend_nixl import index as module
 from lmcache_backend_nixl.index import Entry, Index, OwnIndex
+from lmcache_backend_nixl.slots import Shape
 from lmcache_core.keys import ChunkKey
 
 SLOT = 4096
+SHAPE = Shape(SLOT, 1, 1)
 KEY, OTHER = ChunkKey(b"k" * 16), ChunkKey(b"o" * 18)
 RECORD = 64
 
-Own = Callable[..., OwnIndex]
+
+class Owner(OwnIndex):
+    """One that has recovered."""
+
+    def __init__(
+        self, path: Path, pool: str, fd: int, slots: int, shape: Shape, there: int
+    ) -> None:
+        super().__init__(path, pool, fd)
+        self.found = self.recover(slots, shape, there)
+
+
+Own = Callable[..., Owner]
 
 
 @pytest.fixture
@@ -30,15 +43,16 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def own(path: Path) -> Own:
-    def make(slots: int = 4, slot_bytes: int = SLOT) -> OwnIndex:
-        return OwnIndex(path, "pool", slots, slot_bytes)
+    def make(slots: int = 4, shape: Shape = SHAPE, there: int = 1000) -> Owner:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT)
+        return Owner(path, "pool", fd, slots, shape, there)
 
     return make
 
 
 @pytest.fixture
-def reader(path: Path) -> Iterator[Index]:
-    OwnIndex(path, "pool", 4, SLOT).close(keep=True)
+def reader(path: Path, own: Own) -> Iterator[Index]:
+    own().close()
     index = Index(path, "pool")
     yield index
     index.close()
@@ -49,12 +63,12 @@ def test_what_is_published_is_read_at_once(own: Own, reader: Index) -> None:
     (first,) = owner.publish([(2, KEY, 100)])
     reader.refresh()
     assert reader.entries == {KEY: first}
-    assert first[:4] == ("pool", 2, 2 * SLOT, 100)
+    assert first[:5] == ("pool", 2, ((0, 2 * SLOT),), 1, 100)
     owner.publish([(0, OTHER, SLOT)])
     owner.empty([2])
     reader.refresh()
     assert reader.entries.keys() == {OTHER}
-    owner.close(keep=True)
+    owner.close()
 
 
 def test_values_are_told_apart_even_if_the_clock_stands_still(
@@ -63,42 +77,50 @@ def test_values_are_told_apart_even_if_the_clock_stands_still(
     monkeypatch.setattr(module.time, "time_ns", lambda: 5)
     owner = own()
     one, two = owner.publish([(0, KEY, 1), (1, OTHER, 1)])
-    owner.close(keep=True)
+    owner.close()
     again = own()
     (three,) = again.publish([(0, KEY, 1)])
     assert one.nonce < two.nonce < three.nonce
-    again.close(keep=True)
+    again.close()
 
 
 def test_a_restart_finds_the_oldest_first(own: Own) -> None:
     owner = own()
     owner.publish([(3, KEY, 7)])
     owner.publish([(1, OTHER, 8)])
-    owner.close(keep=True)
+    owner.close()
     again = own()
     assert [(key, entry.slot) for key, entry in again.found.items()] == [(KEY, 3), (OTHER, 1)]
-    again.close(keep=True)
+    again.close()
 
 
 def test_fewer_slots_keep_what_fits_and_other_slots_nothing(own: Own, reader: Index) -> None:
     owner = own()
     owner.publish([(3, KEY, 7), (1, OTHER, 8)])
-    owner.close(keep=True)
+    owner.close()
     fewer = own(slots=2)
     assert fewer.found.keys() == {OTHER}
     reader.refresh()
     assert reader.entries == fewer.found
-    fewer.close(keep=True)
+    fewer.close()
     more = own(slots=100)
     assert more.found.keys() == {OTHER}
-    more.close(keep=True)
-    longer = own(slot_bytes=2 * SLOT)
+    more.close()
+    longer = own(shape=Shape(2 * SLOT, 1, 1))
     assert not longer.found
     (entry,) = longer.publish([(1, KEY, 2 * SLOT)])
     reader.refresh()
     assert reader.entries == {KEY: entry}
-    assert entry.offset == 2 * SLOT
-    longer.close(keep=True)
+    assert entry.places == ((0, 2 * SLOT),)
+    longer.close()
+    cut = own(shape=Shape(2 * SLOT, 2, 2))
+    assert not cut.found
+    (entry,) = cut.publish([(3, KEY, 2 * SLOT)])
+    assert (entry.places, entry.files) == (((0, 3 * SLOT), (1, 3 * SLOT)), 2)
+    cut.close()
+    shorter = own(shape=Shape(2 * SLOT, 2, 2), there=3)
+    assert not shorter.found
+    shorter.close()
 
 
 def test_a_pool_that_goes_away_is_empty(own: Own, reader: Index) -> None:
@@ -106,10 +128,10 @@ def test_a_pool_that_goes_away_is_empty(own: Own, reader: Index) -> None:
     owner.publish([(0, KEY, 1)])
     reader.refresh()
     assert reader.entries
-    owner.close(keep=False)
+    owner.vanish()
+    owner.close()
     reader.refresh()
     assert not reader.entries
-    assert not reader.path.exists()
 
 
 def test_somebody_else_withdraws_a_value_and_no_later_one(own: Own, reader: Index) -> None:
@@ -128,18 +150,18 @@ def test_somebody_else_withdraws_a_value_and_no_later_one(own: Own, reader: Inde
     assert owner.withdrawn([(KEY, new)]) == []
     reader.refresh()
     assert reader.entries == {KEY: new, OTHER: kept}
-    owner.close(keep=True)
+    owner.close()
 
 
 def test_what_was_withdrawn_while_nobody_had_the_pool_stays_away(own: Own, reader: Index) -> None:
     owner = own()
     entries = owner.publish([(0, KEY, 1), (1, OTHER, 1)])
-    owner.close(keep=True)
+    owner.close()
     reader.refresh()
     reader.withdraw(entries[:1])
     again = own()
     assert again.found.keys() == {OTHER}
-    again.close(keep=True)
+    again.close()
 
 
 @pytest.mark.parametrize("at", range(RECORD - 8))
@@ -152,10 +174,10 @@ def test_half_a_record_is_none(own: Own, reader: Index, at: int) -> None:
     reader.path.write_bytes(content)
     reader.refresh()
     assert reader.entries == {}
-    owner.close(keep=True)
+    owner.close()
     again = own()
     assert again.found == {}
-    again.close(keep=True)
+    again.close()
 
 
 def test_nonsense_is_nothing(own: Own, reader: Index) -> None:
@@ -163,13 +185,13 @@ def test_nonsense_is_nothing(own: Own, reader: Index) -> None:
     chance = random.Random(0)
     owner = own()
     owner.publish([(1, KEY, 100)])
-    owner.close(keep=True)
+    owner.close()
     good = reader.path.read_bytes()
     for round_ in range(2000):
         content = bytearray(good)
         for _ in range(chance.randint(1, 8)):
             content[chance.randrange(RECORD, len(content))] = chance.randrange(256)
-        content[16:24] = struct.pack("<Q", round_ + 1)
+        content[32:40] = struct.pack("<Q", round_ + 1)
         reader.path.write_bytes(content[: chance.randint(0, len(content))])
         reader.refresh()
         assert all(0 < entry.nbytes <= SLOT for entry in reader.entries.values())
@@ -201,15 +223,17 @@ def test_a_thousand_changes_leave_a_reader_with_the_same(own: Own) -> None:
     assert fresh.entries == dict(there.values())
     for index in (follower, fresh):
         index.close()
-    owner.close(keep=True)
+    owner.close()
 
 
 WRITER = """
-import sys, time
+import os, sys
 from pathlib import Path
 from lmcache_backend_nixl.index import OwnIndex
+from lmcache_backend_nixl.slots import Shape
 from lmcache_core.keys import ChunkKey
-owner = OwnIndex(Path(sys.argv[1]), "pool", 8, 4096)
+owner = OwnIndex(Path(sys.argv[1]), "pool", os.open(sys.argv[1], os.O_RDWR | os.O_CREAT))
+owner.recover(8, Shape(4096, 1, 1), 8)
 data = open(sys.argv[2], "r+b", buffering=0)
 number = 0
 print("ready", flush=True)

@@ -10,17 +10,19 @@ from pathlib import Path
 import pytest
 
 from lmcache_backend_nixl.index import Entry
-from lmcache_backend_nixl.pool import Others, Pool
+from lmcache_backend_nixl.pool import Others, Pool, index_file
+from lmcache_backend_nixl.slots import Shape
 from lmcache_core.errors import BackendUnavailable
 from lmcache_core.keys import ChunkKey
 
 SLOT = 4096
+SHAPE = Shape(SLOT, 2, 1)
 KEY, OTHER, THIRD = (ChunkKey(bytes([letter]) * 16) for letter in b"kot")
 
 
 @pytest.fixture
 def pool(tmp_path: Path) -> Iterator[Pool]:
-    made = Pool(tmp_path, 2, SLOT, flags=0)
+    made = Pool(tmp_path, 2, SHAPE, flags=0)
     yield made
     made.close(keep=False)
 
@@ -28,7 +30,7 @@ def pool(tmp_path: Path) -> Iterator[Pool]:
 @pytest.fixture
 def other(tmp_path: Path) -> Iterator[Pool]:
     """Another process's; a lock doesn't know that it isn't one."""
-    made = Pool(tmp_path, 2, SLOT, flags=0)
+    made = Pool(tmp_path, 2, SHAPE, flags=0)
     yield made
     made.close(keep=False)
 
@@ -115,29 +117,29 @@ def test_a_pool_that_comes_and_goes_is_noticed(pool: Pool, tmp_path: Path) -> No
     old = time.time() - 10
     os.utime(tmp_path, (old, old))
     assert pool.find([KEY]) == [None]
-    late = Pool(tmp_path, 2, SLOT, flags=0)
+    late = Pool(tmp_path, 2, SHAPE, flags=0)
     (entry,) = published(late, KEY)
     assert pool.find([KEY]) == [entry]
     late.close(keep=False)
     assert pool.find([KEY]) == [None]
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_pool_that_was_left_is_read_and_then_taken_over(pool: Pool, tmp_path: Path) -> None:
-    late = Pool(tmp_path, 2, SLOT, flags=0)
+    late = Pool(tmp_path, 2, SHAPE, flags=0)
     (entry,) = published(late, KEY)
     late.close(keep=True)
     assert pool.find([KEY]) == [entry]
-    heir = Pool(tmp_path, 2, SLOT, flags=0)
+    heir = Pool(tmp_path, 2, SHAPE, flags=0)
     assert heir.name == late.name
     assert heir.find([KEY]) == [entry]
     heir.close(keep=False)
 
 
 def test_a_pool_that_somebody_removed_is_an_error(tmp_path: Path) -> None:
-    pool = Pool(tmp_path, 2, SLOT, flags=0)
-    pool.path.unlink()
-    with pytest.raises(BackendUnavailable, match=r"somebody removed .*pool-.*lmcache clear"):
+    pool = Pool(tmp_path, 2, SHAPE, flags=0)
+    index_file(tmp_path, pool.name).unlink()
+    with pytest.raises(BackendUnavailable, match=r"somebody removed .*pool-.*index.*lmcache clear"):
         pool.find([KEY])
     pool.close(keep=False)
 
@@ -145,11 +147,11 @@ def test_a_pool_that_somebody_removed_is_an_error(tmp_path: Path) -> None:
 def test_a_pool_that_can_not_grow_keeps_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = Pool(tmp_path, 2, SLOT, flags=0)
+    pool = Pool(tmp_path, 2, SHAPE, flags=0)
     published(pool, KEY)
     pool.close(keep=True)
     with pytest.raises(Exception, match="nixl_pool_size"):
-        Pool(tmp_path, 1 << 40, SLOT, flags=0)
-    again = Pool(tmp_path, 2, SLOT, flags=0)
+        Pool(tmp_path, 1 << 40, SHAPE, flags=0)
+    again = Pool(tmp_path, 2, SHAPE, flags=0)
     assert again.usage() == (1, SLOT)
     again.close(keep=False)

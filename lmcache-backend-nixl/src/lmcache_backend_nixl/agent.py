@@ -7,22 +7,28 @@ Knows NIXL's calls, what has to be registered, and how to say what went wrong: N
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 from lmcache_backend_nixl.config import PAGE_BYTES
+from lmcache_core.daemon_pool import DaemonPool
 from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
 from lmcache_core.storage import HostRegion
 
 Kind = Literal["FILE", "OBJ"]
+Op = Literal["READ", "WRITE"]
 _EAGER_S: Final = 0.004
 """So long a transfer is looked at all the time: a pause takes at least 50 µs, as 1 MiB does."""
+_WORTH_A_THREAD: Final = 4 << 20
+"""A shorter part isn't moved by a thread of its own: see decision 17."""
 _POLL_SHARE: Final = 0.02
 """Then it is looked at again after this part of the time that it has taken so far."""
 _LONGEST_PAUSE_S: Final = 0.001
@@ -32,15 +38,30 @@ class TransferFailed(BackendUnavailable):
     """A batch failed, in part or as a whole: NIXL doesn't say which."""
 
 
-class Move(NamedTuple):
-    """``nbytes`` between memory and a place in a file or an object."""
+class Moves:
+    """What one transfer moves: descriptors as NIXL has them, of memory and of places."""
 
-    address: int
-    place: int
-    """The offset in it."""
-    nbytes: int
-    device: int
-    """What NIXL knows the file or object by: its descriptor, or the number it was registered as."""
+    __slots__ = ("memory", "nbytes", "places")
+
+    def __init__(self) -> None:
+        self.memory: list[tuple[int, int, int]] = []
+        self.places: list[tuple[int, int, int]] = []
+        self.nbytes = 0
+
+    def add(self, address: int, place: int, nbytes: int, device: int) -> None:
+        """``nbytes`` between memory and the offset ``place`` of a file or an object.
+
+        ``device`` is what NIXL knows that by: its descriptor, or the number it was registered as.
+        """
+        self.memory.append((address, nbytes, 0))
+        self.places.append((place, nbytes, device))
+        self.nbytes += nbytes
+
+    def extend(self, others: Moves) -> None:
+        """Have these moved too."""
+        self.memory += others.memory
+        self.places += others.places
+        self.nbytes += others.nbytes
 
 
 class Agent:
@@ -85,23 +106,21 @@ class Agent:
         with suppress(Exception):  # NIXL's errors have no narrower base
             self._agent.deregister_memory(registered, backends=[self._plugin])
 
-    def transfer(self, op: Literal["READ", "WRITE"], kind: Kind, moves: Sequence[Move]) -> None:
+    def transfer(self, op: Op, kind: Kind, moves: Moves) -> None:
         """Move everything, and return once it has ended.
 
         Raises:
             TransferFailed: some of it, or all, didn't move.
         """
-        if not moves:
+        if not moves.nbytes:
             return
         agent = self._agent
-        memory = [(one.address, one.nbytes, 0) for one in moves]
-        places = [(one.place, one.nbytes, one.device) for one in moves]
         handle = None
         try:
             handle = agent.initialize_xfer(
                 op,
-                agent.get_xfer_descs(memory, "DRAM"),
-                agent.get_xfer_descs(places, kind),
+                agent.get_xfer_descs(moves.memory, "DRAM"),
+                agent.get_xfer_descs(moves.places, kind),
                 self._name,
                 backends=[self._plugin],
             )
@@ -143,12 +162,61 @@ class Agent:
         """Let NIXL go. Call nothing afterwards."""
         self._agent = None
 
-    def _failed(self, op: str, moves: Sequence[Move], what: object) -> TransferFailed:
-        nbytes = sum(one.nbytes for one in moves)
+    def _failed(self, op: str, moves: Moves, what: object) -> TransferFailed:
         return TransferFailed(
-            f"{op} of {nbytes} bytes in {len(moves)} descriptors failed in NIXL's {self._plugin}: "
-            f"{what or type(what).__name__}"
+            f"{op} of {moves.nbytes} bytes in {len(moves.memory)} descriptors failed in NIXL's "
+            f"{self._plugin}: {what or type(what).__name__}"
         )
+
+
+class Agents:
+    """Agents of one plugin, which move parts of the same values at the same time. Thread-safe.
+
+    An agent copies one transfer at a time, in the thread that asks.
+    """
+
+    def __init__(self, agents: Sequence[Agent], *, calls: int) -> None:
+        """As many ``calls`` at a time are made from outside."""
+        self._agents = agents
+        self._turn = itertools.cycle(agents)
+        self._threads = DaemonPool(calls * (len(agents) - 1), "lmcache-nixl-parts")
+
+    def register(self, kind: str, descriptors: Sequence[tuple[int, int, int, str]]) -> None:
+        """Tell all of them about memory or files.
+
+        Raises:
+            BackendRejected: NIXL refuses.
+        """
+        for agent in self._agents:
+            agent.register(kind, descriptors)
+
+    def transfer(self, op: Op, kind: Kind, parts: Sequence[Moves]) -> None:
+        """Move everything, long parts by an agent each, and return once all has ended.
+
+        Raises:
+            TransferFailed: some of it, or all, didn't move.
+        """
+        first, *others = parts
+        elsewhere: list[Future[None]] = []
+        agents = [next(self._turn) for _ in parts]
+        try:
+            for agent, part in zip(agents[1:], others, strict=True):
+                if part.nbytes >= _WORTH_A_THREAD:
+                    elsewhere.append(self._threads.submit(agent.transfer, op, kind, part))
+                else:
+                    first.extend(part)
+            agents[0].transfer(op, kind, first)
+        finally:
+            failed = [part.exception() for part in elsewhere]  # until then it uses our buffers
+        for error in failed:
+            if error is not None:
+                raise error
+
+    def close(self) -> None:
+        """Let NIXL go. Call nothing afterwards."""
+        self._threads.shutdown()
+        for agent in self._agents:
+            agent.close()
 
 
 class Lane:
@@ -178,7 +246,7 @@ class Memory:
 
     def __init__(
         self,
-        agent: Agent,
+        agents: Agents,
         region: HostRegion | None,
         *,
         lanes: int,
@@ -202,12 +270,12 @@ class Memory:
         self._lanes: deque[Lane] = deque()
         self._free: SimpleQueue[None] = SimpleQueue()
         if region is not None:
-            agent.register("DRAM", [(region.address, region.nbytes, 0, "")])
+            agents.register("DRAM", [(region.address, region.nbytes, 0, "")])
         for _ in range(lanes):
             nbytes = values * PAGE_BYTES + each * slot_bytes
             memory = mmap.mmap(-1, nbytes)  # costs nothing until it is used
             address = address_of(memoryview(memory))
-            agent.register("DRAM", [(address, nbytes, 0, "")])
+            agents.register("DRAM", [(address, nbytes, 0, "")])
             self._put_back(Lane(memory, address, values, slot_bytes))
 
     @contextmanager

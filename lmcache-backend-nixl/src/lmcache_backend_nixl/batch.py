@@ -10,12 +10,11 @@ Knows alignment and lanes. Knows nothing about what values are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
-from lmcache_backend_nixl.agent import Agent, Kind, Lane, Memory, Move, TransferFailed
+from lmcache_backend_nixl.agent import Agents, Kind, Lane, Memory, Moves, Op, TransferFailed
 from lmcache_backend_nixl.config import PAGE_BYTES
-
-Op = Literal["READ", "WRITE"]
+from lmcache_backend_nixl.slots import Places, cut, rounded
 
 
 class Item(NamedTuple):
@@ -25,8 +24,10 @@ class Item(NamedTuple):
     """The caller's."""
     view: memoryview
     """Exactly the value's bytes."""
-    place: int
-    device: int
+    places: Places
+    """A file or object and an offset; it is cut into a part for each."""
+    devices: tuple[int, ...]
+    """What NIXL knows files or objects by."""
 
 
 _Located: TypeAlias = tuple[Item, int | None]
@@ -36,8 +37,8 @@ _Located: TypeAlias = tuple[Item, int | None]
 class Batches:
     """Moves items through an agent, as many at a time as a lane has room for."""
 
-    def __init__(self, agent: Agent, memory: Memory, kind: Kind, *, whole_pages: bool) -> None:
-        self._agent = agent
+    def __init__(self, agents: Agents, memory: Memory, kind: Kind, *, whole_pages: bool) -> None:
+        self._agents = agents
         self._memory = memory
         self._kind: Kind = kind
         self._alignment = PAGE_BYTES if whole_pages else 1
@@ -49,8 +50,8 @@ class Batches:
             TransferFailed: some, or all, weren't written.
         """
         for part in self._rounds(items, lane):
-            moves, _ = self._moves("WRITE", part, lane)
-            self._agent.transfer("WRITE", self._kind, moves)
+            parts, _ = self._moves("WRITE", part, lane)
+            self._agents.transfer("WRITE", self._kind, parts)
 
     def read(self, items: Sequence[Item], lane: Lane) -> list[int]:
         """Read what can be read; answer the positions of these items.
@@ -73,9 +74,9 @@ class Batches:
         return done
 
     def _try_to_read(self, items: Sequence[_Located], lane: Lane) -> TransferFailed | None:
-        moves, copies = self._moves("READ", items, lane)
+        parts, copies = self._moves("READ", items, lane)
         try:
-            self._agent.transfer("READ", self._kind, moves)
+            self._agents.transfer("READ", self._kind, parts)
         except TransferFailed as error:
             return error
         for target, source in copies:
@@ -98,29 +99,37 @@ class Batches:
 
     def _moves(
         self, op: Op, items: Sequence[_Located], lane: Lane
-    ) -> tuple[list[Move], list[tuple[memoryview, memoryview]]]:
-        """Descriptors, and what to copy where once a read has ended."""
-        moves: list[Move] = []
+    ) -> tuple[list[Moves], list[tuple[memoryview, memoryview]]]:
+        """Descriptors for each agent, and what to copy where once a read has ended."""
+        parts = [Moves() for _ in range(max(len(one.devices) for one, _ in items))]
         copies: list[tuple[memoryview, memoryview]] = []
         slots = iter(range(lane.slots))
 
-        def through(at: int, room: memoryview, part: memoryview, place: int, device: int) -> None:
-            length = -(-part.nbytes // self._alignment) * self._alignment
-            if op == "WRITE":
-                room[: part.nbytes] = part
-                room[part.nbytes : length] = bytes(length - part.nbytes)
-            else:
+        def through(room: memoryview, part: memoryview) -> None:
+            if op == "READ":
                 copies.append((part, room[: part.nbytes]))
-            moves.append(Move(at, place, length, device))
+                return
+            room[: part.nbytes] = part
+            padded = rounded(part.nbytes, self._alignment)
+            room[part.nbytes : padded] = bytes(padded - part.nbytes)
 
         for number, (one, address) in enumerate(items):
+            nbytes = one.view.nbytes
+            padded = rounded(nbytes, self._alignment)
+            direct = padded  # so much moves between the same memory and the files
             if address is None:
-                through(*lane.slot(next(slots)), one.view, one.place, one.device)
-                continue
-            whole = one.view.nbytes // self._alignment * self._alignment
-            if whole:
-                moves.append(Move(address, one.place, whole, one.device))
-            if whole < one.view.nbytes:
-                tail = one.view[whole:]
-                through(*lane.page(number), tail, one.place + whole, one.device)
-        return moves, copies
+                address, room = lane.slot(next(slots))
+                through(room, one.view)
+            elif padded != nbytes:
+                direct -= self._alignment
+            edges = cut(padded, len(one.places))
+            for (file, place), (start, end) in zip(one.places, edges, strict=True):
+                if start < direct:
+                    length = min(end, direct) - start
+                    parts[file].add(address + start, place, length, one.devices[file])
+                if start <= direct < end:
+                    page, room = lane.page(number)
+                    through(room, one.view[direct:])
+                    at = place + direct - start
+                    parts[file].add(page, at, self._alignment, one.devices[file])
+        return parts, copies

@@ -1,4 +1,4 @@
-"""Chunks in a pool of slots in a file, moved by NIXL's POSIX, GDS, GDS_MT or HF3FS plugin.
+"""Chunks in a pool of slots in files, moved by NIXL's POSIX, GDS, GDS_MT or HF3FS plugin.
 
 Knows when a chunk may be read and when one has been written. Slots and indexes are `pool`'s
 business, descriptors `batch`'s.
@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from lmcache_backend_nixl.agent import Agent, Memory
+from lmcache_backend_nixl.agent import Agent, Agents, Memory
 from lmcache_backend_nixl.batch import Batches, Item
-from lmcache_backend_nixl.config import PAGE_BYTES, NixlConfig
+from lmcache_backend_nixl.config import NixlConfig
 from lmcache_backend_nixl.index import Entry
 from lmcache_backend_nixl.pool import Others, Pool, data_file
+from lmcache_backend_nixl.slots import Shape
 from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
 from lmcache_core.keys import ChunkKey
 from lmcache_core.storage import (
@@ -53,16 +54,16 @@ class NixlFileBackend(BlockingBackend):
             raise BackendRejected("path (nixl_path) is missing")
         self._config = config
         self._folder = config.path.expanduser().absolute()
-        self._slot_bytes = UNKNOWN_VALUE_BYTES
+        self._shape = Shape.for_values(UNKNOWN_VALUE_BYTES)
         self._lookup_only = False
-        self._agent: Agent | None = None
+        self._agents: Agents | None = None
         self._memory: Memory | None = None
         self._batches: Batches | None = None
         self._slots: Pool | None = None
         self._index: Pool | Others | None = None
         """Says where values are; for lookups, all pools are somebody else's."""
-        self._files: dict[str, int | None] = {}
-        """Open files of other processes' pools; ``None`` for one that is gone."""
+        self._files: dict[str, tuple[int, ...]] = {}
+        """Open data files of other processes' pools; none for one that is gone."""
         self._lock = threading.Lock()
 
     @property
@@ -70,7 +71,7 @@ class NixlFileBackend(BlockingBackend):
         return BackendCapabilities(
             shared=True,
             persistent=self._config.persist,
-            max_chunk_bytes=self._slot_bytes,
+            max_chunk_bytes=self._shape.slot_bytes,
             preferred_batch=min(8, self._config.pool_size),
             max_concurrency=self._config.calls,
         )
@@ -82,54 +83,65 @@ class NixlFileBackend(BlockingBackend):
         self._folder = top / context.namespace.fingerprint
         self._lookup_only = context.lookup_only
         if context.max_value_bytes is not None:
-            self._slot_bytes = -(-context.max_value_bytes // PAGE_BYTES) * PAGE_BYTES
+            self._shape = Shape.for_values(context.max_value_bytes)
         if context.lookup_only:
             self._index = Others(self._folder)
             return
         for notice in self._config.notices():
             logger.warning("%s: %s", context.name, notice)
-        agent = Agent(self._config.backend, self._config.params())
+        params = self._config.params()
+        agents = Agents(
+            [Agent(self._config.backend, params) for _ in range(self._shape.files)],
+            calls=self._config.calls,
+        )
         memory = Memory(
-            agent,
+            agents,
             context.region,
             lanes=self._config.calls,
             values=VALUES_A_TRANSFER,
-            slot_bytes=self._slot_bytes,
+            slot_bytes=self._shape.slot_bytes,
             buffer_bytes=self._config.buffer_bytes,
         )
         pool = self._open_pool(top)
         try:
-            agent.register("FILE", [(0, pool.nbytes, pool.fd, "")])
+            agents.register("FILE", [(0, pool.bytes_in_each, fd, "") for fd in pool.fds])
         except BackendError:
             pool.close(keep=True)
             raise
-        self._agent, self._memory, self._slots = agent, memory, pool
+        self._agents, self._memory, self._slots = agents, memory, pool
         self._index = pool
         direct = self._config.direct_io
-        self._batches = Batches(agent, memory, "FILE", whole_pages=direct)
+        self._batches = Batches(agents, memory, "FILE", whole_pages=direct)
         count, nbytes = pool.usage()
-        logger.info("%s: found %d chunks, %d bytes, in %s", context.name, count, nbytes, pool.path)
+        logger.info(
+            "%s: found %d chunks, %d bytes, in pool %s of %s",
+            context.name,
+            count,
+            nbytes,
+            pool.name,
+            self._folder,
+        )
 
     def close_blocking(self) -> None:
         if self._slots is not None:
             self._slots.close(keep=self._config.persist)
         elif isinstance(self._index, Others):
             self._index.close()
-        if self._agent is not None:
-            self._agent.close()
+        if self._agents is not None:
+            self._agents.close()
         with self._lock:
-            for fd in self._files.values():
-                if fd is not None:
+            for fds in self._files.values():
+                for fd in fds:
                     os.close(fd)
             self._files.clear()
-        self._agent = self._memory = self._batches = self._slots = self._index = None
+        self._agents = self._memory = self._batches = self._slots = self._index = None
 
     def _open_pool(self, top: Path) -> Pool:
         remedy = "make it a folder that this user can write to, or set path (nixl_path) to another"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             flags = _DIRECT if self._config.direct_io else 0
-            return Pool(self._folder, self._config.pool_size, self._slot_bytes, flags=flags)
+            return Pool(self._folder, self._config.pool_size, self._shape, flags=flags)
         except OSError as error:
             if error.errno == errno.EINVAL and self._config.direct_io:
                 raise BackendRejected(
@@ -152,13 +164,11 @@ class NixlFileBackend(BlockingBackend):
         entries: dict[int, Entry] = {}
         items: list[Item] = []
         for index, (entry, buffer) in enumerate(zip(pool.find(keys), into, strict=True)):
-            if entry is None or entry.nbytes > min(buffer.nbytes, self._slot_bytes):
+            if entry is None or entry.nbytes > min(buffer.nbytes, self._shape.slot_bytes):
                 continue
-            fd = self._file_of(entry.pool)
-            if fd is None:
-                continue
-            entries[index] = entry
-            items.append(Item(index, buffer[: entry.nbytes], entry.offset, fd))
+            if fds := self._files_of(entry):
+                entries[index] = entry
+                items.append(Item(index, buffer[: entry.nbytes], entry.places, fds))
         if not items:
             return sizes
         try:
@@ -179,7 +189,7 @@ class NixlFileBackend(BlockingBackend):
         wanted = [
             index
             for index, entry in enumerate(pool.find(keys))
-            if entry is None or self._file_of(entry.pool) is None
+            if entry is None or not self._files_of(entry)
         ]
         slots = pool.reserve([(keys[index], sources[index].nbytes) for index in wanted])
         items: list[Item] = []
@@ -190,7 +200,7 @@ class NixlFileBackend(BlockingBackend):
                 continue
             source = sources[index]
             values.append((slot, keys[index], source.nbytes))
-            items.append(Item(index, source, slot * pool.slot_bytes, pool.fd))
+            items.append(Item(index, source, pool.shape.places(slot), pool.fds))
         if not items:
             return outcomes
         try:
@@ -226,29 +236,31 @@ class NixlFileBackend(BlockingBackend):
         _, _, pool = self._opened()
         return pool.delete(keys)
 
-    def _file_of(self, pool: str) -> int | None:
-        """The open file of a pool, registered; ``None`` if it is gone."""
-        if self._slots is None or self._agent is None:
-            return None
-        if pool == self._slots.name:
-            return self._slots.fd
+    def _files_of(self, entry: Entry) -> tuple[int, ...]:
+        """The open data files of its pool, registered; none if it is gone or can't be read."""
+        if self._slots is None or self._agents is None:
+            return ()
+        if entry.pool == self._slots.name:
+            return self._slots.fds
         with self._lock:
-            if pool not in self._files:
-                self._files[pool] = self._open_other(self._agent, pool)
-            return self._files[pool]
+            if entry.pool not in self._files:
+                self._files[entry.pool] = self._open_other(self._agents, entry)
+            return self._files[entry.pool]
 
-    def _open_other(self, agent: Agent, pool: str) -> int | None:
+    def _open_other(self, agents: Agents, entry: Entry) -> tuple[int, ...]:
+        if entry.files > self._shape.files:
+            return ()  # of a version to come
         flags = os.O_RDONLY | os.O_CLOEXEC | (_DIRECT if self._config.direct_io else 0)
+        fds: list[int] = []
         try:
-            fd = os.open(data_file(self._folder, pool), flags)
-        except OSError:
-            return None  # gone, or somebody else's and not to be read
-        try:
-            agent.register("FILE", [(0, os.fstat(fd).st_size, fd, "")])
-        except BackendError:
-            os.close(fd)
-            return None
-        return fd
+            files = (data_file(self._folder, entry.pool, i) for i in range(entry.files))
+            fds.extend(os.open(file, flags) for file in files)  # closed below if one is missing
+            agents.register("FILE", [(0, os.fstat(fd).st_size, fd, "") for fd in fds])
+        except (OSError, BackendError):
+            for fd in fds:
+                os.close(fd)
+            return ()  # gone, or somebody else's and not to be read
+        return tuple(fds)
 
     def _opened(self) -> tuple[Memory, Batches, Pool]:
         if self._memory is None or self._batches is None or self._slots is None:

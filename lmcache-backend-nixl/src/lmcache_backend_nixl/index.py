@@ -3,9 +3,11 @@
     offset  bytes  header
     0       8      magic        b"LMCNIX\\x00\\x01"; anything else: the pool is gone, or being made
     8       8      slot bytes
-    16      8      changes      another number after each change that the owner made
-    24      8      withdrawals  another number after each that somebody else made
-    32      32     zeros
+    16      8      files
+    24      8      parts        of a slot: see `slots`
+    32      8      changes      another number after each change that the owner made
+    40      8      withdrawals  another number after each that somebody else made
+    48      16     zeros
 
     offset  bytes  the record of a slot, at 64 + 64 x slot
     0       8      nonce        when the value was stored, in nanoseconds since 1970, and more than
@@ -21,8 +23,8 @@ emptied before another value goes there; ``changes`` is written after either. So
 header as it was knows that the records are as they were, and who finds the same nonce before and
 after it read a slot has read that value and no other. Half a record is no record (CRC).
 
-Who isn't the owner writes only ``withdrawn``, and then ``withdrawals``. The owner never writes
-these, so no change is lost, and a value that came to the slot meanwhile has another nonce.
+Who isn't the owner writes only ``withdrawn``, and then ``withdrawals``. A value that came to the
+slot meanwhile has another nonce.
 
 Everything is read and written by system calls and not through a mapping: every file system has
 them, what one process has written is what the next call of another one reads, and a file that was
@@ -42,18 +44,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from lmcache_backend_nixl.slots import Places, Shape
 from lmcache_core.keys import ChunkKey
 
 KEY_BYTES: Final = 32
 """The longest key, as in core's frame."""
 _MAGIC: Final = b"LMCNIX\0\1"
-_HEADER: Final = struct.Struct("<8sQQQ32x")
-_CHANGES_AT: Final = 16
-_WITHDRAWALS_AT: Final = 24
+_HEADER: Final = struct.Struct("<8sQQQQQ16x")
+_CHANGES_AT: Final = 32
+_WITHDRAWALS_AT: Final = 40
 _VALUE: Final = struct.Struct(f"<QQ{KEY_BYTES}sI")
 _RECORD: Final = struct.Struct(f"<{_VALUE.size}sIQ")
 _WITHDRAWN_AT: Final = _RECORD.size - 8
-_EMPTY: Final = bytes(_WITHDRAWN_AT)
+_MOST_FILES: Final = 64
+_NO_SHAPE: Final = Shape(0, 1, 1)
 _BLOCK: Final = 64 * _RECORD.size
 """So much of two states is compared at once."""
 
@@ -63,7 +67,10 @@ class Entry(NamedTuple):
 
     pool: str
     slot: int
-    offset: int
+    places: Places
+    """Where the parts of its slot begin."""
+    files: int
+    """Of its pool."""
     nbytes: int
     nonce: int
 
@@ -81,7 +88,7 @@ class Index:
         self.pool = pool
         self.entries: dict[ChunkKey, Entry] = {}
         """What it said when it was last looked at."""
-        self.slot_bytes = 0
+        self.shape = _NO_SHAPE
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._header = self._records = b""
         self._keys: dict[int, ChunkKey] = {}
@@ -97,11 +104,10 @@ class Index:
         if header == self._header:
             return
         records = b""
-        if len(header) == _HEADER.size and header.startswith(_MAGIC):
-            _, slot_bytes, _, _ = _HEADER.unpack(header)
-            if slot_bytes != self.slot_bytes:
+        if (shape := _shape(header)) is not None:
+            if shape != self.shape:
                 self._update(b"")
-                self.slot_bytes = slot_bytes
+                self.shape = shape
             records = _read_records(self._fd)
         self._update(records)
         self._header = header
@@ -141,45 +147,65 @@ class Index:
         before = self._keys.pop(slot, None)
         if before is not None and (was := self.entries.get(before)) and was.slot == slot:
             del self.entries[before]
-        if (found := _parse(record)) is not None and found[1] <= self.slot_bytes:
+        if (found := _parse(record)) is not None and found[1] <= self.shape.slot_bytes:
             key, nbytes, nonce = found
             self._keys[slot] = key
-            self.entries[key] = Entry(self.pool, slot, slot * self.slot_bytes, nbytes, nonce)
+            self.entries[key] = _entry(self.pool, self.shape, slot, nbytes, nonce)
 
 
 class OwnIndex:
     """The index of a pool, for its owner: nobody else writes records. Not thread-safe."""
 
-    def __init__(self, path: Path, pool: str, slots: int, slot_bytes: int) -> None:
-        """Open it, or make it. What doesn't fit the slots as they are now is dropped.
+    def __init__(self, path: Path, pool: str, fd: int) -> None:
+        """``fd`` is it, open for reading and writing; it is this object's from now on."""
+        self.path = path
+        self.fd = fd
+        self._pool = pool
+        self._shape = _NO_SHAPE
+        self._nonce = 0
+        self._changes = secrets.randbits(63)
+        self._withdrawals = b""
+
+    def recover(self, slots: int, shape: Shape, there: int) -> dict[ChunkKey, Entry]:
+        """What is in it, the oldest first; what doesn't fit the slots as they are now is dropped.
+
+        Only of the first ``there`` slots the files still have the bytes.
 
         Raises:
             OSError: the file system refuses.
         """
-        self.path, self._pool, self._slot_bytes = path, pool, slot_bytes
-        self._nonce = 0
-        self._changes = secrets.randbits(63)
-        self._withdrawals = b""
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        before = Index(self.path, self._pool)
         try:
-            self.found = self._recover(slots)
-        except BaseException:
-            os.close(self.fd)
-            raise
+            before.refresh()
+        finally:
+            before.close()
+        oldest_first = sorted(before.entries.items(), key=lambda item: item[1].nonce)
+        same = before.shape == shape
+        keep = min(slots, there) if same else 0
+        os.ftruncate(self.fd, _place(keep) if keep else 0)
+        os.ftruncate(self.fd, _place(slots))
+        self._shape = shape
+        if oldest_first:
+            self._nonce = oldest_first[-1][1].nonce
+        self._withdrawals = os.pread(self.fd, 8, _WITHDRAWALS_AT)
+        header = _HEADER.pack(_MAGIC, *shape, self._changes, 0)
+        os.pwrite(self.fd, header[:_WITHDRAWALS_AT], 0)
+        return {key: entry for key, entry in oldest_first if entry.slot < keep}
 
     def publish(self, values: Sequence[tuple[int, ChunkKey, int]]) -> list[Entry]:
-        """Make values visible: a slot, a key and a length for each.
+        """Make values visible: a slot, a key and a length for each; later ones are newer.
 
         Raises:
             OSError: the file system failed.
         """
+        records: dict[int, bytes] = {}
         entries = []
         for slot, key, nbytes in values:
             self._nonce = max(self._nonce + 1, time.time_ns())
             value = _VALUE.pack(self._nonce, nbytes, key, len(key))
-            os.pwrite(self.fd, value + zlib.crc32(value).to_bytes(4, "little"), _place(slot))
-            entries.append(self._entry(slot, nbytes, self._nonce))
-        self._tell()
+            records[slot] = _RECORD.pack(value, zlib.crc32(value), 0)
+            entries.append(_entry(self._pool, self._shape, slot, nbytes, self._nonce))
+        self._write(records)
         return entries
 
     def empty(self, slots: Iterable[int]) -> None:
@@ -188,9 +214,7 @@ class OwnIndex:
         Raises:
             OSError: the file system failed.
         """
-        for slot in slots:
-            os.pwrite(self.fd, _EMPTY, _place(slot))
-        self._tell()
+        self._write(dict.fromkeys(slots, bytes(_RECORD.size)))
 
     def withdrawn(self, entries: Iterable[tuple[ChunkKey, Entry]]) -> list[ChunkKey]:
         """The keys of values that somebody had forgotten since the last call.
@@ -209,38 +233,46 @@ class OwnIndex:
             if _parse(records[(at := entry.slot * _RECORD.size) : at + _RECORD.size]) is None
         ]
 
-    def close(self, *, keep: bool) -> None:
-        """Call nothing afterwards. Unless ``keep``, nobody finds the pool any more."""
-        if not keep:
-            os.ftruncate(self.fd, 0)
-            self.path.unlink(missing_ok=True)
+    def vanish(self) -> None:
+        """Have nobody find the pool any more.
+
+        Raises:
+            OSError: the file system failed.
+        """
+        os.ftruncate(self.fd, 0)
+
+    def close(self) -> None:
+        """Let others have the pool. Call nothing afterwards."""
         os.close(self.fd)
 
-    def _recover(self, slots: int) -> dict[ChunkKey, Entry]:
-        before = Index(self.path, self._pool)
-        try:
-            before.refresh()
-        finally:
-            before.close()
-        oldest_first = sorted(before.entries.items(), key=lambda item: item[1].nonce)
-        same = before.slot_bytes == self._slot_bytes
-        found = {key: entry for key, entry in oldest_first if same and entry.slot < slots}
-        if not same:
-            os.ftruncate(self.fd, 0)
-        os.ftruncate(self.fd, _place(slots))
-        if oldest_first:
-            self._nonce = oldest_first[-1][1].nonce
-        self._withdrawals = os.pread(self.fd, 8, _WITHDRAWALS_AT)
-        header = _HEADER.pack(_MAGIC, self._slot_bytes, self._changes, 0)
-        os.pwrite(self.fd, header[:_WITHDRAWALS_AT], 0)
-        return found
+    def _write(self, records: dict[int, bytes]) -> None:
+        """Nobody can have withdrawn what isn't there yet, nor cares for what is no longer there.
 
-    def _entry(self, slot: int, nbytes: int, nonce: int) -> Entry:
-        return Entry(self._pool, slot, slot * self._slot_bytes, nbytes, nonce)
-
-    def _tell(self) -> None:
+        So `withdrawn` may be overwritten too, and neighbours go in one call, which costs as much
+        as a record alone.
+        """
+        waiting: list[bytes] = []
+        for slot in sorted(records):
+            waiting.append(records[slot])
+            if slot + 1 not in records:
+                os.pwrite(self.fd, b"".join(waiting), _place(slot + 1 - len(waiting)))
+                waiting.clear()
         self._changes += 1
         os.pwrite(self.fd, self._changes.to_bytes(8, "little"), _CHANGES_AT)
+
+
+def _entry(pool: str, shape: Shape, slot: int, nbytes: int, nonce: int) -> Entry:
+    return Entry(pool, slot, shape.places(slot), shape.files, nbytes, nonce)
+
+
+def _shape(header: bytes) -> Shape | None:
+    """``None`` if it isn't a header of a pool that is there."""
+    if len(header) != _HEADER.size or not header.startswith(_MAGIC):
+        return None
+    _, slot_bytes, files, parts, _, _ = _HEADER.unpack(header)
+    if not 0 < files <= _MOST_FILES or parts not in (1, files):
+        return None
+    return Shape(slot_bytes, files, parts)
 
 
 def _place(slot: int) -> int:

@@ -22,9 +22,10 @@ from contextlib import contextmanager
 from typing import Final
 from urllib.parse import urlsplit
 
-from lmcache_backend_nixl.agent import Agent, Lane, Memory, Move, TransferFailed
+from lmcache_backend_nixl.agent import Agent, Agents, Lane, Memory, Moves, TransferFailed
 from lmcache_backend_nixl.batch import Batches, Item
 from lmcache_backend_nixl.config import PAGE_BYTES, NixlConfig
+from lmcache_backend_nixl.slots import Places
 from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
 from lmcache_core.keys import ChunkKey
 from lmcache_core.storage import (
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 MAGIC: Final = b"LMNIXL\x00\x01"
 HEAD: Final = struct.Struct("<8sQ")
 UNKNOWN_VALUE_BYTES: Final = 16 << 20
+_WHOLE: Final[Places] = ((0, 0),)
 _CONNECT_TIMEOUT_S: Final = 2.0
 
 
@@ -60,6 +62,7 @@ class NixlObjectBackend(BlockingBackend):
         self._numbers = itertools.count(1)
         self._agent: Agent | None = None
         self._memory: Memory | None = None
+        self._batches: Batches | None = None
 
     @property
     def capabilities(self) -> BackendCapabilities:
@@ -80,8 +83,9 @@ class NixlObjectBackend(BlockingBackend):
         self._reach()
         agent = Agent("OBJ", self._params)
         lookups = context.lookup_only
+        agents = Agents([agent], calls=self._config.calls)
         memory = Memory(
-            agent,
+            agents,
             None if lookups else context.region,
             lanes=1 if lookups else self._config.calls,
             values=self._config.pool_size,
@@ -89,6 +93,7 @@ class NixlObjectBackend(BlockingBackend):
             buffer_bytes=None if lookups else self._config.buffer_bytes,
         )
         self._agent, self._memory = agent, memory
+        self._batches = Batches(agents, memory, "OBJ", whole_pages=False)
         if not lookups:
             for notice in self._config.notices():
                 logger.warning("%s: %s", context.name, notice)
@@ -97,7 +102,7 @@ class NixlObjectBackend(BlockingBackend):
     def close_blocking(self) -> None:
         if self._agent is not None:
             self._agent.close()
-        self._agent = self._memory = None
+        self._agent = self._memory = self._batches = None
 
     def _reach(self) -> None:
         """Find out soon whether anything answers: NIXL's client tries for half a minute."""
@@ -174,17 +179,17 @@ class NixlObjectBackend(BlockingBackend):
         names = [self._name(key) for key in keys]
         lengths = [source.nbytes for source in sources]
         with self._objects(names, lengths) as devices:
-            items = [Item(i, sources[i], 0, devices[i]) for i in range(len(keys))]
-            self._batches().write(items, lane)
+            items = [Item(i, sources[i], _WHOLE, (devices[i],)) for i in range(len(keys))]
+            self._mover().write(items, lane)
         self._write_heads([_head(name) for name in names], lengths, lane)
 
     def _write_heads(self, names: Sequence[str], lengths: Sequence[int], lane: Lane) -> None:
         with self._objects(names, [HEAD.size] * len(names)) as devices:
-            moves = []
+            moves = Moves()
             for index, length in enumerate(lengths):
                 address, page = lane.page(index)
                 page[: HEAD.size] = HEAD.pack(MAGIC, length)
-                moves.append(Move(address, 0, HEAD.size, devices[index]))
+                moves.add(address, 0, HEAD.size, devices[index])
             self._client().transfer("WRITE", "OBJ", moves)
 
     def _load(self, keys: Sequence[ChunkKey], into: Sequence[memoryview], lane: Lane) -> list[int]:
@@ -199,10 +204,10 @@ class NixlObjectBackend(BlockingBackend):
             return sizes
         with self._objects([names[i] for i in hits], [sizes[i] for i in hits]) as devices:
             items = [
-                Item(index, into[index][: sizes[index]], 0, device)
+                Item(index, into[index][: sizes[index]], _WHOLE, (device,))
                 for index, device in zip(hits, devices, strict=True)
             ]
-            done = set(self._batches().read(items, lane))
+            done = set(self._mover().read(items, lane))
         return [size if index in done else MISS for index, size in enumerate(sizes)]
 
     def _read_heads(self, names: Sequence[str], lane: Lane) -> list[int]:
@@ -221,12 +226,10 @@ class NixlObjectBackend(BlockingBackend):
     def _read_these_heads(self, names: Sequence[str], lane: Lane) -> list[int]:
         pages = [lane.page(index) for index in range(len(names))]
         with self._objects(names, [HEAD.size] * len(names)) as devices:
-            for _, page in pages:
+            moves = Moves()
+            for (address, page), device in zip(pages, devices, strict=True):
                 page[: HEAD.size] = bytes(HEAD.size)
-            moves = [
-                Move(address, 0, HEAD.size, device)
-                for (address, _), device in zip(pages, devices, strict=True)
-            ]
+                moves.add(address, 0, HEAD.size, device)
             self._client().transfer("READ", "OBJ", moves)
         heads = [HEAD.unpack_from(page) for _, page in pages]
         return [length if magic == MAGIC else 0 for magic, length in heads]
@@ -258,8 +261,10 @@ class NixlObjectBackend(BlockingBackend):
             raise BackendUnavailable("the backend isn't open")
         return self._memory
 
-    def _batches(self) -> Batches:
-        return Batches(self._client(), self._opened(), "OBJ", whole_pages=False)
+    def _mover(self) -> Batches:
+        if self._batches is None:
+            raise BackendUnavailable("the backend isn't open")
+        return self._batches
 
     @contextmanager
     def _about(self, doing: str) -> Iterator[None]:

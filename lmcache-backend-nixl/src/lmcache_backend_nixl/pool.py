@@ -1,10 +1,10 @@
-"""A pool of equal slots in one file, and what lies in it and in the pools of other processes.
+"""A pool of equal slots in a few files, and what lies in it and in the pools of other processes.
 
-    PATH/FINGERPRINT/pool-ID.data    the slots of one process, allocated at the start
-    PATH/FINGERPRINT/pool-ID.index   what lies in them: see `index`
+    PATH/FINGERPRINT/pool-ID.index     what lies in the slots of one process: see `index`
+    PATH/FINGERPRINT/pool-ID.N.data    the slots, allocated at the start: see `slots`
 
-ID is random and never used again. A process has the pool that it holds a lock on; if it has ended,
-the next one takes it over.
+ID is random and never used again. A process has the pool whose index it holds a lock on; if it has
+ended, the next one takes it over.
 
 Knows slots and what was used last. Moves no bytes of values.
 """
@@ -26,18 +26,19 @@ from pathlib import Path
 from typing import Final
 
 from lmcache_backend_nixl.index import KEY_BYTES, Entry, Index, OwnIndex
+from lmcache_backend_nixl.slots import Shape
 from lmcache_core.errors import BackendRejected, BackendUnavailable
 from lmcache_core.keys import ChunkKey
 
-_DATA: Final = re.compile(r"pool-([0-9a-f]{16})\.data")
+_INDEX: Final = re.compile(r"pool-([0-9a-f]{16})\.index")
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _COARSE_NS: Final = 2 * 10**9
 """Within this a folder may change twice and say the same time; FAT's, the coarsest, is that."""
 
 
-def data_file(folder: Path, pool: str) -> Path:
-    """Where the slots of a pool are."""
-    return folder / f"pool-{pool}.data"
+def data_file(folder: Path, pool: str, number: int) -> Path:
+    """Where some of a pool's slots are, or a part of each."""
+    return folder / f"pool-{pool}.{number}.data"
 
 
 def index_file(folder: Path, pool: str) -> Path:
@@ -123,16 +124,14 @@ class Others:
         if changed == self._listed:
             return
         now = time.time_ns()
-        there = set(os.listdir(self._folder))
-        pools = {match[1] for match in map(_DATA.fullmatch, there) if match}
-        self._keep({pool for pool in pools if index_file(self._folder, pool).name in there})
+        self._keep(set(_pools_in(self._folder)))
         self._listed = changed if now - changed > _COARSE_NS else None
 
     def _keep(self, pools: set[str]) -> None:
         if self._own is not None and self._own not in pools:
             raise BackendUnavailable(
-                f"somebody removed {data_file(self._folder, self._own)} or its index while it was "
-                "in use; restart this engine (to empty a pool that is in use: lmcache clear)"
+                f"somebody removed {index_file(self._folder, self._own)} while it was in use; "
+                "restart this engine (to empty a pool that is in use: lmcache clear)"
             )
         for pool in self._indexes.keys() - pools:
             self._indexes.pop(pool).close()
@@ -144,26 +143,28 @@ class Others:
 class Pool:
     """The slots that belong to this process. Thread-safe."""
 
-    def __init__(self, folder: Path, slots: int, slot_bytes: int, *, flags: int) -> None:
+    def __init__(self, folder: Path, slots: int, shape: Shape, *, flags: int) -> None:
         """Take over a pool that nobody has, or make one.
 
         Raises:
             BackendRejected: it can't be made that large there.
             OSError: the file system refuses.
         """
-        self.slot_bytes = slot_bytes
-        self.nbytes = slots * slot_bytes
+        self.shape = shape
+        self.bytes_in_each = shape.bytes_in_each(slots)
         self._folder = folder
         self._lock = threading.Lock()
-        self.name, self.fd = self._take(flags)
-        self.path = data_file(folder, self.name)
+        self.name, fd = self._take()
+        self._index = OwnIndex(index_file(folder, self.name), self.name, fd)
+        self.fds: tuple[int, ...] = ()
+        """Its data files."""
         try:
-            self._allocate()
-            self._index = OwnIndex(index_file(folder, self.name), self.name, slots, slot_bytes)
+            there = self._allocate(slots, flags)
+            self._held = OrderedDict(self._index.recover(slots, shape, there))
         except BaseException:
-            os.close(self.fd)
+            self._close_files()
+            self._index.close()
             raise
-        self._held: OrderedDict[ChunkKey, Entry] = OrderedDict(self._index.found)
         taken = {entry.slot for entry in self._held.values()}
         self._free = deque(slot for slot in range(slots) if slot not in taken)
         self._others = Others(folder, self.name)
@@ -209,10 +210,9 @@ class Pool:
         with self._lock:
             fitting = sum(self._fits(*value) for value in values)
             self._evict(min(fitting - len(self._free), len(self._held)))
-            return [
-                self._free.popleft() if self._free and self._fits(*value) else None
-                for value in values
-            ]
+            # In order, because neighbours in the index are written together.
+            slots = iter(sorted(self._free.popleft() for _ in range(min(fitting, len(self._free)))))
+            return [next(slots, None) if self._fits(*value) else None for value in values]
 
     def give_back(self, slots: Iterable[int | None]) -> None:
         """Slots that were reserved and nothing was published from."""
@@ -250,7 +250,7 @@ class Pool:
         Raises:
             BackendUnavailable: the file system failed.
         """
-        self._sync(self.fd)
+        self._sync(self.fds)
 
     def sync_index(self) -> None:
         """The same for what was published.
@@ -258,7 +258,7 @@ class Pool:
         Raises:
             BackendUnavailable: the file system failed.
         """
-        self._sync(self._index.fd)
+        self._sync([self._index.fd])
 
     def delete(self, keys: Sequence[ChunkKey] | None) -> int:
         """Forget ``keys``, or everything, in this pool and all others; answer how many there were.
@@ -276,20 +276,22 @@ class Pool:
         """Let go of the pool; unless ``keep``, remove it."""
         with self._lock:
             self._others.close()
-            self._index.close(keep=keep)
             if not keep:
-                self.path.unlink(missing_ok=True)
+                self._index.vanish()
+                self._remove_files()
+            self._close_files()
+            self._index.close()
             self._held.clear()
-            os.close(self.fd)
 
-    def _sync(self, fd: int) -> None:
+    def _sync(self, fds: Iterable[int]) -> None:
         try:
-            os.fdatasync(fd)
+            for fd in fds:
+                os.fdatasync(fd)
         except OSError as error:
-            raise BackendUnavailable(f"can't sync {self.path}: {error.strerror}") from error
+            raise BackendUnavailable(f"can't sync {self._folder}: {error.strerror}") from error
 
     def _fits(self, key: ChunkKey, nbytes: int) -> bool:
-        return 0 < nbytes <= self.slot_bytes and len(key) <= KEY_BYTES
+        return 0 < nbytes <= self.shape.slot_bytes and len(key) <= KEY_BYTES
 
     def _heed(self) -> None:
         """Let go of what another process had forgotten."""
@@ -315,13 +317,10 @@ class Pool:
             del self._held[key]
         self._free.extend(slots)
 
-    def _take(self, flags: int) -> tuple[str, int]:
-        names = sorted(
-            match[1] for match in map(_DATA.fullmatch, os.listdir(self._folder)) if match
-        )
-        for name in [*names, secrets.token_hex(8)]:
-            path = data_file(self._folder, name)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
+    def _take(self) -> tuple[str, int]:
+        for name in [*_pools_in(self._folder), secrets.token_hex(8)]:
+            path = index_file(self._folder, name)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -335,25 +334,53 @@ class Pool:
             os.close(fd)
         raise BackendUnavailable(f"{self._folder} has no pool that could be locked")
 
-    def _allocate(self) -> None:
-        before = os.fstat(self.fd).st_size
-        if before > self.nbytes:
-            os.ftruncate(self.fd, self.nbytes)
+    def _allocate(self, slots: int, flags: int) -> int:
+        """Open the data files, and have room for all slots; answer how many there were in them."""
+        for number in range(self.shape.files):
+            path = data_file(self._folder, self.name, number)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
+            self.fds = (*self.fds, fd)
+        for path in self._data_files()[self.shape.files :]:
+            path.unlink(missing_ok=True)  # slots were cut into more parts
+        before = [os.fstat(fd).st_size for fd in self.fds]
         try:
-            os.posix_fallocate(self.fd, 0, self.nbytes)
+            for fd, size in zip(self.fds, before, strict=True):
+                if size > self.bytes_in_each:
+                    os.ftruncate(fd, self.bytes_in_each)
+                os.posix_fallocate(fd, 0, self.bytes_in_each)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
             room = os.statvfs(self._folder)
-            if before:
-                os.ftruncate(self.fd, before)
-            else:
-                self.path.unlink(missing_ok=True)
+            for fd, size in zip(self.fds, before, strict=True):
+                os.ftruncate(fd, size)
+            if not any(before):
+                self._index.vanish()
+                self._remove_files()
             raise BackendRejected(
-                f"there is no room for {self.nbytes} bytes in {self._folder}, where "
-                f"{room.f_bavail * room.f_frsize} are free: pool_size (nixl_pool_size) is "
-                f"{self.nbytes // self.slot_bytes} slots of {self.slot_bytes} bytes; lower it"
+                f"there is no room for {slots * self.shape.slot_bytes} bytes in {self._folder}, "
+                f"where {room.f_bavail * room.f_frsize} are free: pool_size (nixl_pool_size) is "
+                f"{slots} slots of {self.shape.slot_bytes} bytes; lower it"
             ) from error
+        return self.shape.slots_in(min(before))
+
+    def _remove_files(self) -> None:
+        """The index last: as long as it is there, somebody will take over what is left."""
+        for path in self._data_files():
+            path.unlink(missing_ok=True)
+        index_file(self._folder, self.name).unlink(missing_ok=True)
+
+    def _data_files(self) -> list[Path]:
+        return sorted(self._folder.glob(f"pool-{self.name}.*.data"))
+
+    def _close_files(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+
+
+def _pools_in(folder: Path) -> list[str]:
+    """The names of all pools there are."""
+    return sorted(match[1] for match in map(_INDEX.fullmatch, os.listdir(folder)) if match)
 
 
 def _first(indexes: Iterable[Index], key: ChunkKey) -> Entry | None:
