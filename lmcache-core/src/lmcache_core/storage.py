@@ -175,7 +175,8 @@ class BlockingBackend(StorageBackend):
 
     What core guarantees: the ``*_blocking`` methods are never called on the event loop; one call
     takes one thread of this backend's own pool of ``capabilities.max_concurrency`` threads, so they
-    must be thread-safe. What a subclass owes is as in `StorageBackend`, without the ``async``.
+    must be thread-safe, and so must `ReportsUsage.usage`, where there is one. What a subclass owes
+    is as in `StorageBackend`, without the ``async``.
     """
 
     _pool: DaemonPool | None = None

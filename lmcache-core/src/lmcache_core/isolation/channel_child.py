@@ -8,6 +8,7 @@ As `child`, which see; the region is the same memory here, at another address.
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -31,8 +32,8 @@ from lmcache_core.transfer import Note, Peer, Range, TransferChannel, TransferCo
 class ChannelService(Service):
     """Answers requests about one channel."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, control: socket.socket) -> None:
+        super().__init__(control)
         self._transfer: TransferChannel | None = None
         self._peers: dict[int, Peer] = {}
         self._calls: dict[int, asyncio.Task[Any]] = {}

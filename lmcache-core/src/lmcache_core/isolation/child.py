@@ -29,6 +29,7 @@ from lmcache_core.guard import attempt
 from lmcache_core.host_memory import PAGE_BYTES, attach
 from lmcache_core.isolation.wire import (
     ARENA,
+    Answers,
     Channel,
     Message,
     context_from_plain,
@@ -38,6 +39,7 @@ from lmcache_core.keys import ChunkKey
 from lmcache_core.plugins import Plugins
 from lmcache_core.storage import (
     BackendCapabilities,
+    BlockingBackend,
     HostRegion,
     ReportsUsage,
     StorageBackend,
@@ -50,6 +52,9 @@ from lmcache_core.storage import (
 _PR_SET_PDEATHSIG = 1
 _KILL_FIRST = "1000"
 """oom_score_adj: if memory runs out, this process can be replaced, the engine can't."""
+
+_ANSWERED = object()
+"""The result of a call whose answer was sent by the thread that made it."""
 
 OPTIONAL_METHODS: dict[str, type] = {
     "count_leading_hits": SupportsPrefixLookup,
@@ -65,8 +70,9 @@ SYSLOG_LEVELS = {7: logging.DEBUG, 6: logging.INFO, 4: logging.WARNING, 3: loggi
 class Service:
     """Answers requests, each in a task of its own. Lives on the process's one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, control: socket.socket) -> None:
         self.channel = Channel(self._asked, lambda _: os._exit(0))
+        self._answers = Answers(control)
         self._backend: StorageBackend | None = None
         self._memory: list[HostRegion | None] = []
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -74,20 +80,26 @@ class Service:
     def _asked(self, request: Message) -> None:
         task = asyncio.get_running_loop().create_task(self._do(request))
         self._tasks.add(task)
-        task.add_done_callback(partial(self._answer, request["id"]))
+        task.add_done_callback(partial(self._done, request["id"]))
 
-    def _answer(self, number: int, task: asyncio.Task[Any]) -> None:
+    def _done(self, number: int, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        error: BaseException | None
         if task.cancelled():
-            error = BackendUnavailable("the call was cancelled")
-        else:
-            error = task.exception()
-        if error is None:
-            answer = {"id": number, "ok": task.result(), "usage": self._usage()}
-            error = attempt(self.channel.send, answer)  # a backend may answer whatever it likes
+            self._answer_error(number, BackendUnavailable("the call was cancelled"))
+        elif (error := task.exception()) is not None:
+            self._answer_error(number, error)
+        elif (result := task.result()) is not _ANSWERED:
+            self._answer(number, result)
+
+    def _answer(self, number: int, result: Any) -> None:
+        """From any thread."""
+        answer = {"id": number, "ok": result, "usage": self._usage()}
+        error = attempt(self._answers.send, answer)  # a backend may answer whatever it likes
         if error is not None:
-            self.channel.send({"id": number, "error": error_to_plain(error)})
+            self._answer_error(number, error)
+
+    def _answer_error(self, number: int, error: BaseException) -> None:
+        self._answers.send({"id": number, "error": error_to_plain(error)})
 
     async def _do(self, request: Message) -> Any:
         what = request["do"]
@@ -104,9 +116,20 @@ class Service:
         if what not in ("load", "store"):
             return await getattr(backend, what)(keys)
         buffers = [self._buffer(*place) for place in request["places"]]
-        if what == "load":
-            return await backend.load(keys, buffers)
-        return [_named(outcome) for outcome in await backend.store(keys, buffers)]
+        if isinstance(backend, BlockingBackend) and _only_blocks(backend, what):
+            return await backend._run(self._call, request["id"], backend, what, keys, buffers)
+        return _plain(what, await getattr(backend, what)(keys, buffers))
+
+    def _call(self, number: int, backend: BlockingBackend, what: str, *args: Any) -> object:
+        """On a thread of the backend: make a call and answer it, before the loop hears of it."""
+        call = getattr(backend, f"{what}_blocking")
+        results: list[Any] = []
+        error = attempt(lambda: results.append(_plain(what, call(*args))))
+        if error is None:
+            self._answer(number, results[0])
+        else:
+            self._answer_error(number, error)
+        return _ANSWERED
 
     def _buffer(self, space: int, start: int, nbytes: int) -> memoryview:
         region = self._memory[space]
@@ -143,6 +166,16 @@ def attached(fd: int, nbytes: int) -> HostRegion:
     """The memory behind an inherited descriptor."""
     os.set_inheritable(fd, False)
     return attach(fd, nbytes)
+
+
+def _only_blocks(backend: BlockingBackend, what: str) -> bool:
+    """Whether ``what`` does no more than to call its blocking namesake on a thread."""
+    return getattr(type(backend), what) is getattr(BlockingBackend, what)
+
+
+def _plain(what: str, answer: Any) -> Any:
+    """What `load` or `store` answered, for JSON."""
+    return [_named(outcome) for outcome in answer] if what == "store" else answer
 
 
 def _named(outcome: object) -> str:
@@ -209,13 +242,13 @@ def _die_with(parent: int) -> None:
         os._exit(0)  # it died before that
 
 
-async def _serve(control: socket.socket, make: Callable[[], Service]) -> None:
-    service = make()
+async def _serve(control: socket.socket, make: Callable[[socket.socket], Service]) -> None:
+    service = make(control)
     await asyncio.get_running_loop().create_connection(lambda: service.channel, sock=control)
     await asyncio.Event().wait()  # until the channel is lost, which ends the process
 
 
-def serve(make: Callable[[], Service] = Service) -> None:
+def serve(make: Callable[[socket.socket], Service] = Service) -> None:
     """Serve until the parent hangs up."""
     _, control, parent = sys.argv[1:]
     _die_with(int(parent))

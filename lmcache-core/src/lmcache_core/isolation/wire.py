@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Final
@@ -44,6 +46,7 @@ ARENA: Final = 0
 SCRATCH: Final = 1
 
 _LENGTH_BYTES = 4
+_SEND_TIMEOUT_S = 60.0
 MAX_MESSAGE_BYTES = 64 << 20
 """The keys of a million chunks fit. What claims to be longer isn't a message."""
 
@@ -70,11 +73,9 @@ class Channel(asyncio.Protocol):
         Raises:
             TypeError, ValueError: it isn't plain data, or too much.
         """
-        body = json.dumps(message, separators=(",", ":"), allow_nan=False).encode()
-        if len(body) > MAX_MESSAGE_BYTES:
-            raise ValueError(f"a message of {len(body)} bytes is too long")
+        encoded = _encoded(message)
         if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(len(body).to_bytes(_LENGTH_BYTES, "little") + body)
+            self._transport.write(encoded)
 
     def close(self) -> None:
         """Hang up; what was queued may be lost."""
@@ -117,6 +118,36 @@ class Channel(asyncio.Protocol):
     def _fail(self, wrong: str) -> None:
         self._wrong = wrong
         self.close()
+
+
+class Answers:
+    """The writing half of the child's end, for all of its threads.
+
+    An answer that its loop had to be woken for first would be later by that.
+    """
+
+    def __init__(self, control: socket.socket) -> None:
+        self._socket = control.dup()
+        self._socket.settimeout(_SEND_TIMEOUT_S)
+        self._lock = threading.Lock()
+
+    def send(self, message: Message) -> None:
+        """Send a message.
+
+        Raises:
+            TypeError, ValueError: it isn't plain data, or too much.
+            OSError: the other end is gone, or doesn't read.
+        """
+        encoded = _encoded(message)
+        with self._lock:
+            self._socket.sendall(encoded)
+
+
+def _encoded(message: Message) -> bytes:
+    body = json.dumps(message, separators=(",", ":"), allow_nan=False).encode()
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"a message of {len(body)} bytes is too long")
+    return len(body).to_bytes(_LENGTH_BYTES, "little") + body
 
 
 # -- errors --------------------------------------------------------------------------------
