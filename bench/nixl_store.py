@@ -1,36 +1,41 @@
 """The ``nixl`` backend with POSIX: how far from the agent's own calls, and from the disk?
 
-    python3 bench/nixl_store.py            about a minute; needs nixl
+    python3 bench/nixl_store.py            two minutes; needs nixl
     python3 bench/nixl_store.py --quick    seconds, wider spread
     python3 bench/nixl_store.py --folder /mnt/nvme
 
 Stores and loads values as core hands them over: a frame's header and a chunk of 32 MiB or 2 MiB,
-from registered memory; a call has one of the former or eight of the latter.
+from registered memory; a call has one of the former or eight of the latter, and for a long prompt
+core makes four at once.
 
-    agent      NIXL's calls for as many descriptors of the same bytes, in a file that is there:
-               descriptor lists, transfer, waiting
-    O_DIRECT   open, write or read whole pages past the page cache, and close, a file each
+    agent            NIXL's calls for as many descriptors of the same bytes, all at once, in a file
+                     that is there: descriptor lists, transfer, waiting
+    agent, awaited   the same, made by a thread that the event loop waits for: who must not block
+                     the loop can't have it for less
+    O_DIRECT         open, write or read whole pages past the page cache, and close, a file each
 
-Both move the same bytes between the same memory and pages that files have already. A run has files
+They move the same bytes between the same memory and pages that files have already. A run has files
 of its own: how large the pieces are that the page cache keeps a file in differs from file to file,
-and is worth a tenth. What is around that in the backend: a thread, an index of links, slots, and
-with O_DIRECT the last page, which goes through memory of its own. What the thread costs by itself
-is `agent, awaited / agent`: NIXL's own calls, made by a thread that the event loop waits for.
+and is worth a tenth. What is around that in the backend: threads, an index, slots, and with
+O_DIRECT the last page, which goes through memory of its own. What waking a thread and the loop
+costs on this machine is `agent, awaited / agent`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import os
 import random
 import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from calibrations import RawFiles, aligned
 from measuring import (
@@ -56,7 +61,13 @@ from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import DType, KVLayout, full_attention
 from lmcache_core.storage import BackendContext, HostRegion, StoreOutcome
 
-SHAPES = {"1 x 32 MiB": (1, 32 << 20), "8 x 2 MiB": (8, 2 << 20)}
+T = TypeVar("T")
+SHAPES = {
+    "1 x 32 MiB": (1, 1, 32 << 20),
+    "8 x 2 MiB": (1, 8, 2 << 20),
+    "4 calls of 8 x 2 MiB": (4, 8, 2 << 20),
+}
+"""Calls at once, values in each, and their length."""
 WARM_UP, TURNS = 2, 8
 """Turns that don't count, in which each page is touched; and all. Half begin with either side."""
 FOLDER = Path("/var/tmp")  # noqa: S108 - /tmp is memory on many machines
@@ -67,8 +78,10 @@ class Store:
     """The backend, an agent of our own and raw files, with as many values a call."""
 
     def __init__(
-        self, folder: Path, values: int, nbytes: int, *, direct: bool, uring: bool
+        self, folder: Path, calls: int, values: int, nbytes: int, *, direct: bool, uring: bool
     ) -> None:
+        self._each = values
+        values *= calls
         framed = HEADER_BYTES + nbytes
         slot = -(-framed // PAGE_BYTES) * PAGE_BYTES
         params = {"use_uring": "true"} if uring else {}
@@ -119,13 +132,13 @@ class Store:
         return jobs.get(who, (self.store, self.load))[what == "load"]
 
     def store(self, turn: int) -> Took:
-        call = self._backend.store(self._keys(turn), self._views[: self.count])
+        call = self._calls(self._backend.store, turn, self._views[: self.count])
         outcomes, took = awaited(self._loop, call)
         assert outcomes == [StoreOutcome.STORED] * self.count, outcomes
         return took
 
     def load(self, turn: int) -> Took:
-        call = self._backend.load(self._keys(turn), self._views[self.count :])
+        call = self._calls(self._backend.load, turn, self._views[self.count :])
         sizes, took = awaited(self._loop, call)
         assert sum(sizes) == self.nbytes, sizes
         return took
@@ -164,6 +177,16 @@ class Store:
         self._thread.shutdown()
         for fd in self._fds:
             os.close(fd)
+
+    async def _calls(
+        self, one: Callable[..., Awaitable[list[T]]], turn: int, views: list[memoryview]
+    ) -> list[T]:
+        keys, each = self._keys(turn), self._each
+        if len(keys) == each:
+            return await one(keys, views)
+        starts = range(0, len(keys), each)
+        parts = [one(keys[start : start + each], views[start : start + each]) for start in starts]
+        return list(itertools.chain(*await asyncio.gather(*parts)))
 
     async def _on_thread(self, op: str, turn: int, first: int) -> None:
         await self._thread.run(self._agent_moves, op, turn, first, self._fds[1])
@@ -222,18 +245,22 @@ def main() -> None:
     options.add_argument("--only", default="", help="figures with this in their names")
     arguments = parse(options)
     report = Report(arguments, "calibration")
-    for shape, (values, nbytes) in SHAPES.items():
+    for shape, (calls, values, nbytes) in SHAPES.items():
         for pair, direct, uring in (
             ("agent, awaited / agent", False, False),
             ("buffered / agent", False, False),
+            ("buffered / agent, awaited", False, False),
             ("buffered, io_uring / agent", False, True),
+            ("buffered, io_uring / agent, awaited", False, True),
             ("direct / agent", True, False),
             ("direct / O_DIRECT", True, False),
         ):
             if arguments.only not in f"{pair}, {shape}":
                 continue
+            if calls > 1 and not pair.endswith("/ agent"):
+                continue
             make = functools.partial(
-                Store, values=values, nbytes=nbytes, direct=direct, uring=uring
+                Store, calls=calls, values=values, nbytes=nbytes, direct=direct, uring=uring
             )
             for found in measure(make, arguments.folder, arguments.runs, pair):
                 report.add(replace(found, name=f"{pair}, {shape}, {found.name}"))
