@@ -165,7 +165,8 @@ class Store:
 
     def same(self) -> bool:
         half = self.count
-        return all(a == b for a, b in zip(self._views[:half], self._views[half:], strict=True))
+        pairs = zip(self._views[:half], self._views[half:], strict=True)
+        return all(bytes(a) == bytes(b) for a, b in pairs)  # views compare item by item
 
     def forget(self, turn: int) -> None:
         self._loop.run_until_complete(self._backend.delete(self._keys(turn)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import threading
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +24,7 @@ from lmcache_core.isolation import wire
 from lmcache_core.isolation.process import describe_exit
 from lmcache_core.isolation.scratch import Extent, Scratch
 from lmcache_core.isolation.wire import (
+    Answers,
     Channel,
     ClientError,
     context_from_plain,
@@ -86,6 +89,40 @@ def test_what_isnt_plain_cant_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", 10)
     with pytest.raises(ValueError, match="too long"):
         channel.send({"id": "x" * 10})
+
+
+def test_answers_of_many_threads_arrive_whole() -> None:
+    """More than the socket holds, so that each has to wait for the reader."""
+    here, there = socket.socketpair()
+    answers = Answers(there)
+
+    def answer(number: int) -> None:
+        for i in range(20):
+            answers.send({"id": number, "ok": [i] * 20_000})
+
+    threads = [threading.Thread(target=answer, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    received = Received()
+    with here:
+        while len(received.messages) < 160 and not received.lost:
+            received.channel.data_received(here.recv(1 << 20))
+    for thread in threads:
+        thread.join()
+    there.close()
+    assert not received.lost
+    for number in range(8):
+        mine = [message["ok"] for message in received.messages if message["id"] == number]
+        assert mine == [[i] * 20_000 for i in range(20)]
+
+
+def test_an_answer_to_nobody_is_an_error() -> None:
+    here, there = socket.socketpair()
+    answers = Answers(there)
+    here.close()
+    with pytest.raises(OSError, match=r"[Bb]roken pipe"):
+        answers.send({"id": 1})
+    there.close()
 
 
 # -- errors --------------------------------------------------------------------------------

@@ -127,8 +127,9 @@ class Answers:
     """
 
     def __init__(self, control: socket.socket) -> None:
-        self._socket = control.dup()
-        self._socket.settimeout(_SEND_TIMEOUT_S)
+        """``control`` is the child's end, duplicated: the event loop reads from the other one."""
+        control.settimeout(_SEND_TIMEOUT_S)
+        self._socket = control
         self._lock = threading.Lock()
 
     def send(self, message: Message) -> None:
