@@ -164,6 +164,20 @@ def test_what_was_withdrawn_while_nobody_had_the_pool_stays_away(own: Own, reade
     again.close()
 
 
+def test_a_key_that_is_there_twice_is_there_once_after_a_restart(own: Own, reader: Index) -> None:
+    """As after an error in the middle of `publish`, which leaves the slot out of use."""
+    owner = own()
+    owner.publish([(0, KEY, 1)])
+    owner.publish([(2, KEY, 1)])
+    owner.close()
+    again = own()
+    assert len(again.found) == 1
+    again.empty([entry.slot for entry in again.found.values()])
+    reader.refresh()
+    assert reader.entries == {}
+    again.close()
+
+
 @pytest.mark.parametrize("at", range(RECORD - 8))
 def test_half_a_record_is_none(own: Own, reader: Index, at: int) -> None:
     """Each byte of it counts, but for `withdrawn`."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lmcache_backend_nixl.index import Entry
+from lmcache_backend_nixl.index import Entry, Index
 from lmcache_backend_nixl.pool import Others, Pool, index_file
 from lmcache_backend_nixl.slots import Shape
 from lmcache_core.errors import BackendUnavailable
@@ -111,6 +111,22 @@ def test_whoever_deletes_deletes_everywhere(pool: Pool, other: Pool) -> None:
     assert pool.find([KEY, OTHER, THIRD]) == [None] * 3
     assert pool.usage() == (0, 0)
     published(pool, KEY, OTHER)  # both slots are free
+
+
+def test_a_slow_deleter_brings_nothing_back(pool: Pool, other: Pool, tmp_path: Path) -> None:
+    """One that found an older value in the slot, and says so only after the newer one's end."""
+    (old, _) = published(pool, KEY, OTHER)
+    pool.find([OTHER])
+    (new,) = published(pool, THIRD)
+    assert old is not None
+    assert new is not None
+    assert old.slot == new.slot
+    assert other.delete([THIRD]) == 1
+    assert pool.find([THIRD]) == [None]  # from here on the slot may be written to
+    slow = Index(index_file(tmp_path, pool.name), pool.name)
+    slow.withdraw([old])
+    slow.close()
+    assert other.find([KEY, THIRD]) == [None, None]
 
 
 def test_a_pool_that_comes_and_goes_is_noticed(pool: Pool, tmp_path: Path) -> None:

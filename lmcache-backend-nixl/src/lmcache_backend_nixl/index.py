@@ -188,9 +188,12 @@ class OwnIndex:
         if oldest_first:
             self._nonce = oldest_first[-1][1].nonce
         self._withdrawals = os.pread(self.fd, 8, _WITHDRAWALS_AT)
+        found = {key: entry for key, entry in oldest_first if entry.slot < keep}
+        # A key may be there twice, if publishing failed once: the other slot is free from now on.
+        self.empty(set(range(slots)) - {entry.slot for entry in found.values()})
         header = _HEADER.pack(_MAGIC, *shape, self._changes, 0)
         os.pwrite(self.fd, header[:_WITHDRAWALS_AT], 0)
-        return {key: entry for key, entry in oldest_first if entry.slot < keep}
+        return found
 
     def publish(self, values: Sequence[tuple[int, ChunkKey, int]]) -> list[Entry]:
         """Make values visible: a slot, a key and a length for each; later ones are newer.

@@ -299,7 +299,7 @@ class Pool:
             withdrawn = self._index.withdrawn(self._held.items())
         except OSError as error:
             raise _unusable(self._folder, error) from error
-        self._free.extend(self._held.pop(key).slot for key in withdrawn)
+        self._drop(set(withdrawn))
 
     def _evict(self, count: int) -> None:
         self._drop(set(itertools.islice(self._held, max(0, count))))
@@ -336,12 +336,12 @@ class Pool:
 
     def _allocate(self, slots: int, flags: int) -> int:
         """Open the data files, and have room for all slots; answer how many there were in them."""
-        for number in range(self.shape.files):
-            path = data_file(self._folder, self.name, number)
+        paths = [data_file(self._folder, self.name, i) for i in range(self.shape.files)]
+        for path in paths:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
             self.fds = (*self.fds, fd)
-        for path in self._data_files()[self.shape.files :]:
-            path.unlink(missing_ok=True)  # slots were cut into more parts
+        for path in self._data_files() - set(paths):
+            path.unlink(missing_ok=True)  # slots were in more files
         before = [os.fstat(fd).st_size for fd in self.fds]
         try:
             for fd, size in zip(self.fds, before, strict=True):
@@ -370,8 +370,8 @@ class Pool:
             path.unlink(missing_ok=True)
         index_file(self._folder, self.name).unlink(missing_ok=True)
 
-    def _data_files(self) -> list[Path]:
-        return sorted(self._folder.glob(f"pool-{self.name}.*.data"))
+    def _data_files(self) -> set[Path]:
+        return set(self._folder.glob(f"pool-{self.name}.*.data"))
 
     def _close_files(self) -> None:
         for fd in self.fds:
