@@ -187,6 +187,23 @@ def test_two_processes_have_a_pool_each_and_read_both(tmp_path: Path, run: Loop)
     run(two.close())
 
 
+def test_files_of_a_pool_that_vanished_are_closed(tmp_path: Path, run: Loop) -> None:
+    """They take room on disk as long as anybody has them open."""
+
+    one, two = files(tmp_path, persist=False), files(tmp_path)
+    opened(one, run)
+    opened(two, run)
+    store(one, run, keys(2))
+    assert load(two, run, keys(2)) == [VALUE] * 2
+    run(one.close())
+    assert load(two, run, keys(2)) == [MISS] * 2
+    fds = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert [fd for fd in fds if fd.startswith(str(tmp_path)) and fd.endswith("(deleted)")] == []
+    assert store(two, run, keys(2)) == [StoreOutcome.STORED] * 2
+    assert load(two, run, keys(2)) == [VALUE] * 2
+    run(two.close())
+
+
 def test_a_file_that_was_cut_short_costs_what_was_in_it(tmp_path: Path, run: Loop) -> None:
     backend = files(tmp_path)
     opened(backend, run)

@@ -181,14 +181,18 @@ class Agents:
         self._turn = itertools.cycle(agents)
         self._threads = DaemonPool(calls * (len(agents) - 1), "lmcache-nixl-parts")
 
-    def register(self, kind: str, descriptors: Sequence[tuple[int, int, int, str]]) -> None:
-        """Tell all of them about memory or files.
+    def register(self, kind: str, descriptors: Sequence[tuple[int, int, int, str]]) -> list[Any]:
+        """Tell all of them about memory or files; the answer is for `deregister`.
 
         Raises:
             BackendRejected: NIXL refuses.
         """
-        for agent in self._agents:
-            agent.register(kind, descriptors)
+        return [agent.register(kind, descriptors) for agent in self._agents]
+
+    def deregister(self, registered: Sequence[Any]) -> None:
+        """Undo `register`."""
+        for agent, one in zip(self._agents, registered, strict=True):
+            agent.deregister(one)
 
     def transfer(self, op: Op, kind: Kind, parts: Sequence[Moves]) -> None:
         """Move everything, long parts by an agent each, and return once all has ended.

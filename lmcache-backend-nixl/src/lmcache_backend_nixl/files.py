@@ -10,9 +10,10 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 from lmcache_backend_nixl.agent import Agent, Agents, Memory
 from lmcache_backend_nixl.batch import Batches, Item
@@ -46,6 +47,13 @@ _REJECTED: Final = (
 )
 
 
+class _Files(NamedTuple):
+    """The data files of a pool; none if they couldn't be opened."""
+
+    fds: tuple[int, ...] = ()
+    registered: Sequence[Any] = ()
+
+
 class NixlFileBackend(BlockingBackend):
     """One pool for each process; every process reads from all of them."""
 
@@ -62,8 +70,10 @@ class NixlFileBackend(BlockingBackend):
         self._slots: Pool | None = None
         self._index: Pool | Others | None = None
         """Says where values are; for lookups, all pools are somebody else's."""
-        self._files: dict[str, tuple[int, ...]] = {}
-        """Open data files of other processes' pools; none for one that is gone."""
+        self._files: dict[str, _Files] = {}
+        """Of other processes' pools."""
+        self._calls = 0
+        """That may use them at the moment."""
         self._lock = threading.Lock()
 
     @property
@@ -130,9 +140,8 @@ class NixlFileBackend(BlockingBackend):
         if self._agents is not None:
             self._agents.close()
         with self._lock:
-            for fds in self._files.values():
-                for fd in fds:
-                    os.close(fd)
+            for files in self._files.values():
+                _close(files.fds)
             self._files.clear()
         self._agents = self._memory = self._batches = self._slots = self._index = None
 
@@ -159,6 +168,27 @@ class NixlFileBackend(BlockingBackend):
         return [entry is not None for entry in self._index.find(keys)]
 
     def load_blocking(self, keys: Sequence[ChunkKey], into: Sequence[memoryview]) -> list[int]:
+        with self._using_files():
+            return self._load(keys, into)
+
+    def store_blocking(
+        self, keys: Sequence[ChunkKey], sources: Sequence[memoryview]
+    ) -> list[StoreOutcome]:
+        with self._using_files():
+            return self._store(keys, sources)
+
+    async def delete(self, keys: Sequence[ChunkKey]) -> int:
+        return await self._run(self._delete, keys)
+
+    async def clear(self) -> int:
+        return await self._run(self._delete, None)
+
+    def usage(self) -> tuple[int, int]:
+        return (0, 0) if self._slots is None else self._slots.usage()
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _load(self, keys: Sequence[ChunkKey], into: Sequence[memoryview]) -> list[int]:
         memory, batches, pool = self._opened()
         sizes = [MISS] * len(keys)
         entries: dict[int, Entry] = {}
@@ -181,9 +211,7 @@ class NixlFileBackend(BlockingBackend):
                 sizes[index] = entries[index].nbytes
         return sizes
 
-    def store_blocking(
-        self, keys: Sequence[ChunkKey], sources: Sequence[memoryview]
-    ) -> list[StoreOutcome]:
+    def _store(self, keys: Sequence[ChunkKey], sources: Sequence[memoryview]) -> list[StoreOutcome]:
         memory, batches, pool = self._opened()
         outcomes = [StoreOutcome.ALREADY_PRESENT] * len(keys)
         wanted = [
@@ -221,17 +249,6 @@ class NixlFileBackend(BlockingBackend):
             pool.sync_index()
         return outcomes
 
-    async def delete(self, keys: Sequence[ChunkKey]) -> int:
-        return await self._run(self._delete, keys)
-
-    async def clear(self) -> int:
-        return await self._run(self._delete, None)
-
-    def usage(self) -> tuple[int, int]:
-        return (0, 0) if self._slots is None else self._slots.usage()
-
-    # -- inside ----------------------------------------------------------------------------
-
     def _delete(self, keys: Sequence[ChunkKey] | None) -> int:
         _, _, pool = self._opened()
         return pool.delete(keys)
@@ -245,22 +262,37 @@ class NixlFileBackend(BlockingBackend):
         with self._lock:
             if entry.pool not in self._files:
                 self._files[entry.pool] = self._open_other(self._agents, entry)
-            return self._files[entry.pool]
+            return self._files[entry.pool].fds
 
-    def _open_other(self, agents: Agents, entry: Entry) -> tuple[int, ...]:
+    def _open_other(self, agents: Agents, entry: Entry) -> _Files:
         if entry.files > self._shape.files:
-            return ()  # of a version to come
+            return _Files()  # of a version to come
         flags = os.O_RDONLY | os.O_CLOEXEC | (_DIRECT if self._config.direct_io else 0)
         fds: list[int] = []
         try:
             files = (data_file(self._folder, entry.pool, i) for i in range(entry.files))
             fds.extend(os.open(file, flags) for file in files)  # closed below if one is missing
-            agents.register("FILE", [(0, os.fstat(fd).st_size, fd, "") for fd in fds])
+            descriptors = [(0, os.fstat(fd).st_size, fd, "") for fd in fds]
+            return _Files(tuple(fds), agents.register("FILE", descriptors))
         except (OSError, BackendError):
-            for fd in fds:
-                os.close(fd)
-            return ()  # gone, or somebody else's and not to be read
-        return tuple(fds)
+            _close(fds)
+            return _Files()  # gone, or somebody else's and not to be read
+
+    @contextmanager
+    def _using_files(self) -> Iterator[None]:
+        """Files of pools that vanished are closed once no call uses any: they take room on disk."""
+        with self._lock:
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls -= 1
+                if not self._calls and self._slots is not None and self._agents is not None:
+                    for pool in self._slots.take_gone() & self._files.keys():
+                        files = self._files.pop(pool)
+                        self._agents.deregister(files.registered)
+                        _close(files.fds)
 
     def _opened(self) -> tuple[Memory, Batches, Pool]:
         if self._memory is None or self._batches is None or self._slots is None:
@@ -276,3 +308,8 @@ class NixlFileBackend(BlockingBackend):
             f"{room.f_bavail * room.f_frsize} bytes are free there, and a file that was cut short "
             "or a disk that fails looks like this: see the kernel's log"
         )
+
+
+def _close(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -54,6 +54,7 @@ class Others:
         self._own = own
         self._lock = threading.Lock()
         self._indexes: dict[str, Index] = {}
+        self._gone: set[str] = set()
         self._listed: int | None = None
 
     def find(self, keys: Sequence[ChunkKey]) -> list[Entry | None]:
@@ -93,6 +94,12 @@ class Others:
                     raise _unusable(self._folder, error) from error
                 withdrawn |= some
         return withdrawn
+
+    def take_gone(self) -> set[str]:
+        """The names of pools that vanished since the last call."""
+        with self._lock:
+            gone, self._gone = self._gone, set()
+            return gone
 
     def close(self) -> None:
         """Call nothing afterwards."""
@@ -135,6 +142,7 @@ class Others:
             )
         for pool in self._indexes.keys() - pools:
             self._indexes.pop(pool).close()
+            self._gone.add(pool)
         for pool in pools - self._indexes.keys() - {self._own}:
             with suppress(FileNotFoundError, PermissionError):  # just removed, or somebody else's
                 self._indexes[pool] = Index(index_file(self._folder, pool), pool)
@@ -198,6 +206,10 @@ class Pool:
         if entry.pool == self.name:
             return self._held.get(key) is entry
         return self._others.still(key, entry)
+
+    def take_gone(self) -> set[str]:
+        """The names of other pools that vanished since the last call."""
+        return self._others.take_gone()
 
     def reserve(self, values: Sequence[tuple[ChunkKey, int]]) -> list[int | None]:
         """A slot for each value, a key and a length, emptied of what was used least recently.
