@@ -212,7 +212,7 @@ class NixlFileBackend(BlockingBackend):
         return sizes
 
     def _store(self, keys: Sequence[ChunkKey], sources: Sequence[memoryview]) -> list[StoreOutcome]:
-        memory, batches, pool = self._opened()
+        _, _, pool = self._opened()
         outcomes = [StoreOutcome.ALREADY_PRESENT] * len(keys)
         wanted = [
             index
@@ -232,14 +232,8 @@ class NixlFileBackend(BlockingBackend):
         if not items:
             return outcomes
         try:
-            with memory.lane() as lane:
-                batches.write(items, lane)
-            if self._config.fsync:
-                pool.sync()
-        except BackendError as error:
-            pool.give_back(slots)
-            raise self._about(error, "write to") from error
-        except BaseException:
+            self._write(items)
+        except BaseException:  # whatever it is, the slots are free again
             pool.give_back(slots)
             raise
         for item, published in zip(items, pool.publish(values), strict=True):
@@ -248,6 +242,16 @@ class NixlFileBackend(BlockingBackend):
         if self._config.fsync:
             pool.sync_index()
         return outcomes
+
+    def _write(self, items: Sequence[Item]) -> None:
+        memory, batches, pool = self._opened()
+        try:
+            with memory.lane() as lane:
+                batches.write(items, lane)
+            if self._config.fsync:
+                pool.sync()
+        except BackendError as error:
+            raise self._about(error, "write to") from error
 
     def _delete(self, keys: Sequence[ChunkKey] | None) -> int:
         _, _, pool = self._opened()

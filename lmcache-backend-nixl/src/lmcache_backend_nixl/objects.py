@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from lmcache_backend_nixl.agent import Agent, Agents, Lane, Memory, Moves, TransferFailed
 from lmcache_backend_nixl.batch import Batches, Item
 from lmcache_backend_nixl.config import PAGE_BYTES, NixlConfig
-from lmcache_backend_nixl.slots import Places
+from lmcache_backend_nixl.slots import Places, rounded
 from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
 from lmcache_core.keys import ChunkKey
 from lmcache_core.storage import (
@@ -79,7 +79,7 @@ class NixlObjectBackend(BlockingBackend):
     def open_blocking(self, context: BackendContext) -> None:
         self._start = f"{self._config.prefix}/{context.namespace.fingerprint}/"
         if context.max_value_bytes is not None:
-            self._value_bytes = -(-context.max_value_bytes // PAGE_BYTES) * PAGE_BYTES
+            self._value_bytes = rounded(context.max_value_bytes, PAGE_BYTES)
         self._reach()
         agent = Agent("OBJ", self._params)
         lookups = context.lookup_only

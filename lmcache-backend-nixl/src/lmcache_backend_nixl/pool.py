@@ -220,11 +220,12 @@ class Pool:
             BackendUnavailable: the file system failed.
         """
         with self._lock:
-            fitting = sum(self._fits(*value) for value in values)
-            self._evict(min(fitting - len(self._free), len(self._held)))
+            fits = [self._fits(*value) for value in values]
+            wanted = sum(fits)
+            self._evict(min(wanted - len(self._free), len(self._held)))
             # In order, because neighbours in the index are written together.
-            slots = iter(sorted(self._free.popleft() for _ in range(min(fitting, len(self._free)))))
-            return [next(slots, None) if self._fits(*value) else None for value in values]
+            slots = iter(sorted(self._free.popleft() for _ in range(min(wanted, len(self._free)))))
+            return [next(slots, None) if fit else None for fit in fits]
 
     def give_back(self, slots: Iterable[int | None]) -> None:
         """Slots that were reserved and nothing was published from."""

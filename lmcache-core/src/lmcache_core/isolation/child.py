@@ -72,7 +72,7 @@ class Service:
 
     def __init__(self, control: socket.socket) -> None:
         self.channel = Channel(self._asked, lambda _: os._exit(0))
-        self._answers = Answers(control.dup())
+        self._answers = Answers(control.dup(), lambda: os._exit(0))
         self._backend: StorageBackend | None = None
         self._memory: list[HostRegion | None] = []
         self._tasks: set[asyncio.Task[Any]] = set()

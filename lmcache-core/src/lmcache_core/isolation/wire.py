@@ -123,13 +123,15 @@ class Channel(asyncio.Protocol):
 class Answers:
     """The writing half of the child's end, for all of its threads.
 
-    An answer that its loop had to be woken for first would be later by that.
+    An answer that its loop had to be woken for first would be later by that. ``on_lost`` is called
+    if the other end is gone, or doesn't read: after a part of a message nothing may follow.
     """
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, on_lost: Callable[[], object]) -> None:
         """``control`` is the child's end, duplicated: the event loop reads from the other one."""
         control.settimeout(_SEND_TIMEOUT_S)
         self._socket = control
+        self._on_lost = on_lost
         self._lock = threading.Lock()
 
     def send(self, message: Message) -> None:
@@ -137,11 +139,13 @@ class Answers:
 
         Raises:
             TypeError, ValueError: it isn't plain data, or too much.
-            OSError: the other end is gone, or doesn't read.
         """
         encoded = _encoded(message)
         with self._lock:
-            self._socket.sendall(encoded)
+            try:
+                self._socket.sendall(encoded)
+            except OSError:
+                self._on_lost()
 
 
 def _encoded(message: Message) -> bytes:
