@@ -23,6 +23,8 @@ from pathlib import Path
 from engine_env import overlay, shared_environment
 from prepared import REPOSITORY, PreparationError, say
 
+# Nothing is installed here, and what is imported of core needs nothing.
+sys.path.insert(0, str(REPOSITORY / "lmcache-core" / "src"))
 sys.path.insert(0, str(REPOSITORY / "tests" / "vllm"))
 
 from server import Completion, ServerError, VllmServer

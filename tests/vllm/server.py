@@ -2,8 +2,8 @@
 
 Knows how to start one, wait for it, talk to it, read its metrics and log, and end it with all its
 children. Knows nothing about caches: a caller passes the arguments and the environment. Standard
-library only, so that it runs in any Python; ``python`` is the one that has vLLM
-(``tools/engine_env.py`` prints it).
+library only, and what of core needs no more, so that it runs in any Python; ``python`` is the one
+that has vLLM (``tools/engine_env.py`` prints it).
 """
 
 from __future__ import annotations
