@@ -4,10 +4,10 @@
 
 Starts vLLM on a small real model twice, first as it is, then with LMCache, and sends the same two
 overlapping prompts to both. vLLM's own prefix caching is off in both, so that every hit is
-LMCache's; and it computes in float32: in bf16, on a CPU without instructions for it, a prefix that
-isn't computed again changes greedy texts, whoever caches it. Ends with 0 only if the second prompt hit and every text is the one that was computed
-without a cache. Standard library only; what it needs besides is prepared on first use, outside the
-clone.
+LMCache's; and both compute in float32: in bf16, on a CPU without instructions for it, a prefix that
+isn't computed again changes greedy texts, whoever caches it. Ends with 0 only if the second prompt
+hit and every text is the one that was computed without a cache. Needs nothing installed; what it
+needs besides is prepared on first use, outside the clone.
 """
 
 from __future__ import annotations
