@@ -176,14 +176,17 @@ def _load(link: Link, names: Sequence[str], into: Sequence[memoryview]) -> list[
         if head is not None
         for block in _pieces(head, name, start)
     ]
-    there = iter(link.read_pieces(blocks))
+    arriving = link.read_pieces(blocks)
+    for i, (head, buffer) in enumerate(zip(found, into, strict=True)):
+        if head is not None and head.inline:
+            end = head.nbytes - head.inline
+            buffer[end : head.nbytes] = heads.end(i)[: head.inline]
+    there = iter(arriving())
     sizes = []
-    for i, (head, name, buffer) in enumerate(zip(found, names, into, strict=True)):
+    for head, name in zip(found, names, strict=True):
         if head is None:
             sizes.append(MISS)
         elif all(list(islice(there, head.pieces))):
-            end = head.nbytes - head.inline
-            buffer[end : head.nbytes] = heads.end(i)[: head.inline]
             sizes.append(head.nbytes)
         else:
             # A piece was evicted: what is left would keep the value from being stored anew.
@@ -197,12 +200,17 @@ def _store(
 ) -> list[StoreOutcome]:
     """Store up to `VALUES` values, in pieces of at most ``most`` bytes."""
     heads, nonce = _Heads(link), os.urandom(8)
-    held = [_pinned(source) for source in sources]  # until all is written
-    values = []
-    for i, (name, source, start) in enumerate(zip(names, sources, held, strict=True)):
-        head = Head.of(source.nbytes, most, nonce, HEAD_BYTES - BEGINNING)
-        values.append(Parts(_pieces(head, name, start), heads.fill(i, name, head, source)))
-    return link.store(values)
+    held: list[Any] = []  # until all is written
+
+    def parts() -> list[Parts]:
+        values = []
+        for i, (name, source) in enumerate(zip(names, sources, strict=True)):
+            held.append(_pinned(source))
+            head = Head.of(source.nbytes, most, nonce, HEAD_BYTES - BEGINNING)
+            values.append(Parts(_pieces(head, name, held[i]), heads.fill(i, name, head, source)))
+        return values
+
+    return link.store(names, parts)
 
 
 def _batches(count: int) -> Iterator[slice]:

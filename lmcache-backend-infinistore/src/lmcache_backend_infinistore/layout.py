@@ -13,7 +13,9 @@ differently take twice as long. The last piece may overlap the one before.
 
 from __future__ import annotations
 
+import functools
 import struct
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 _FIELDS: Final = struct.Struct("<4sIQ8s")
@@ -51,8 +53,7 @@ class Head(NamedTuple):
     @property
     def piece_bytes(self) -> int:
         """Length of each piece."""
-        rest = self.nbytes - self.inline
-        return min(rest, -(-rest // (self.pieces * _ALIGNED)) * _ALIGNED) if self.pieces else 0
+        return _pieces(self.nbytes - self.inline, self.pieces)[0]
 
     def pack(self) -> bytes:
         """The head without the value's end; `BEGINNING` bytes."""
@@ -73,11 +74,18 @@ class Head(NamedTuple):
         stem = f"{name}:{self.nonce.hex()}:"
         return [f"{stem}{i}" for i in range(self.pieces)]
 
-    def starts(self) -> list[int]:
+    def starts(self) -> Sequence[int]:
         """Where in the value each piece starts."""
-        size = self.piece_bytes
-        last = self.nbytes - self.inline - size
-        return [min(i * size, last) for i in range(self.pieces)]
+        return _pieces(self.nbytes - self.inline, self.pieces)[1]
+
+
+@functools.lru_cache(maxsize=64)  # most values are as long as the one before
+def _pieces(nbytes: int, count: int) -> tuple[int, Sequence[int]]:
+    """How long each of ``count`` pieces of ``nbytes`` is, and where it starts."""
+    if not count:
+        return 0, ()
+    size = min(nbytes, -(-nbytes // (count * _ALIGNED)) * _ALIGNED)
+    return size, tuple(min(i * size, nbytes - size) for i in range(count))
 
 
 def _inline(nbytes: int, room: int) -> int:

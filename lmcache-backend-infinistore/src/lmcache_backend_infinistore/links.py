@@ -19,7 +19,7 @@ from itertools import compress
 from typing import Final, NamedTuple
 
 from lmcache_backend_infinistore.config import InfinistoreConfig
-from lmcache_backend_infinistore.wire import Block, Wire
+from lmcache_backend_infinistore.wire import Block, Pending, Wire
 from lmcache_core.errors import BackendError, BackendUnavailable
 from lmcache_core.storage import StoreOutcome
 
@@ -51,12 +51,17 @@ class Link(ABC):
         """Read heads; says for each if it was there, and its value complete."""
 
     @abstractmethod
-    def read_pieces(self, blocks: Sequence[Block]) -> list[bool]:
-        """Read what heads name; says for each if it was there."""
+    def read_pieces(self, blocks: Sequence[Block]) -> Pending:
+        """Begin to read what heads name; says for each if it was there."""
 
     @abstractmethod
-    def store(self, values: Sequence[Parts]) -> list[StoreOutcome]:
-        """Store what isn't there. Of a value for which there was no room, nothing stays."""
+    def store(
+        self, names: Sequence[str], parts: Callable[[], Sequence[Parts]]
+    ) -> list[StoreOutcome]:
+        """Store what isn't there. Of a value for which there was no room, nothing stays.
+
+        ``parts`` makes what is stored under ``names``, while the server is asked what it has.
+        """
 
     def __init__(self, config: InfinistoreConfig) -> None:
         self._config = config
@@ -69,6 +74,10 @@ class Link(ABC):
     def exist(self, names: Sequence[str]) -> list[bool]:
         """Whether each value is there, and complete."""
         return self._wire.exist([self._mark_of(name) for name in names])
+
+    def ask(self, names: Sequence[str]) -> Pending:
+        """Begin what `exist` does, for up to `VALUES` values; nothing else meanwhile."""
+        return self._wire.ask([self._mark_of(name) for name in names])
 
     def forget(self, name: str, pieces: Sequence[str]) -> bool:
         """Forget a value; answer if it was there. If it wasn't, its pieces stay, too."""
@@ -107,13 +116,17 @@ class TcpLink(Link):
         )
         return found
 
-    def read_pieces(self, blocks: Sequence[Block]) -> list[bool]:
-        return [self._wire.get(block) for block in blocks]
+    def read_pieces(self, blocks: Sequence[Block]) -> Pending:
+        found = [self._wire.get(block) for block in blocks]
+        return lambda: found
 
-    def store(self, values: Sequence[Parts]) -> list[StoreOutcome]:
-        names = [value.head.name for value in values]
+    def store(
+        self, names: Sequence[str], parts: Callable[[], Sequence[Parts]]
+    ) -> list[StoreOutcome]:
+        asked = self.ask(names)
+        values = parts()
         outcomes = dict.fromkeys(names, StoreOutcome.ALREADY_PRESENT)
-        new = [one for one, there in zip(values, self.exist(names), strict=True) if not there]
+        new = [one for one, there in zip(values, asked(), strict=True) if not there]
         stored: list[str] = []
         self._put([piece for value in new for piece in value.pieces], stored)
         # What there was no room for leaves none for what came after it.

@@ -21,12 +21,9 @@ from typing import Any, Final
 from lmcache_backend_infinistore import devices
 from lmcache_backend_infinistore.config import InfinistoreConfig
 from lmcache_backend_infinistore.links import PROBE, Link, Parts
-from lmcache_backend_infinistore.wire import DONE, MISSING, NO_ROOM, Block
+from lmcache_backend_infinistore.wire import DONE, MISSING, NO_ROOM, Block, Pending
 from lmcache_core.errors import BackendRejected, BackendUnavailable
 from lmcache_core.storage import HostRegion, StoreOutcome
-
-_Pending = Callable[[], list[bool]]
-"""Waits for what was begun, and answers for each block. It has to be called."""
 
 _REQUEST_BYTES: Final = 32 << 20
 """In one request. The server evicts before a request if it is 95 % full, so one must need less than
@@ -109,12 +106,16 @@ class RdmaLink(Link):
         self.probe()
         return self._begin(blocks, write=False)()
 
-    def read_pieces(self, blocks: Sequence[Block]) -> list[bool]:
-        return self._begin(blocks, write=False)()
+    def read_pieces(self, blocks: Sequence[Block]) -> Pending:
+        return self._begin(blocks, write=False)
 
-    def store(self, values: Sequence[Parts]) -> list[StoreOutcome]:
+    def store(
+        self, names: Sequence[str], parts: Callable[[], Sequence[Parts]]
+    ) -> list[StoreOutcome]:
         self.probe()
-        present = self.exist([value.head.name for value in values])
+        asked = self.ask(names)
+        values = parts()
+        present = asked()
         new = [value for value, there in zip(values, present, strict=True) if not there]
         # The server does the second request after the first.
         pieces = self._begin([piece for value in new for piece in value.pieces], write=True)
@@ -166,7 +167,7 @@ class RdmaLink(Link):
                 f"({error}); `ulimit -l` has to allow that much for each of `connections`"
             ) from error
 
-    def _begin(self, blocks: Sequence[Block], *, write: bool) -> _Pending:
+    def _begin(self, blocks: Sequence[Block], *, write: bool) -> Pending:
         answers = [False] * len(blocks)
         started: list[tuple[list[int], list[Block], _Request]] = []
         for positions, base in self._requests(blocks):

@@ -17,10 +17,11 @@ import ctypes
 import socket
 import struct
 from collections import deque
-from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, NamedTuple, TypeAlias
 
 from lmcache_core.errors import BackendUnavailable
+from lmcache_core.views import IOV_MAX, last_first, next_of, take_out
 
 _HEADER: Final = struct.Struct("<IcI")
 _MAGIC: Final = 0xDEADBEEF
@@ -48,7 +49,16 @@ _TOGETHER: Final = 128
 _AHEAD_BYTES: Final = 2 << 20
 """What may be on its way, unconfirmed, when the next value is sent: enough for the server never to
 wait for us."""
+_AT_ONCE: Final = 256 << 10
+"""Less than this is sent together with what comes after it."""
 _DRAINED: Final = 1 << 20
+_ACKNOWLEDGE: Final = (socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+"""Before each read: the server holds a small segment back until the one before is acknowledged,
+which Linux delays by 40 ms, unless it was told so just before."""
+_CLOSED: Final = "the server has closed the connection"
+
+Pending: TypeAlias = Callable[[], list[bool]]
+"""What was begun: waits for it, and answers for each. It has to be called."""
 
 
 class Block(NamedTuple):
@@ -66,20 +76,28 @@ class Wire:
         self._socket = reached(host, port, timeout_s)
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._answers = bytearray()  # to `put`, that were read and not yet looked at
         self.address: str = self._socket.getpeername()[0]
 
     def exist(self, keys: Sequence[str]) -> list[bool]:
         """Whether each key is there, if only in part."""
-        found: list[bool] = []
-        for first in range(0, len(keys), _TOGETHER):
-            part = keys[first : first + _TOGETHER]
-            self._socket.sendall(b"".join(_request(_EXISTS, key.encode()) for key in part))
-            answers = bytearray(len(part) * _ANSWER.size)
+        parts = (keys[first : first + _TOGETHER] for first in range(0, len(keys), _TOGETHER))
+        return [there for part in parts for there in self.ask(part)()]
+
+    def ask(self, keys: Sequence[str]) -> Pending:
+        """Begin what `exist` does, for a few keys; nothing else may be asked meanwhile."""
+        self._socket.sendall(b"".join(_request(_EXISTS, key.encode()) for key in keys))
+
+        def answered() -> list[bool]:
+            answers = bytearray(len(keys) * _ANSWER.size)
             self._receive(memoryview(answers))
+            found = []
             for code, absent in _ANSWER.iter_unpack(answers):
                 _check(code)
                 found.append(not absent)
-        return found
+            return found
+
+        return answered
 
     def delete(self, keys: Sequence[str]) -> int:
         """Forget keys; how many were there."""
@@ -96,20 +114,33 @@ class Wire:
         server takes what was sent for requests, and closes the connection.
         """
         sent: deque[Block] = deque()
-        ahead = 0
+        unsent: list[bytes | memoryview] = []
+        ahead = waiting = 0  # bytes: unconfirmed, and of these not yet sent
+
+        def confirmed() -> bool:
+            nonlocal ahead
+            if not self._put_is_done(len(sent)):
+                return False
+            block = sent.popleft()
+            stored.append(block.name)
+            ahead -= block.nbytes
+            return True
+
         for block in blocks:
-            while ahead > _AHEAD_BYTES:
-                if not self._put_is_done():
+            while ahead - waiting > _AHEAD_BYTES:
+                if not confirmed():
                     return False
-                stored.append(sent[0].name)
-                ahead -= sent.popleft().nbytes
-            self._send(_request(_VALUE, _value(_PUT, block.name, block.nbytes)), _memory(block))
+            unsent += (_request(_VALUE, _value(_PUT, block.name, block.nbytes)), _memory(block))
             sent.append(block)
             ahead += block.nbytes
+            waiting += block.nbytes
+            if waiting >= _AT_ONCE or len(unsent) >= IOV_MAX:
+                self._send(unsent)
+                unsent, waiting = [], 0
+        self._send(unsent)
         while sent:
-            if not self._put_is_done():
+            if not confirmed():
                 return False
-            stored.append(sent.popleft().name)
         return True
 
     def get(self, block: Block) -> bool:
@@ -143,18 +174,24 @@ class Wire:
         """Idempotent."""
         self._socket.close()
 
-    def _put_is_done(self) -> bool:
-        code = self._number()
+    def _put_is_done(self, expected: int) -> bool:
+        """The next answer, of as many as are ``expected``."""
+        while len(self._answers) < _WORD.size:
+            self._socket.setsockopt(*_ACKNOWLEDGE)
+            got = self._socket.recv(expected * _WORD.size - len(self._answers))
+            if not got:
+                raise ConnectionError(_CLOSED)
+            self._answers += got
+        (code,) = _WORD.unpack_from(self._answers)
+        del self._answers[: _WORD.size]
         if code != NO_ROOM:
             _check(code)
-        return code == DONE
+        return bool(code == DONE)
 
-    def _send(self, request: bytes, value: memoryview) -> None:
-        sent = self._socket.sendmsg((request, value))
-        if sent < len(request):
-            self._socket.sendall(request[sent:])
-            sent = len(request)
-        self._socket.sendall(value[sent - len(request) :])
+    def _send(self, parts: Sequence[bytes | memoryview]) -> None:
+        left = last_first(parts)
+        while left:
+            take_out(left, self._socket.sendmsg(next_of(left)))
 
     def _number(self) -> int:
         word = bytearray(_WORD.size)
@@ -164,12 +201,10 @@ class Wire:
 
     def _receive(self, into: memoryview) -> None:
         while into.nbytes:
-            # The server holds a small segment back until the one before is acknowledged, which
-            # Linux delays by 40 ms, unless it was told so just before.
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            self._socket.setsockopt(*_ACKNOWLEDGE)
             got = self._socket.recv_into(into, into.nbytes, socket.MSG_WAITALL)
             if not got:
-                raise ConnectionError("the server has closed the connection")
+                raise ConnectionError(_CLOSED)
             into = into[got:]
 
 
