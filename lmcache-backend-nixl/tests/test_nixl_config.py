@@ -115,6 +115,27 @@ def test_parameters_become_texts() -> None:
     assert config.params() == {"use_uring": "true", "kernel_queue_size": "64"}
 
 
+@pytest.mark.parametrize(
+    ("options", "ways"),
+    [
+        ({}, [{"use_uring": "true"}, {}]),
+        (
+            {"backend_params": {"kernel_queue_size": 64}},
+            [{"kernel_queue_size": "64", "use_uring": "true"}, {"kernel_queue_size": "64"}],
+        ),
+        ({"backend_params": {"use_aio": True}}, [{"use_aio": "true"}]),
+        ({"backend_params": {"use_uring": False}}, [{"use_uring": "false"}]),
+        ({"direct_io": True}, [{}]),
+        ({"backend": "GDS"}, [{}]),
+    ],
+)
+def test_io_uring_comes_first_where_nobody_chose(
+    options: dict[str, Any], ways: list[dict[str, str]]
+) -> None:
+    config = NixlConfig.model_validate({"backend": "POSIX", "path": "/x", **options})
+    assert config.ways() == ways
+
+
 def test_it_is_off_unless_it_is_switched_on(tmp_path: Path) -> None:
     data = yaml.safe_load(POSIX)
     data["extra_config"]["enable_nixl_storage"] = False

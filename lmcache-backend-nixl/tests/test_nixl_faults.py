@@ -76,6 +76,29 @@ def index_file(path: Path) -> Path:
     return found
 
 
+def test_without_io_uring_it_takes_what_nixl_takes(
+    run: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[dict[str, str]] = []
+
+    class Sandboxed(Agent):
+        def __init__(self, plugin: str, params: dict[str, str]) -> None:
+            asked.append(params)
+            if "use_uring" in params:  # as NIXL does where the kernel refuses
+                raise BackendRejected("NIXL_ERR_BACKEND")
+            super().__init__(plugin, params)
+
+    monkeypatch.setattr("lmcache_backend_nixl.files.Agent", Sandboxed)
+    backend, names = files(tmp_path), keys(1)
+    with caplog.at_level("INFO"):
+        opened(backend, run)
+    assert asked == [{"use_uring": "true"}, {}, {}]
+    assert "io_uring" in caplog.text
+    assert store(backend, run, names) == [StoreOutcome.STORED]
+    assert load(backend, run, names) == [VALUE]
+    run(backend.close())
+
+
 @pytest.mark.parametrize("direct", [False, True])
 def test_a_full_pool_evicts_what_was_used_least_recently(
     tmp_path: Path, run: Loop, direct: bool

@@ -99,11 +99,7 @@ class NixlFileBackend(BlockingBackend):
             return
         for notice in self._config.notices():
             logger.warning("%s: %s", context.name, notice)
-        params = self._config.params()
-        agents = Agents(
-            [Agent(self._config.backend, params) for _ in range(self._shape.files)],
-            calls=self._config.calls,
-        )
+        agents = Agents(self._started(context.name), calls=self._config.calls)
         memory = Memory(
             agents,
             context.region,
@@ -144,6 +140,25 @@ class NixlFileBackend(BlockingBackend):
                 _close(files.fds)
             self._files.clear()
         self._agents = self._memory = self._batches = self._slots = self._index = None
+
+    def _started(self, name: str) -> list[Agent]:
+        """An agent for each data file."""
+        first, *second = self._config.ways()
+        try:
+            return self._agents_with(first)
+        except BackendRejected as error:
+            if not second:
+                raise
+            logger.info(
+                "%s: NIXL can't use io_uring here, which containers often forbid (%s); it takes "
+                "Linux AIO, with which stores are slower",
+                name,
+                error,
+            )
+        return self._agents_with(second[0])
+
+    def _agents_with(self, params: dict[str, str]) -> list[Agent]:
+        return [Agent(self._config.backend, params) for _ in range(self._shape.files)]
 
     def _open_pool(self, top: Path) -> Pool:
         remedy = "make it a folder that this user can write to, or set path (nixl_path) to another"
