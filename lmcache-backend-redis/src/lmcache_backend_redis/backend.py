@@ -19,9 +19,10 @@ from lmcache_backend_redis.commands import clear, discard
 from lmcache_backend_redis.config import RedisConfig
 from lmcache_backend_redis.layout import MAX_VALUE_BYTES, Names
 from lmcache_backend_redis.loading import Load
+from lmcache_backend_redis.pools import Node
 from lmcache_backend_redis.resp import Wire, commands
 from lmcache_backend_redis.storing import Store
-from lmcache_backend_redis.topology import Node, Topology
+from lmcache_backend_redis.topology import Topology
 from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
 from lmcache_core.keys import ChunkKey
 from lmcache_core.storage import (

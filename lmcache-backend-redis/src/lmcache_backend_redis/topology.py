@@ -1,9 +1,9 @@
-"""Which server has a key, and connections to it. All use of redis-py is here.
+"""Which server has a key, and connections to it.
 
 redis-py opens connections, logs in, does TLS, finds the primary with Sentinel and the node of a
 slot with a cluster, and pools what is idle. What travels on a connection afterwards is `resp`'s
 business, so the socket is taken from it: by a thread for the time of a call, by an event loop until
-the connection fails. Its retries are switched off: core's guard decides about them.
+the connection fails.
 
 A connection goes back to its pool only after every reply on it was read and none was an error. Any
 failure closes it and the idle ones of the same pool, which probably share its fate; the next call
@@ -21,42 +21,19 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, Final
 
-import redis
-from pydantic import SecretStr
-from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, LoadBalancingStrategy, RedisCluster
-from redis.connection import (
-    Connection,
-    ConnectionPool,
-    SSLConnection,
-    UnixDomainSocketConnection,
-)
-from redis.exceptions import (
-    AuthenticationError,
-    AuthorizationError,
-    InvalidResponse,
-    MovedError,
-    NoPermissionError,
-    RedisClusterException,
-    RedisError,
-    ResponseError,
-)
-from redis.retry import Retry
-from redis.sentinel import Sentinel, SentinelConnectionPool
+from redis.connection import Connection, ConnectionPool
+from redis.sentinel import SentinelConnectionPool
 
 from lmcache_backend_redis.blocking import BlockingWire, at_once
 from lmcache_backend_redis.config import Address, Form, RedisConfig
+from lmcache_backend_redis.failures import CLIENT_ERRORS, is_move, translated
 from lmcache_backend_redis.looping import LoopWire
+from lmcache_backend_redis.pools import Line, Node, login_options, node_of, shown, tls_options
 from lmcache_backend_redis.resp import ReplyError, Wire
-from lmcache_core.errors import (
-    BackendError,
-    BackendRejected,
-    BackendTimeout,
-    BackendUnavailable,
-)
+from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -64,43 +41,6 @@ REST_S: Final = 2.0
 """How long a cluster's node is left alone after a failure, so that one hung node of several doesn't
 cost every call its time."""
 _REFRESH_EVERY_S: Final = 0.5
-_LATER = frozenset(
-    (
-        "LOADING",
-        "READONLY",
-        "MASTERDOWN",
-        "CLUSTERDOWN",
-        "TRYAGAIN",
-        "BUSY",
-        "MISCONF",
-        "NOREPLICAS",
-    )
-)
-_CLIENT_ERRORS = (RedisError, RedisClusterException, OSError)  # the second isn't one of the first
-_MOVED = frozenset(("MOVED", "ASK"))
-_REFUSED = frozenset(("NOAUTH", "WRONGPASS", "NOPERM", "WRONGTYPE"))
-
-
-@dataclass(frozen=True)
-class Line:
-    """A connection that stays with the event loop."""
-
-    connection: Connection
-    sock: socket.socket
-    wire: LoopWire
-    failures: int
-    """How many its node had when it was connected."""
-
-
-class Node:
-    """One connection pool, and whether its server is worth a try."""
-
-    def __init__(self, pool: ConnectionPool, peer: str) -> None:
-        self.pool = pool
-        self.peer = peer
-        self.rests_until = 0.0
-        self.failures = 0
-        self.idle: list[Line] = []
 
 
 class Topology(ABC):
@@ -245,10 +185,8 @@ class Topology(ABC):
         """Translate what goes wrong, and remember it."""
         try:
             yield
-        except (BackendError, ReplyError, *_CLIENT_ERRORS) as error:
-            moved = isinstance(error, MovedError) or (
-                isinstance(error, ReplyError) and error.code in _MOVED
-            )
+        except (BackendError, ReplyError, *CLIENT_ERRORS) as error:
+            moved = is_move(error)
             told = translated(error, node.peer)
             node.failures += 1  # the loop's idle connections are closed there
             node.pool.disconnect(inuse_connections=False)
@@ -280,9 +218,9 @@ class _Fixed(Topology):
     def __init__(self, config: RedisConfig, address: Address) -> None:
         super().__init__(config)
         self._tls = address.tls
-        self._primary = _node(config, address, primary=True)
+        self._primary = node_of(config, address, primary=True)
         self._reader = (
-            _node(config, address, primary=False) if config.replica_reads else self._primary
+            node_of(config, address, primary=False) if config.replica_reads else self._primary
         )
 
     def groups(self, names: Sequence[bytes], *, read: bool) -> dict[Node, list[int]]:
@@ -316,7 +254,7 @@ class _Cluster(Topology):
         self._nodes: dict[int, Node] = {}
         self._refreshed = 0.0
         self._stale = False
-        options: dict[str, Any] = {**_login(config), **_tls(config, address)}
+        options: dict[str, Any] = {**login_options(config), **tls_options(config, address)}
         if config.replica_reads:  # connections then begin with READONLY, which replicas want
             options["load_balancing_strategy"] = LoadBalancingStrategy.ROUND_ROBIN_REPLICAS
         self._client = RedisCluster(
@@ -341,7 +279,7 @@ class _Cluster(Topology):
                     found = manager.get_node_from_slot(slot, replica, strategy)
                     chosen[primary.name] = self._known(found)
                 node = chosen[primary.name]
-            except _CLIENT_ERRORS:
+            except CLIENT_ERRORS:
                 self._stale = True  # nobody has the slot at present: misses
                 continue
             if node.rests_until <= now:
@@ -379,7 +317,7 @@ class _Cluster(Topology):
             self._refreshed, self._stale = now, False
         try:
             self._client.nodes_manager.initialize()
-        except _CLIENT_ERRORS as error:
+        except CLIENT_ERRORS as error:
             self._stale = True
             raise translated(error, "the cluster") from error
 
@@ -404,11 +342,11 @@ def connect(config: RedisConfig) -> Topology:
         BackendRejected: the credentials or options are refused, or it isn't Redis.
     """
     address = config.address
-    shown = _shown(address)
+    peer = shown(address)
     try:
         topology = (_Cluster if address.form is Form.CLUSTER else _Fixed)(config, address)
-    except (*_CLIENT_ERRORS, ValueError) as error:
-        raise translated(error, shown) from error
+    except (*CLIENT_ERRORS, ValueError) as error:
+        raise translated(error, peer) from error
     try:
         for node in topology.primaries():
             with topology.wire(node, time.monotonic() + config.call_timeout_s) as wire:
@@ -428,104 +366,6 @@ async def _ping(wire: Wire) -> None:
         raise BackendRejected(f"{wire.peer} answered PING with {reply!r}; it isn't Redis")
 
 
-def translated(error: Exception, peer: str) -> BackendError:
-    """What redis-py or a server said, in core's terms."""
-    if isinstance(error, BackendError):
-        return error
-    text = f"{peer}: {error or type(error).__name__}"
-    if isinstance(error, ReplyError):
-        if error.code in _REFUSED:
-            return BackendRejected(text)
-        later = error.code in _LATER or error.code in _MOVED
-        return BackendUnavailable(text) if later else BackendError(text)
-    refused = (AuthenticationError, AuthorizationError, NoPermissionError, InvalidResponse)
-    if isinstance(error, refused) or _is_refusal(error):
-        return BackendRejected(text)
-    if isinstance(error, (redis.TimeoutError, TimeoutError)):
-        return BackendTimeout(text)
-    if isinstance(error, (redis.ConnectionError, RedisClusterException, OSError)):
-        return BackendUnavailable(text)
-    return BackendError(text)
-
-
-def _is_refusal(error: BaseException | None) -> bool:
-    """Whether waiting won't help: credentials, certificates, a server that is no cluster."""
-    while error is not None:
-        text = str(error)
-        if isinstance(error, (AuthenticationError, NoPermissionError)):
-            return True
-        if isinstance(error, ResponseError) and "out of range" in text:
-            return True  # SELECT of a database that isn't there
-        if "CERTIFICATE_VERIFY_FAILED" in text or "Cluster mode is not enabled" in text:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _node(config: RedisConfig, address: Address, *, primary: bool) -> Node:
-    """The pool for one server, or for what Sentinel says it is."""
-    options: dict[str, Any] = {**_login(config), "db": address.database or 0}
-    if address.form is Form.UNIX:
-        del options["socket_keepalive"]
-        pool = ConnectionPool(
-            connection_class=UnixDomainSocketConnection, path=address.path, **options
-        )
-        return Node(pool, _shown(address))
-    options |= _tls(config, address)
-    if address.form is Form.SENTINEL:
-        login = {"username": config.sentinel_username, "password": _plain(config.sentinel_password)}
-        sentinel = Sentinel(
-            address.hosts,
-            sentinel_kwargs={
-                **_timeouts(config),
-                **login,
-                **_tls(config, address),
-            },
-        )
-        pool = SentinelConnectionPool(config.service, sentinel, is_master=primary, **options)
-        role = "primary" if primary else "replicas"
-        return Node(pool, f"the {role} of {config.service!r} at {_shown(address)}")
-    ((host, port),) = address.hosts
-    kind = SSLConnection if options.pop("ssl", False) else Connection
-    return Node(
-        ConnectionPool(connection_class=kind, host=host, port=port, **options), _shown(address)
-    )
-
-
-def _timeouts(config: RedisConfig) -> dict[str, Any]:
-    return {
-        "socket_timeout": config.timeout_s,
-        "socket_connect_timeout": config.connect_timeout_s,
-        "socket_keepalive": True,
-        "retry": Retry(NoBackoff(), 0),
-    }
-
-
-def _login(config: RedisConfig) -> dict[str, Any]:
-    return {
-        **_timeouts(config),
-        "username": config.username,
-        "password": _plain(config.password),
-        "protocol": 2,  # no messages that nobody asked for between replies
-    }
-
-
-def _tls(config: RedisConfig, address: Address) -> dict[str, Any]:
-    if not address.tls:
-        return {}
-    files = {
-        "ssl_ca_certs": config.tls_ca_file,
-        "ssl_certfile": config.tls_cert_file,
-        "ssl_keyfile": config.tls_key_file,
-    }
-    given = {name: str(path) for name, path in files.items() if path is not None}
-    return {"ssl": True, **given, "ssl_check_hostname": config.tls_check_hostname}
-
-
-def _plain(secret: SecretStr | None) -> str | None:
-    return secret.get_secret_value() if secret else None
-
-
 def _drop(node: Node, line: Line) -> None:
     line.wire.leave()
     line.connection.disconnect()
@@ -538,8 +378,3 @@ def _socket(connection: Connection) -> socket.socket:
     if not isinstance(sock, socket.socket):
         raise BackendUnavailable("redis-py gave a connection without a socket")
     return sock
-
-
-def _shown(address: Address) -> str:
-    places = address.path or ",".join(f"{host}:{port}" for host, port in address.hosts)
-    return f"redis {places}"
