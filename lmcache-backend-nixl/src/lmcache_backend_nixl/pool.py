@@ -173,6 +173,7 @@ class Pool:
             self._close_files()
             self._index.close()
             raise
+        self._held_bytes = sum(entry.nbytes for entry in self._held.values())
         taken = {entry.slot for entry in self._held.values()}
         self._free = deque(slot for slot in range(slots) if slot not in taken)
         self._others = Others(folder, self.name)
@@ -180,7 +181,7 @@ class Pool:
     def usage(self) -> tuple[int, int]:
         """Chunks and bytes."""
         with self._lock:
-            return len(self._held), sum(entry.nbytes for entry in self._held.values())
+            return len(self._held), self._held_bytes
 
     def find(self, keys: Sequence[ChunkKey]) -> list[Entry | None]:
         """Where the value of each key lies, here or in another pool; ours go last now.
@@ -251,6 +252,7 @@ class Pool:
                 raise _unusable(self._folder, error) from error
             for (_, key, _), entry in zip(last_first, entries, strict=True):
                 self._held[key] = entry
+                self._held_bytes += entry.nbytes
             published = [new.get(value[1]) == value for value in values]
             self._free.extend(
                 slot for (slot, _, _), done in zip(values, published, strict=True) if not done
@@ -295,6 +297,7 @@ class Pool:
             self._close_files()
             self._index.close()
             self._held.clear()
+            self._held_bytes = 0
 
     def _sync(self, fds: Iterable[int]) -> None:
         try:
@@ -327,7 +330,7 @@ class Pool:
         except OSError as error:
             raise _unusable(self._folder, error) from error
         for key in keys:
-            del self._held[key]
+            self._held_bytes -= self._held.pop(key).nbytes
         self._free.extend(slots)
 
     def _take(self) -> tuple[str, int]:
