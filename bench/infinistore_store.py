@@ -7,7 +7,8 @@ Starts the real server, with an emulated NIC, which is also preloaded into this 
 itself again for that. The same 32 MiB are moved between the same memory and the server by the
 library's own client, the calibration, and by the backend in this process and in one of its own,
 its default. The client gets its bytes in pieces of 2 MiB, which no other size beats here: over RDMA
-all in one request, from registered memory; over TCP one call after the other. What it reads over
+all in one request, from registered memory; over TCP one call after the other. It has one connection
+and the backend, as configured by default, two, which serve two calls at a time. What it reads over
 TCP is in memory of its own; whoever wants it elsewhere copies it, and so does the calibration.
 
     emulated NIC, TCP    how values travel; not real RDMA

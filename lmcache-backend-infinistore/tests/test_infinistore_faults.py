@@ -438,21 +438,19 @@ def test_another_writer_over_tcp_was_faster(
     """What is complete isn't written again, and the slower one leaves nothing."""
     slow, fast = here(), here()
     values = [memoryview(value(i, SIZE)) for i in range(3)]
-    ask = TcpLink.ask
+    exist = TcpLink.exist
     asked = 0
 
-    def overtaken(link: TcpLink, names: Sequence[str]) -> Callable[[], list[bool]]:
+    def overtaken(link: TcpLink, names: Sequence[str]) -> list[bool]:
         nonlocal asked
         asked += 1
-        answer = ask(link, names)
-        if asked > 1:
-            return answer
-        found = answer()
-        stored = fast.store_blocking(keys(3)[1:], values[1:])
-        assert stored == [StoreOutcome.STORED] * 2
-        return lambda: found
+        found = exist(link, names)
+        if asked == 1:
+            stored = fast.store_blocking(keys(3)[1:], values[1:])
+            assert stored == [StoreOutcome.STORED] * 2
+        return found
 
-    monkeypatch.setattr(TcpLink, "ask", overtaken)
+    monkeypatch.setattr(TcpLink, "exist", overtaken)
     assert slow.store_blocking(keys(3), values) == [
         StoreOutcome.STORED,
         StoreOutcome.ALREADY_PRESENT,

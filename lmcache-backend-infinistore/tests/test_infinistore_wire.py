@@ -22,10 +22,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield one
 
 
-@pytest.fixture
-def wire(server: Server) -> Iterator[Wire]:
+@pytest.fixture(params=["127.0.0.1", "127.0.0.2"], ids=["on this machine", "elsewhere"])
+def wire(server: Server, request: pytest.FixtureRequest) -> Iterator[Wire]:
+    """To a server that has our address, or another one, as that of another machine is."""
     server.empty()
-    one = Wire("127.0.0.1", server.port, 2.0)
+    one = Wire(request.param, server.port, 2.0)
     yield one
     one.close()
 
@@ -62,7 +63,7 @@ class Memory:
 
 def put(wire: Wire, *names: str, data: bytes = b"x") -> bool:
     one = Memory(data)
-    return wire.put([one.under(name) for name in names], [])
+    return wire.put([one.under(name) for name in names], [])()
 
 
 def content(nbytes: int) -> bytes:
@@ -72,7 +73,7 @@ def content(nbytes: int) -> bytes:
 def test_what_is_put_is_what_both_get(wire: Wire, client: Any) -> None:
     values = {f"value-{nbytes}": Memory(content(nbytes)) for nbytes in SIZES}
     stored: list[str] = []
-    assert wire.put([one.under(name) for name, one in values.items()], stored)
+    assert wire.put([one.under(name) for name, one in values.items()], stored)()
     assert stored == list(values)
     for name, one in values.items():
         assert client.tcp_read_cache(name).tobytes() == one.data
@@ -118,7 +119,7 @@ def test_no_room(wire: Wire, server: Server) -> None:
     large = Memory(bytes(300 * MIB))
     stored: list[str] = []
     try:
-        done = wire.put([large.under(f"large-{i}") for i in range(5)], stored)
+        done = wire.put([large.under(f"large-{i}") for i in range(5)], stored)()
     except OSError:
         done = False
     assert not done

@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 _QUESTIONS: Final = 2
 """Lookups at the same time: over TCP whatever values take, so that they don't wait behind those."""
+_OVER_RDMA: Final = 8
+"""Values of a call there: of two calls, each on a connection, one is asked about while the other
+moves. Over TCP, the server reads one connection at a time, and two are slower."""
 _ASKED: Final = 64
 """Keys of a prefix that are looked up at once, though only the first that isn't there counts."""
 
@@ -54,7 +57,7 @@ class InfinistoreBackend(BlockingBackend):
         return BackendCapabilities(
             shared=True,
             persistent=True,
-            preferred_batch=VALUES,
+            preferred_batch=VALUES if self._config.connection_type == "TCP" else _OVER_RDMA,
             max_concurrency=self._config.connections + _QUESTIONS,
         )
 
@@ -202,15 +205,13 @@ def _store(
     heads, nonce = _Heads(link), os.urandom(8)
     held: list[Any] = []  # until all is written
 
-    def parts() -> list[Parts]:
-        values = []
+    def values() -> Iterator[Parts]:
         for i, (name, source) in enumerate(zip(names, sources, strict=True)):
             held.append(_pinned(source))
             head = Head.of(source.nbytes, most, nonce, HEAD_BYTES - BEGINNING)
-            values.append(Parts(_pieces(head, name, held[i]), heads.fill(i, name, head, source)))
-        return values
+            yield Parts(_pieces(head, name, held[i]), heads.fill(i, name, head, source))
 
-    return link.store(names, parts)
+    return link.store(names, values())
 
 
 def _batches(count: int) -> Iterator[slice]:

@@ -13,7 +13,7 @@ import logging
 import mmap
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from typing import Final, NamedTuple
@@ -55,12 +55,11 @@ class Link(ABC):
         """Begin to read what heads name; says for each if it was there."""
 
     @abstractmethod
-    def store(
-        self, names: Sequence[str], parts: Callable[[], Sequence[Parts]]
-    ) -> list[StoreOutcome]:
+    def store(self, names: Sequence[str], values: Iterable[Parts]) -> list[StoreOutcome]:
         """Store what isn't there. Of a value for which there was no room, nothing stays.
 
-        ``parts`` makes what is stored under ``names``, while the server is asked what it has.
+        ``values``, one for each of ``names``, may be made as they are asked for: while the server
+        looks for what it has, or receives those before.
         """
 
     def __init__(self, config: InfinistoreConfig) -> None:
@@ -74,10 +73,6 @@ class Link(ABC):
     def exist(self, names: Sequence[str]) -> list[bool]:
         """Whether each value is there, and complete."""
         return self._wire.exist([self._mark_of(name) for name in names])
-
-    def ask(self, names: Sequence[str]) -> Pending:
-        """Begin what `exist` does, for up to `VALUES` values; nothing else meanwhile."""
-        return self._wire.ask([self._mark_of(name) for name in names])
 
     def forget(self, name: str, pieces: Sequence[str]) -> bool:
         """Forget a value; answer if it was there. If it wasn't, its pieces stay, too."""
@@ -120,21 +115,28 @@ class TcpLink(Link):
         found = [self._wire.get(block) for block in blocks]
         return lambda: found
 
-    def store(
-        self, names: Sequence[str], parts: Callable[[], Sequence[Parts]]
-    ) -> list[StoreOutcome]:
-        asked = self.ask(names)
-        values = parts()
-        outcomes = dict.fromkeys(names, StoreOutcome.ALREADY_PRESENT)
-        new = [one for one, there in zip(values, asked(), strict=True) if not there]
+    def store(self, names: Sequence[str], values: Iterable[Parts]) -> list[StoreOutcome]:
+        present = self.exist(names)
+        outcomes = {
+            name: StoreOutcome.ALREADY_PRESENT if there else StoreOutcome.NOT_ADMITTED
+            for name, there in zip(names, present, strict=True)
+        }
+        new: list[Parts] = []
         stored: list[str] = []
-        self._put([piece for value in new for piece in value.pieces], stored)
+
+        def pieces() -> Iterator[Block]:
+            for value, there in zip(values, present, strict=True):
+                if not there:
+                    new.append(value)
+                    yield from value.pieces
+
+        there = self._put(pieces(), stored, lambda: [self._mark_of(one.head.name) for one in new])
         # What there was no room for leaves none for what came after it.
         arrived = set(stored)
         whole = [one for one in new if arrived.issuperset(piece.name for piece in one.pieces)]
         # A head that is there may be read at any moment, and mustn't be written again.
         ready = [value.head.name for value in whole]
-        late = set(compress(ready, self.exist(ready)))
+        late = set(compress(ready, self.exist(ready) if there is None else there))
         heads = [value.head for value in whole if value.head.name not in late]
         # All heads before the first mark: so they are written soon after the question.
         self._put(
@@ -148,21 +150,32 @@ class TcpLink(Link):
                 outcomes[name] = StoreOutcome.STORED
             else:
                 left += [part.name for part in (*value.pieces, value.head) if part.name in arrived]
-                if name not in late:
-                    outcomes[name] = StoreOutcome.NOT_ADMITTED
+                if name in late:
+                    outcomes[name] = StoreOutcome.ALREADY_PRESENT
         self._wire.delete(left)
         return list(outcomes.values())
 
-    def _put(self, blocks: Sequence[Block], stored: list[str]) -> None:
-        """Store blocks, as long as there is room; ``stored`` gets the names of those that were."""
+    def _put(
+        self,
+        blocks: Iterable[Block],
+        stored: list[str],
+        then_ask: Callable[[], Sequence[str]] = tuple,
+    ) -> list[bool] | None:
+        """Store blocks, and say which keys are there then; ``None`` if there was no room for all.
+
+        ``stored`` gets the names of the blocks that were.
+        """
         try:
-            if self._wire.put(blocks, stored):
-                return
+            confirmed = self._wire.put(blocks, stored)
+            answer = self._wire.ask(then_ask())
+            if confirmed():
+                return answer()
         except OSError as error:
             # No room and no server look the same, once the server has closed the connection.
-            logger.debug("store of %d blocks: %s", len(blocks), error)
+            logger.debug("store: %s", error)
         self._wire.close()
         self._wire = Wire(*self._config.address, self._config.connect_timeout_s)
+        return None
 
 
 class Links:

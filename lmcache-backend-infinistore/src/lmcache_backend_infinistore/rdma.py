@@ -13,7 +13,7 @@ import math
 import mmap
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import compress, islice
 from queue import SimpleQueue
 from typing import Any, Final
@@ -109,12 +109,10 @@ class RdmaLink(Link):
     def read_pieces(self, blocks: Sequence[Block]) -> Pending:
         return self._begin(blocks, write=False)
 
-    def store(
-        self, names: Sequence[str], parts: Callable[[], Sequence[Parts]]
-    ) -> list[StoreOutcome]:
+    def store(self, names: Sequence[str], values: Iterable[Parts]) -> list[StoreOutcome]:
         self.probe()
-        asked = self.ask(names)
-        values = parts()
+        asked = self._wire.ask(names)
+        values = list(values)
         present = asked()
         new = [value for value, there in zip(values, present, strict=True) if not there]
         # The server does the second request after the first.
