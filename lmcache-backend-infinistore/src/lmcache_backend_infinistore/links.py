@@ -14,7 +14,7 @@ import mmap
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import compress
 from typing import Final, NamedTuple
 
@@ -165,10 +165,12 @@ class TcpLink(Link):
 
         ``stored`` gets the names of the blocks that were.
         """
+        answer: Pending | None = None
         try:
             confirmed = self._wire.put(blocks, stored)
-            answer = self._wire.ask(then_ask())
-            if confirmed():
+            with suppress(OSError):  # what was answered before can still be read
+                answer = self._wire.ask(then_ask())
+            if confirmed() and answer is not None:
                 return answer()
         except OSError as error:
             # No room and no server look the same, once the server has closed the connection.
