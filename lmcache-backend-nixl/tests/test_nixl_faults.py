@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from nixl_servers import S3, s3_server
 
-from lmcache_backend_nixl.agent import Agent, address_of
+from lmcache_backend_nixl.agent import Agent, Moves, TransferFailed, address_of
 from lmcache_backend_nixl.config import NixlConfig
 from lmcache_backend_nixl.files import NixlFileBackend
 from lmcache_backend_nixl.objects import NixlObjectBackend
@@ -97,6 +97,37 @@ def test_without_io_uring_it_takes_what_nixl_takes(
     assert store(backend, run, names) == [StoreOutcome.STORED]
     assert load(backend, run, names) == [VALUE]
     run(backend.close())
+
+
+@pytest.mark.parametrize("queue", ["use_uring", "use_aio"])
+def test_a_transfer_that_failed_spoils_no_other(tmp_path: Path, queue: str) -> None:
+    """One of four writes can't be done; an agent of NIXL's stays, so it has to go on."""
+    agent = Agent("POSIX", {queue: "true"})
+    memory = mmap.mmap(-1, 4 * PAGE)
+    address = address_of(memoryview(memory))
+    agent.register("DRAM", [(address, 4 * PAGE, 0, "")])
+    file = tmp_path / "data"
+    file.write_bytes(bytes(4 * PAGE))
+    fds = [os.open(file, flags) for flags in (os.O_RDWR, os.O_RDONLY)]
+    for fd in fds:
+        agent.register("FILE", [(0, 4 * PAGE, fd, "")])
+
+    def moves(*to: int) -> Moves:
+        made = Moves()
+        for i, fd in enumerate(to):
+            made.add(address + i * PAGE, i * PAGE, PAGE, fd)
+        return made
+
+    good, bad = fds
+    for round_ in range(1, 4):
+        with pytest.raises(TransferFailed):
+            agent.transfer("WRITE", "FILE", moves(good, bad, good, good))
+        memory[:] = bytes([round_]) * (4 * PAGE)
+        agent.transfer("WRITE", "FILE", moves(good, good, good, good))
+        assert file.read_bytes() == memory[:]
+    agent.close()
+    for fd in fds:
+        os.close(fd)
 
 
 @pytest.mark.parametrize("direct", [False, True])

@@ -149,13 +149,15 @@ class NixlFileBackend(BlockingBackend):
         except BackendRejected as error:
             if not second:
                 raise
-            logger.info(
-                "%s: NIXL can't use io_uring here, which containers often forbid (%s); it takes "
-                "Linux AIO, with which stores are slower",
-                name,
-                error,
-            )
-        return self._agents_with(second[0])
+            refusal = error
+        agents = self._agents_with(second[0])  # if that fails too, it wasn't io_uring
+        logger.info(
+            "%s: NIXL can't use io_uring here, which containers often forbid (%s); it takes Linux "
+            "AIO, with which stores are slower",
+            name,
+            refusal,
+        )
+        return agents
 
     def _agents_with(self, params: dict[str, str]) -> list[Agent]:
         return [Agent(self._config.backend, params) for _ in range(self._shape.files)]
