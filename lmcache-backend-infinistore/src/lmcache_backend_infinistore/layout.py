@@ -53,7 +53,7 @@ class Head(NamedTuple):
     @property
     def piece_bytes(self) -> int:
         """Length of each piece."""
-        return _pieces(self.nbytes - self.inline, self.pieces)[0]
+        return _cut(self.nbytes - self.inline, self.pieces)[0]
 
     def pack(self) -> bytes:
         """The head without the value's end; `BEGINNING` bytes."""
@@ -76,11 +76,11 @@ class Head(NamedTuple):
 
     def starts(self) -> Sequence[int]:
         """Where in the value each piece starts."""
-        return _pieces(self.nbytes - self.inline, self.pieces)[1]
+        return _cut(self.nbytes - self.inline, self.pieces)[1]
 
 
 @functools.lru_cache(maxsize=64)  # most values are as long as the one before
-def _pieces(nbytes: int, count: int) -> tuple[int, Sequence[int]]:
+def _cut(nbytes: int, count: int) -> tuple[int, Sequence[int]]:
     """How long each of ``count`` pieces of ``nbytes`` is, and where it starts."""
     if not count:
         return 0, ()

@@ -79,12 +79,12 @@ class Wire:
         self._socket = reached(host, port, timeout_s)
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        local = self._socket.getsockname()[0] == self._socket.getpeername()[0]
+        self.address: str = self._socket.getpeername()[0]
+        local = self.address == self._socket.getsockname()[0]
         if local:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_BUFFER)
         self._ahead_bytes = 0 if local else _AHEAD_BYTES
         self._answers = bytearray()  # to `put`, that were read and not yet looked at
-        self.address: str = self._socket.getpeername()[0]
 
     def exist(self, keys: Sequence[str]) -> list[bool]:
         """Whether each key is there, if only in part."""
