@@ -7,6 +7,7 @@
     - UnknownPluginError
   x LayoutError               an engine's memory layout isn't one that we can store
   x FrameError                bytes that aren't the chunk that was asked for
+  x LeaseError                a lease was given back twice: a mistake in our own code
   x BackendError              one storage call failed as a whole; core degrades it to a miss
     - BackendUnavailable      retry later (network, restart)
     - BackendTimeout
@@ -51,6 +52,10 @@ class FrameError(LMCacheError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class LeaseError(LMCacheError):
+    """A lease was given back twice, or taken of what is nobody's any more: see `leases`."""
 
 
 class BackendError(LMCacheError):

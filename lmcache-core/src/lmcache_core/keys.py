@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NewType
 
@@ -44,6 +44,8 @@ class CacheNamespace:
     shard_count: int = 1
     salt: str = ""
     format_version: int = 1
+    place: str = ""
+    """Which of a tier's places values of this namespace are in: see `placed`."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -57,9 +59,15 @@ class CacheNamespace:
 
     def for_shard(self, shard: int) -> CacheNamespace:
         """The same namespace seen from another rank."""
-        return CacheNamespace(
-            self.model, self.layout, shard, self.shard_count, self.salt, self.format_version
-        )
+        return replace(self, shard=shard)
+
+    def placed(self, place: str) -> CacheNamespace:
+        """This namespace as one tier knows it, whose values are written as ``place`` says.
+
+        The chunks keep their names, the fingerprint is another one: whoever writes values that
+        others can't read, with another serde, key or format, has them elsewhere.
+        """
+        return replace(self, place=place)
 
     def _digest(self, shard: int | None) -> str:
         facts = {
@@ -70,5 +78,7 @@ class CacheNamespace:
             "salt": self.salt,
             "format_version": self.format_version,
         }
+        if shard is not None and self.place:
+            facts["place"] = self.place
         canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]

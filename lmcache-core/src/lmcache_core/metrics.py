@@ -29,6 +29,11 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "load_failures": ("Chunks that were asked for and couldn't be had", ("tier", "reason")),
     "evicted_chunks": ("Chunks that made room for others", ("tier",)),
     "frame_rejected": ("Stored values that weren't what they should be", ("reason",)),
+    "plugin_failures": (
+        "Calls to serdes, policies and connectors that raised, or answered nonsense",
+        ("kind", "operation", "tier"),
+    ),
+    "leases_forgotten": ("Leases that nobody can give back any more: a bug of ours", ("kind",)),
     "backend_errors": (
         "Calls to backends that failed or were refused",
         ("backend", "operation", "kind"),
