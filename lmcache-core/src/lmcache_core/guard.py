@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -67,6 +68,24 @@ def attempt(call: Callable[..., object], *args: object) -> Exception | None:
     except Exception as error:  # noqa: BLE001 - this is where it ends
         return error
     return None
+
+
+def attempted(call: Callable[..., T], *args: Any) -> Answer[T]:
+    """Call code that isn't ours on any thread; answer what it answered, or what it raised.
+
+    Whatever it raises ends here: a plugin's ``SystemExit`` would end a loop or the engine. Only
+    Ctrl-C, which Python raises in the main thread, goes on to whoever pressed it.
+    """
+    try:
+        return Answer(call(*args))
+    except BaseException as error:  # noqa: BLE001 - this is where it ends
+        if isinstance(error, KeyboardInterrupt) and _is_main_thread():
+            raise
+        return Answer(error=error)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def failure_kind(error: BaseException) -> str:
@@ -155,7 +174,7 @@ class Guard:
                     self._end_turn()
             else:
                 refusal = self._late(operation, deadline_s, ", all of it waiting for its turn")
-                self._log(operation, refusal)
+                self.log(operation, refusal)
         if refusal is not None:
             self._count(operation, refusal)
             return Answer(error=refusal)
@@ -190,7 +209,7 @@ class Guard:
             return Answer(call())
         except Exception as error:  # noqa: BLE001 - this is where it ends
             self._count(operation, error)
-            self._log(operation, error)
+            self.log(operation, error)
             return Answer(error=error)
 
     # -- one try ---------------------------------------------------------------------------
@@ -365,9 +384,10 @@ class Guard:
     def _log_unless_opening(self, operation: str, error: BaseException, failed: bool) -> None:
         opening = failed and self._failures + 1 >= self._threshold
         if self._state is BreakerState.CLOSED and not opening:
-            self._log(operation, error)
+            self.log(operation, error)
 
-    def _log(self, operation: str, error: BaseException) -> None:
+    def log(self, operation: str, error: BaseException) -> None:
+        """Say that a call failed, at most once in `LOG_EVERY_S` for each operation."""
         now = self._clock()
         last, suppressed = self._logged.get(operation, (now - LOG_EVERY_S, 0))
         if now - last < LOG_EVERY_S:

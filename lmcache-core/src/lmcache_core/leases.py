@@ -57,6 +57,11 @@ class Ledger:
             "this is a mistake in the code that gives it back again"
         )
 
+    def _abandon(self, lease: Lease) -> None:
+        self._take_end(lease)
+        with self._lock:
+            self._out += 1
+
     def _forgotten(self, lease: Lease) -> None:
         self._counters.add("leases_forgotten", kind=self.kind)
         logger.error(
@@ -93,6 +98,14 @@ class Lease:
             LeaseError: that was done before.
         """
         self._ledger._take_end(self)()
+
+    def abandon(self) -> None:
+        """Keep what it is for taken for good: somebody may use it, and nobody will say how long.
+
+        Raises:
+            LeaseError: it was given back before.
+        """
+        self._ledger._abandon(self)
 
     def __enter__(self) -> Lease:
         return self
