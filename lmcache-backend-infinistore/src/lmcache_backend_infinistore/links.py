@@ -1,9 +1,8 @@
 """Connections to an InfiniStore server, and in which order parts of values are asked for and sent.
 
-Knows what a server of 0.2.35 must not be asked, because it ends: to read or delete a key whose
-value somebody is still sending over TCP, or was when he died. Such a key exists; so values that go
-over TCP get a mark at last, which nobody reads. Over RDMA a key exists when its value has arrived.
-Knows nothing about chunks.
+Over RDMA a key exists when its value has arrived. Over TCP it exists before; so values that go that
+way get a mark at last, which nobody reads, and nothing but the mark is asked about until it is
+there: that is this module's promise to a server of 0.2.35. Knows nothing about chunks.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def lmcache_storage_backends() -> Sequence[StorageBackendDescriptor]:
             url_schemes=(SCHEME,),
             config_from_url=_config_from_url,
             extra_config_keys={"infinistore_link_type": "link_type"},
-            # No call has a time-out, and one of the client may never end when the server dies.
+            # No call has a time-out.
             isolated=True,
         )
     ]

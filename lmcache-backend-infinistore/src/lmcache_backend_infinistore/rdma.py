@@ -96,7 +96,7 @@ class RdmaLink(Link):
             client.close()
 
     def probe(self) -> None:
-        # A server that is gone answers no request, and doesn't refuse one. What it has just said
+        # Requests have no time-out, so who is there is asked before. What the server has just said
         # holds while the system knows of no end: that closes what a program had open.
         if time.monotonic() - self._heard_at > _HEARD_S or self._wire.ended():
             self._client.check_exist(PROBE)

@@ -3,12 +3,12 @@
     request     magic, operation, length of the body; the body; to put, then the value
     answer      a code, 200 if it was done; then a number, or for a value its length and itself
 
-A body is a name, or a table of flatbuffers. The client library speaks it, too, but waits for ever
-for a value that isn't there, ends this process when the server does, copies what it receives, and
-waits for each answer before it asks for more. Here, questions are asked together, and values are
+A body is a name, or a table of flatbuffers. The client library speaks it, too, but doesn't answer
+every failure with an error, copies what it receives, and waits for each answer before it asks for
+more. Here, questions are asked together, and values are
 sent while earlier ones haven't been confirmed, if they have far to go; the server answers in order.
 Values are received one at a time, because a server that is asked for the next one sends both at
-once. What mustn't be asked when is `links`' business.
+once. What may be asked when is `links`' business.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The client library: its import, its start, its codes, and what it must never be asked.
+"""The client library: its import, its start, its codes, and when it may be called.
 
-Any call before ``setup`` or after ``close`` ends the process, so `Client.lend` counts who is using
-it and ``close`` waits for them. Knows nothing about chunks.
+That is between its start and its end, and nobody else looks after it: so `Client.lend` counts who
+is using it, and ``close`` waits for them. Knows nothing about chunks.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def lmcache_storage_backends() -> Sequence[StorageBackendDescriptor]:
                 **{f"mooncake_{key}": key for key in _SETUP_KEYS},
                 "mooncake_prefer_local_alloc": "prefer_local_alloc",
             },
-            # The client library installs signal handlers, crashes on a call after its end, and
-            # hands its sockets to whatever the process starts.
+            # The client library installs signal handlers, stops every Python thread while it starts
+            # and ends, and hands its sockets to whatever the process starts.
             isolated=True,
         )
     ]

@@ -159,8 +159,8 @@ class NixlChannelConfig(BaseModel):
     def _reports_errors(cls, value: str | None) -> str | None:
         if value in _SAME_HOST:
             raise ValueError(
-                f"{value!r} alone can't tell when a peer dies, and UCX crashes with it: take "
-                "one that leaves the machine, such as tcp, or leave it out for all of them"
+                f"{value!r} alone can't tell when a peer dies: take one that leaves the machine, "
+                "such as tcp, or leave it out for all of them"
             )
         return value
 

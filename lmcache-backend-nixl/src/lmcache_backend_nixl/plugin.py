@@ -49,7 +49,7 @@ def lmcache_transfer_channels() -> Sequence[TransferChannelDescriptor]:
             summary="NIXL over UCX: RDMA where there is any, sockets and shared memory otherwise",
             config=NixlChannelConfig,
             create=_create_channel,
-            isolated=True,  # UCX ended its process where a peer vanished, and crashes at its exit
+            isolated=True,  # UCX was seen to end the process that it is in
         )
     ]
 

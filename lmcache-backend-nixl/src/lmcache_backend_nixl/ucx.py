@@ -1,8 +1,8 @@
 """One NIXL agent with its UCX plugin: transfers between our memory and peers', and what ends them.
 
 NIXL can't be waited for, only asked. And it can't be stopped: what it calls releasing or removing
-leaves UCX writing into our memory (seen with 1.5.1 and a peer that hung). Only the end of the agent
-ends everything, and an agent lives as long as any handle of it; so handles are let go of first.
+leaves UCX writing into our memory (seen with 1.5.1). Only the end of the agent ends everything, and
+an agent lives as long as any handle of it; so handles are let go of first.
 
 Knows NIXL's calls and errors. Knows nothing about regions, ranges and descriptors.
 """
