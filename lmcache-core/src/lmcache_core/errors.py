@@ -6,6 +6,7 @@
     - PluginLoadError
     - UnknownPluginError
   x LayoutError               an engine's memory layout isn't one that we can store
+  x UnnamedError              a model or an adapter that can't be named, so isn't cached
   x FrameError                bytes that aren't the chunk that was asked for
   x LeaseError                a lease was given back twice: a mistake in our own code
   x BackendError              one storage call failed as a whole; core degrades it to a miss
@@ -41,6 +42,13 @@ class UnknownPluginError(PluginError):
 
 class LayoutError(LMCacheError):
     """An engine's KV memory has a layout that can't be stored without guessing."""
+
+
+class UnnamedError(LMCacheError):
+    """What KV values depend on can't be named, so they are neither stored nor loaded.
+
+    The message is a reason: it follows "isn't cached: " in the one line that says so.
+    """
 
 
 class FrameError(LMCacheError):
