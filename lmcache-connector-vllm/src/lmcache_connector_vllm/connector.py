@@ -19,11 +19,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from lmcache_connector_vllm import identity
+from lmcache_connector_vllm.facts import model_facts
+from lmcache_connector_vllm.inactive import InactiveScheduler, InactiveWorker
 from lmcache_connector_vllm.metadata import StepPlan, WorkerReport
 from lmcache_connector_vllm.scheduler import SchedulerSide
 from lmcache_connector_vllm.settings import read_settings
 from lmcache_connector_vllm.stats import LMCachePromMetrics, LMCacheStats
 from lmcache_connector_vllm.worker import WorkerSide
+from lmcache_core.errors import UnnamedError
+from lmcache_core.logging import init_logger
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -42,6 +46,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+logger = init_logger(__name__)
+
 
 class LMCacheConnector(KVConnectorBase_V1):
     """vLLM's door to LMCache; known to users as ``LMCacheConnectorV1``."""
@@ -52,13 +58,19 @@ class LMCacheConnector(KVConnectorBase_V1):
         super().__init__(vllm_config, role, kv_cache_config)
         settings = read_settings(vllm_config)
         chunk_tokens = settings.config.core.chunk_size
-        self._scheduler: SchedulerSide | None = None
-        self._worker: WorkerSide | None = None
+        self._scheduler: SchedulerSide | InactiveScheduler | None = None
+        self._worker: WorkerSide | InactiveWorker | None = None
+        try:
+            facts = model_facts(vllm_config)
+            name = facts.name()
+        except UnnamedError as error:
+            self._stay_inactive(role, str(error))
+            return
         if role is KVConnectorRole.SCHEDULER:
             events = vllm_config.kv_events_config
             self._scheduler = SchedulerSide(
                 settings,
-                identity.namespace(vllm_config, kv_cache_config, chunk_tokens, 0),
+                identity.namespace(vllm_config, kv_cache_config, chunk_tokens, 0, name),
                 ranks=vllm_config.parallel_config.tensor_parallel_size,
                 block_tokens=kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
                 events=events is not None and events.enable_kv_cache_events,
@@ -69,20 +81,29 @@ class LMCacheConnector(KVConnectorBase_V1):
             rank = get_tensor_model_parallel_rank()
             self._worker = WorkerSide(
                 settings,
-                identity.namespace(vllm_config, kv_cache_config, chunk_tokens, rank),
+                identity.namespace(vllm_config, kv_cache_config, chunk_tokens, rank, name),
                 vllm_config,
                 rank=rank,
+                weights=facts.weights,
             )
 
+    def _stay_inactive(self, role: KVConnectorRole, why: str) -> None:
+        """Serve as without us, because what is computed has no name; the scheduler says why."""
+        if role is KVConnectorRole.SCHEDULER:
+            logger.warning("Nothing is cached, because the model has no name: %s", why)
+            self._scheduler = InactiveScheduler()
+        else:
+            self._worker = InactiveWorker(why)
+
     @property
-    def scheduler(self) -> SchedulerSide:
+    def scheduler(self) -> SchedulerSide | InactiveScheduler:
         """The scheduler's half; only in the scheduler process."""
         if self._scheduler is None:
             raise RuntimeError("vLLM called a scheduler method on a worker's connector")
         return self._scheduler
 
     @property
-    def worker(self) -> WorkerSide:
+    def worker(self) -> WorkerSide | InactiveWorker:
         """The worker's half; only in workers."""
         if self._worker is None:
             raise RuntimeError("vLLM called a worker method on the scheduler's connector")

@@ -1,13 +1,13 @@
-"""Says what makes vLLM's KV values what they are: model, layout, shard, request.
+"""Says what makes vLLM's KV values what they are: layout, shard, request.
 
-Whatever changes the numbers must be in here, or two things that differ share
-bytes; whatever doesn't must stay out, or things that are equal don't share.
+Whatever changes the numbers must be in here or in `facts`, or two things that
+differ share bytes; whatever doesn't must stay out, or things that are equal
+don't share.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -18,7 +18,6 @@ from lmcache_core.errors import ConfigError, LayoutError
 from lmcache_core.hashing import request_root
 from lmcache_core.keys import CacheNamespace
 from lmcache_core.layout import AttentionKind, DType, KVLayout, LayerGroup
-from lmcache_core.model import weights_identity
 from lmcache_core.serde import Rope
 
 if TYPE_CHECKING:
@@ -38,9 +37,13 @@ TAG_PREFIX = "lmcache.tag."
 
 
 def namespace(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, chunk_tokens: int, rank: int
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    chunk_tokens: int,
+    rank: int,
+    model: str,
 ) -> CacheNamespace:
-    """The namespace of tensor-parallel rank ``rank``.
+    """The namespace of tensor-parallel rank ``rank``; ``model`` is the model's name.
 
     Raises:
         LayoutError: the model's KV cache isn't one that can be stored without guessing.
@@ -50,7 +53,7 @@ def namespace(
     parallel = vllm_config.parallel_config
     shards = 1 if group.kind is AttentionKind.MLA else parallel.tensor_parallel_size
     return CacheNamespace(
-        model=model_identity(vllm_config),
+        model=model,
         layout=KVLayout(chunk_tokens, (group,)),
         shard=rank if shards > 1 else 0,
         shard_count=shards,
@@ -116,41 +119,6 @@ def _refuse_parallelism(vllm_config: VllmConfig) -> None:
                 f"{name}={size}: LMCache doesn't support this kind of parallelism yet; "
                 "set it to 1 or start vLLM without --kv-transfer-config"
             )
-    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
-        raise ConfigError(
-            "calculate_kv_scales makes every process quantise KV differently, so that nothing "
-            "can be shared or kept; turn it off to use LMCache"
-        )
-
-
-def model_identity(vllm_config: VllmConfig) -> str:
-    """A digest of everything about the model that KV values depend on.
-
-    Its weights are named by `weights_identity`: a folder by what it holds, a hub model by its name
-    and commit.
-    """
-    model = vllm_config.model_config
-    hf = model.hf_config.to_dict()
-    for volatile in ("_commit_hash", "_name_or_path", "transformers_version"):
-        hf.pop(volatile, None)
-    speculative = vllm_config.speculative_config
-    facts = {
-        "weights": weights(vllm_config),
-        "config": hf,
-        "dtype": str(model.dtype),
-        "quantization": model.quantization,
-        "cache_dtype": vllm_config.cache_config.cache_dtype,
-        "draft": speculative.model if speculative is not None else None,
-    }
-    canonical = json.dumps(facts, sort_keys=True, default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def weights(vllm_config: VllmConfig) -> str:
-    """What names the model's weights, also for profiles: whoever calibrates computes the same."""
-    model = vllm_config.model_config
-    commit = getattr(model.hf_config, "_commit_hash", None)
-    return weights_identity(model.model, commit or model.revision)
 
 
 def cacheable(request: Request) -> bool:

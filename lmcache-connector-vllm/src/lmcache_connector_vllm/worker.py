@@ -42,7 +42,13 @@ class WorkerSide:
     """See the module. All calls come from the worker's thread."""
 
     def __init__(
-        self, settings: Settings, namespace: CacheNamespace, vllm_config: VllmConfig, *, rank: int
+        self,
+        settings: Settings,
+        namespace: CacheNamespace,
+        vllm_config: VllmConfig,
+        *,
+        rank: int,
+        weights: str,
     ) -> None:
         core = settings.config.core
         self._settings = settings
@@ -81,7 +87,7 @@ class WorkerSide:
                 default_serde=core.serde,
                 serdes=settings.config.serdes,
                 rope=identity.rope(vllm_config),
-                weights=identity.weights(vllm_config),
+                weights=weights,
             )
         self._mover: Mover | None = None
         self._background = ThreadPoolExecutor(1, thread_name_prefix="lmcache-load")
