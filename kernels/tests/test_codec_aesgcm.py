@@ -87,10 +87,23 @@ def test_keys_are_rotated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     chunk = ordinary(GROUP, 4)
     before = encode(serde(0), chunk, GROUP, 4)
     after = encode(serde(0, 1), chunk, GROUP, 4)
-    assert decode(serde(0, 1), before, GROUP, 4) == chunk
     assert decode(serde(1), after, GROUP, 4) == chunk
-    with pytest.raises(ValueError, match=r"key 1; known are \[7\]"):
-        decode(serde(1), before, GROUP, 4)
+    with pytest.raises(ValueError, match="encrypted with key 1, not 7"):
+        decode(serde(0, 1), before, GROUP, 4)
+    # Where values lie: those of both keys are side by side, and nobody reads the other's.
+    assert serde(0).identity(GROUP) != serde(0, 1).identity(GROUP)
+    assert serde(0, 1).identity(GROUP) == serde(1).identity(GROUP)
+
+
+def test_two_keys_of_one_id_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typing error in a key leaves everybody's chunks alone. Says nothing about the key."""
+    identities = []
+    for key in ("11" * 32, "22" * 32):
+        monkeypatch.setenv(aesgcm.KEYS_VARIABLE, f"1 {key}")
+        identities.append(aesgcm.create(AesGcmConfig()).identity(GROUP))
+    assert identities[0] != identities[1]
+    assert all(one.startswith("14:1:") and len(one) == 21 for one in identities)
+    assert all(key not in one for one in identities for key in ("1111", "2222"))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ from lmcache_core.keys import ChunkKey, chunk_key
 KEY = chunk_key(bytes(range(1, 17)))
 FINGERPRINT = "0123456789abcdef"
 PAYLOAD = bytes(range(24))
+CHUNK_SUMS = bytes(range(24, 48))
+"""Checksums of the three layers of the chunk that was encoded."""
+CHUNK_SUM = combined(CHUNK_SUMS)
 
 
 def frame(
@@ -27,7 +30,9 @@ def frame(
     serde: int = 7,
     raw_bytes: int = 99,
     sums: bytes | None = None,
+    exact: bool = True,
 ) -> bytearray:
+    """A frame; of a raw chunk that has the checksums ``sums``, or else of an encoded one."""
     written = bytearray(HEADER_BYTES) + payload
     write_header(
         memoryview(written),
@@ -36,7 +41,9 @@ def frame(
         serde=serde,
         raw_bytes=raw_bytes,
         payload_bytes=len(payload),
-        sums=sums,
+        exact=exact,
+        chunk_sums=CHUNK_SUMS if sums is None else sums,
+        raw=sums is not None,
     )
     return written
 
@@ -69,22 +76,29 @@ def forged(offset: int, value: bytes) -> bytearray:
 
 
 def test_what_was_written_is_read() -> None:
-    assert read(frame()) == Header(7, 99, 24, 1, pieces(PAYLOAD, 1))
+    sums = pieces(PAYLOAD, 1)
+    assert read(frame()) == Header(7, True, 99, 24, 1, sums, 3, CHUNK_SUM)
+    assert read(frame(exact=False)) == Header(7, False, 99, 24, 1, sums, 3, CHUNK_SUM)
 
 
 def test_an_empty_payload() -> None:
-    assert read(frame(b"")) == Header(7, 99, 0, 1, pieces(b"", 1))
+    assert read(frame(b"")) == Header(7, True, 99, 0, 1, pieces(b"", 1), 3, CHUNK_SUM)
 
 
 @given(
-    st.binary(max_size=300), st.integers(0, 2), st.integers(0, 0xFFFF), st.integers(0, 2**64 - 1)
+    st.binary(max_size=300),
+    st.integers(0, 2),
+    st.integers(0, 0xFFFF),
+    st.integers(0, (2**64 - 1) // 3),
 )
 @settings(max_examples=50, deadline=None)
 def test_round_trip(payload: bytes, group: int, serde: int, raw_bytes: int) -> None:
     key = chunk_key(KEY, group)
-    written = frame(payload, key=key, serde=serde, raw_bytes=raw_bytes)
+    nbytes = 3 * raw_bytes
+    written = frame(payload, key=key, serde=serde, raw_bytes=nbytes)
     sums = pieces(payload, 1)
-    assert read(written, key=key) == Header(serde, raw_bytes, len(payload), 1, sums)
+    expected = Header(serde, True, nbytes, len(payload), 1, sums, 3, CHUNK_SUM)
+    assert read(written, key=key) == expected
     assert written[HEADER_BYTES:] == payload
 
 
@@ -92,8 +106,8 @@ def test_round_trip(payload: bytes, group: int, serde: int, raw_bytes: int) -> N
 def test_a_payload_that_is_checksummed_in_pieces(count: int) -> None:
     sums = pieces(PAYLOAD, count)
     assert checksums(memoryview(PAYLOAD), count) == sums
-    written = frame(sums=sums)
-    assert read(written) == Header(7, 99, 24, count, sums)
+    written = frame(sums=sums, raw_bytes=24)
+    assert read(written) == Header(7, True, 24, 24, count, sums, count, combined(sums))
     written[-1] ^= 1
     assert refusal(written) == "payload"
 
@@ -106,17 +120,18 @@ def test_checksums_of_some_layers() -> None:
         checksums(chunk, 5)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_golden_frame(count: int) -> None:
+@pytest.mark.parametrize("raw", [False, True])
+def test_golden_frame(raw: bool) -> None:
     """The bytes on disk don't change unless the version does."""
-    sums = pieces(PAYLOAD, count)
+    sums = pieces(PAYLOAD, 3)
     expected = (
-        b"LMCKV\0\1\n" + b"\2\0" + b"\7\0" + bytes(4) + KEY + bytes(16) + b"\x10" + bytes(15)
+        b"LMCKV\0\1\n" + b"\3\0" + b"\7\0" + b"\1\0\0\0" + KEY + bytes(16) + b"\x10" + bytes(15)
         + FINGERPRINT.encode() + struct.pack("<QQ", 99, 24)
-        + struct.pack("<QH", xxhash.xxh3_64_intdigest(sums), count) + bytes(14)
+        + struct.pack("<QHH", combined(sums if raw else pieces(PAYLOAD, 1)), 3 if raw else 1, 3)
+        + bytes(4) + struct.pack("<Q", combined(sums if raw else CHUNK_SUMS))
     )  # fmt: skip
     whole = expected + struct.pack("<Q", xxhash.xxh3_64_intdigest(expected)) + PAYLOAD
-    assert frame(sums=None if count == 1 else sums) == whole
+    assert frame(sums=sums if raw else None) == whole
 
 
 # -- attacks -------------------------------------------------------------------------------
@@ -127,7 +142,10 @@ def test_every_flipped_bit_is_refused() -> None:
     for bit in range(len(whole) * 8):
         broken = bytearray(whole)
         broken[bit // 8] ^= 1 << bit % 8
-        assert refusal(broken) == ("header" if bit < HEADER_BYTES * 8 else "payload"), bit
+        place = bit // 8
+        parts = ((8, "magic"), (10, "version"), (HEADER_BYTES, "header"), (len(whole), "payload"))
+        expected = next(reason for end, reason in parts if place < end)
+        assert refusal(broken) == expected, bit
 
 
 def test_every_truncation_is_refused() -> None:
@@ -159,17 +177,17 @@ def test_another_model() -> None:
 
 
 def test_something_else_altogether() -> None:
-    assert refusal(bytes(200)) == "header"
+    assert refusal(bytes(200)) == "magic"
     assert refusal(b"") == "truncated"
-    assert refusal(b"GET / HTTP/1.1\r\n" * 20) == "header"
+    assert refusal(b"GET / HTTP/1.1\r\n" * 20) == "magic"
 
 
 FORGERIES = {
     "not ours": (0, b"\x89PNG\r\n\x1a\n", "magic"),
-    "version from the past": (8, b"\1\0", "version"),
-    "version from the future": (8, b"\3\0", "version"),
+    "version from the past": (8, b"\2\0", "version"),
+    "version from the future": (8, b"\4\0", "version"),
     "version nought": (8, b"\0\0", "version"),
-    "flag from the future": (12, b"\1\0\0\0", "version"),
+    "flag from the future": (12, b"\3\0\0\0", "version"),
     "no key": (48, b"\0", "key"),
     "key shorter than it is": (48, b"\x0f", "key"),
     "key longer than its field": (48, b"\xff", "key"),
@@ -184,6 +202,8 @@ FORGERIES = {
     "pieces that aren't equal": (104, b"\5\0", "length"),
     "as many pieces as fit": (104, b"\xff\xff", "length"),
     "another number of pieces": (104, b"\2\0", "payload"),
+    "a chunk of no layers": (106, b"\0\0", "length"),
+    "layers that aren't equal": (106, b"\5\0", "length"),
 }
 
 
@@ -196,5 +216,5 @@ def test_forged_header(name: str) -> None:
 def test_messages_say_what_was_found() -> None:
     with pytest.raises(FrameError, match=f"holds the chunk {KEY.hex()}, not 00000000"):
         read(frame(), key=chunk_key(bytes(16)))
-    with pytest.raises(FrameError, match="format version 3, this reader knows 2"):
-        read(forged(8, b"\3\0"))
+    with pytest.raises(FrameError, match="format version 4, this reader knows 3"):
+        read(forged(8, b"\4\0"))

@@ -27,19 +27,24 @@ class Kept:
 def test_a_lease_is_given_back_once() -> None:
     kept = Kept()
     lease = kept.ledger.lease(lambda: kept.ended.append("7"), "7")
-    assert kept.ledger.out == 1 and lease.live
+    assert kept.ledger.out == 1
+    assert lease.live
     lease.release()
-    assert kept.ended == ["7"] and kept.ledger.out == 0 and not lease.live
+    assert kept.ended == ["7"]
+    assert kept.ledger.out == 0
+    assert not lease.live
     with pytest.raises(LeaseError, match="slot 7 was given back before"):
         lease.release()
-    assert kept.ended == ["7"] and kept.ledger.out == 0
+    assert kept.ended == ["7"]
+    assert kept.ledger.out == 0
 
 
 def test_a_context_releases_whatever_happens() -> None:
     kept = Kept()
     with pytest.raises(KeyboardInterrupt), kept.shared().lease():
         raise KeyboardInterrupt
-    assert kept.ended == ["7"] and kept.ledger.out == 0
+    assert kept.ended == ["7"]
+    assert kept.ledger.out == 0
 
 
 def test_what_is_shared_ends_with_its_last_lease() -> None:
@@ -47,7 +52,8 @@ def test_what_is_shared_ends_with_its_last_lease() -> None:
     shared = kept.shared()
     first, second = shared.lease(), shared.lease()
     first.release()
-    assert not kept.ended and kept.ledger.out == 1
+    assert not kept.ended
+    assert kept.ledger.out == 1
     with pytest.raises(LeaseError):
         first.release()
     assert not kept.ended  # a release too many doesn't release for the others
@@ -63,7 +69,8 @@ def test_a_forgotten_lease_is_reported_and_stays_taken(caplog: pytest.LogCapture
     gc.collect()
     assert "The lease of slot 9 was forgotten" in caplog.text
     assert kept.counters.snapshot() == {("leases_forgotten", (("kind", "slot"),)): 1}
-    assert not kept.ended and kept.ledger.out == 1
+    assert not kept.ended
+    assert kept.ledger.out == 1
 
 
 def test_of_many_threads_one_gives_it_back() -> None:
@@ -86,4 +93,5 @@ def test_of_many_threads_one_gives_it_back() -> None:
         for thread in threads:
             thread.join()
         assert len(raised) == 3
-    assert kept.ended == ["7"] * 200 and kept.ledger.out == 0
+    assert kept.ended == ["7"] * 200
+    assert kept.ledger.out == 0

@@ -129,6 +129,7 @@ class Index:
 
 
 LONGEST = HEADER_BYTES + NAMESPACE.layout.chunk_bytes()
+PLACED = NAMESPACE.placed("frame=3;serde=1")
 
 
 @pytest.fixture
@@ -187,7 +188,7 @@ def test_tiers_come_in_order_and_know_their_context(open_tiers: OpenTiers) -> No
     ]
     assert isinstance(tiers.tiers[0].serde, RawSerde)
     context = tiers.tiers[1].backend.context
-    assert context == BackendContext("slow", NAMESPACE, None, LONGEST, lookup_only=True)
+    assert context == BackendContext("slow", PLACED, None, LONGEST, lookup_only=True)
 
 
 def test_a_backend_is_made_from_its_sections_options(open_tiers: OpenTiers) -> None:

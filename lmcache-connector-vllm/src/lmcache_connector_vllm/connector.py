@@ -74,6 +74,8 @@ class LMCacheConnector(KVConnectorBase_V1):
                 ranks=vllm_config.parallel_config.tensor_parallel_size,
                 block_tokens=kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
                 events=events is not None and events.enable_kv_cache_events,
+                rope=identity.rope(vllm_config),
+                weights=facts.weights,
             )
         else:
             from vllm.distributed.parallel_state import get_tensor_model_parallel_rank

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lmcache_connector_vllm import identity
@@ -26,8 +27,9 @@ from lmcache_core.logging import init_logger
 from lmcache_core.lookup import PrefixLookup
 from lmcache_core.metrics import Counters
 from lmcache_core.mover import slots_in
-from lmcache_core.plan import FetchOp, LoadOp, StoreOp
+from lmcache_core.plan import FetchOp, LoadOp, Report, StoreOp
 from lmcache_core.planner import Hold, Planner
+from lmcache_core.serde import Rope
 from lmcache_core.tiers import Tiers
 
 if TYPE_CHECKING:
@@ -71,6 +73,8 @@ class SchedulerSide:
         ranks: int,
         block_tokens: int,
         events: bool = False,
+        rope: Rope | None = None,
+        weights: str = "",
     ) -> None:
         core = settings.config.core
         self._settings = settings
@@ -81,7 +85,7 @@ class SchedulerSide:
         self._loop: IOLoop | None = None
         self._tiers: list[Tiers] = []
         if settings.config.backends:
-            self._open_tiers()
+            self._open_tiers(rope, weights)
         slots = slots_in(settings.arena_bytes, namespace)
         self._planner = Planner(
             slots,
@@ -108,8 +112,11 @@ class SchedulerSide:
         self._clear_tiers = False
         self._epoch = ""
 
-    def _open_tiers(self) -> None:
-        """Open each backend once for every rank's shard, to ask what the workers stored."""
+    def _open_tiers(self, rope: Rope | None, weights: str) -> None:
+        """Open each backend once for every rank's shard, to ask what the workers stored.
+
+        With the same serdes, bound to the same facts: where values lie depends on them.
+        """
         core = self._settings.config.core
         self._loop = IOLoop("lmcache-scheduler")
         for shard in range(self._namespace.shard_count):
@@ -125,6 +132,8 @@ class SchedulerSide:
                     default_deadline_s=core.lookup_timeout_ms / 1000,
                     default_serde=core.serde,
                     serdes=self._settings.config.serdes,
+                    rope=rope,
+                    weights=weights,
                 )
             )
 
@@ -423,11 +432,20 @@ class SchedulerSide:
         meta = output.kv_connector_worker_meta
         if isinstance(meta, WorkerReport):
             self._planner.settle(meta.report)
+            self._refuse(meta.report)
             self._acknowledged.update(meta.report.failed_steps)
         for request_id in output.finished_recving or ():
             hold = self._receiving.pop(request_id, None)
             if hold is not None:
                 self._planner.release(hold)
+
+    def _refuse(self, report: Report) -> None:
+        """Take for absent what workers found that isn't for them, in every shard."""
+        if self._loop is None:
+            return
+        for index, keys in report.refused.items():
+            for tiers in self._tiers:
+                self._loop.call_soon(partial(tiers.tiers[index].refuse, keys))
 
     def request_finished(self, request: Request) -> None:
         """Forget a request. An asynchronous load under way keeps its slots until it ends."""

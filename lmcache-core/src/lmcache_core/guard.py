@@ -78,7 +78,7 @@ def attempted(call: Callable[..., T], *args: Any) -> Answer[T]:
     """
     try:
         return Answer(call(*args))
-    except BaseException as error:  # noqa: BLE001 - this is where it ends
+    except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and _is_main_thread():
             raise
         return Answer(error=error)

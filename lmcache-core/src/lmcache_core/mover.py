@@ -2,15 +2,16 @@
 
 One mover per rank. Copies between engine and arena run on the calling thread,
 because the engine decides when they may; everything to and from slow tiers
-runs on the I/O loop and is reported when it is really over. Slot layout:
+runs elsewhere (see `tier_moves`) and is reported when it is really over. Slot
+layout:
 
     0 .. 127     room for the frame header (see `frame`)
     128 ..       the canonical chunk
 
 so that with an in-place serde a slot is written to a tier, and read from one,
 as it stands: one copy per hop. Checksums are made while a chunk is gathered,
-go into its frame, and are compared while it is scattered: nothing is read for
-them alone, but for what comes from a slow tier.
+travel with it wherever it goes, and are compared while it is scattered: nothing
+is read for them alone, but for what comes from a slow tier.
 
 A mover decides nothing but this: a slot that doesn't hold the chunk it should,
 or not the bytes it had, is a failed load, never a guess.
@@ -18,25 +19,22 @@ or not the bytes it had, is a failed load, never a guess.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from lmcache_core.checksums import SUM_BYTES, checksums, part_of
 from lmcache_core.connector import EngineConnector, HostKernels
-from lmcache_core.errors import FrameError, LayoutError
-from lmcache_core.frame import HEADER_BYTES, read_header, write_header
-from lmcache_core.guard import attempt
+from lmcache_core.errors import LayoutError
+from lmcache_core.frame import HEADER_BYTES
+from lmcache_core.guard import attempted
 from lmcache_core.host_memory import PAGE_BYTES, HostArena
 from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.metrics import Counters
 from lmcache_core.plan import FetchOp, LoadOp, Report, StoreOp
-from lmcache_core.serde import Serde
-from lmcache_core.storage import MISS
-from lmcache_core.tiers import Tier, Tiers
+from lmcache_core.reports import Reports
+from lmcache_core.tier_moves import TierMoves
+from lmcache_core.tiers import Tiers
 
 logger = logging.getLogger(__name__)
 
@@ -82,25 +80,29 @@ class Mover:
     ) -> None:
         self._engine = engine
         self._arena = arena
-        self._namespace = namespace
+        self._groups = namespace.layout.groups
         self._counters = counters
-        self._checksums = checksums if kernels is None else kernels.checksums
-        self._tiers = tiers.tiers if tiers is not None else ()
-        self._loop = loop
-        self._writes_tiers = writes_tiers
         self._rank = rank
-        self._queue_chunks = queue_chunks
-        self._on_news = on_news
         self._held: dict[int, tuple[ChunkKey, bytes]] = {}  # by slot, with the checksums
         self._gathering: dict[int, bytearray] = {}  # the checksums, by operation
         self._spoiled: set[int] = set()
         self._failed_steps = 0
         self._fenced = False
-        self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
-        self._report = Report()
-        self._queued = 0
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="lmcache-seal")
+        self._reports = Reports(on_news)
+        self._tier_moves: TierMoves | None = None
+        if tiers is not None and loop is not None:
+            self._tier_moves = TierMoves(
+                tiers.tiers,
+                loop,
+                arena,
+                self._groups,
+                counters,
+                self._reports,
+                held=self._held,
+                checksums_of=checksums if kernels is None else kernels.checksums,
+                writes=writes_tiers,
+                queue_chunks=queue_chunks,
+            )
 
     # -- engine <-> arena ------------------------------------------------------------------
 
@@ -112,44 +114,44 @@ class Mover:
     ) -> list[LoadOp]:
         """Scatter chunks into the engine's blocks; answer those of which nothing may be used.
 
-        With a damaged step nothing that is computed in it may be stored: see `fence`.
+        Those that turn out to be absent or damaged are never offered again; those that a connector
+        failed with are as good as before. With a damaged step nothing that is computed in it may be
+        stored: see `fence`.
         """
         good: list[tuple[LoadOp, bytes]] = []
-        failed: list[LoadOp] = []
+        absent: list[LoadOp] = []
         for op in ops:
             key, sums = self._held.get(op.slot, (None, b""))
             if key == op.key:
                 good.append((op, part_of(sums, layers)))
             else:
-                failed.append(op)
-        if failed:
-            self._counters.add("load_failures", len(failed), tier="host", reason="absent")
-        if good:
-            failed += self._scatter(good, layers, self._chosen(engine))
-        if failed:
-            with self._lock:
-                self._report.unreadable.update(op.key for op in failed)
-        return failed
+                absent.append(op)
+        if absent:
+            self._counters.add("load_failures", len(absent), tier="host", reason="absent")
+            self._reports.unreadable(op.key for op in absent)
+        return absent + (self._scatter(good, layers, self._chosen(engine)) if good else [])
 
     def _scatter(
         self, good: list[tuple[LoadOp, bytes]], layers: range | None, engine: EngineConnector
     ) -> list[LoadOp]:
         """Scatter; answer those whose bytes aren't what was stored. All of them, after an error."""
         ops = [op for op, _ in good]
-        try:
-            bad = engine.scatter_checked(
-                [self._chunk(op.slot, op.span.chunk_tokens, op.span.group) for op in ops],
-                [op.span for op in ops],
-                layers,
-                [sums for _, sums in good],
-            )
-        except Exception as error:  # noqa: BLE001 - a connector isn't ours; nothing may be used
-            logger.error("Loading %d chunks into the engine failed: %s", len(ops), error)
+        answer = attempted(
+            engine.scatter_checked,
+            [self._chunk(op.slot, op.span.chunk_tokens, op.span.group) for op in ops],
+            [op.span for op in ops],
+            layers,
+            [sums for _, sums in good],
+        )
+        bad = answer.value
+        if bad is None or not _are_positions(bad, len(ops)):
+            self._connector_failed(engine, "scatter", answer.error, bad)
             self._counters.add("load_failures", len(ops), tier="host", reason="scatter")
             return ops
         if bad:
             logger.error("%d chunks in host memory are damaged and aren't used", len(bad))
             self._counters.add("load_failures", len(bad), tier="host", reason="checksum")
+            self._reports.unreadable(ops[i].key for i in bad)
         if layers is None or layers.start == 0:
             whole = [op for i, op in enumerate(ops) if i not in bad]
             self._counters.add("load_chunks", len(whole), tier="host")
@@ -158,9 +160,8 @@ class Mover:
 
     def step_failed(self) -> None:
         """Say that a load of this engine step failed: what it computes isn't to be kept."""
-        with self._lock:
-            self._failed_steps += 1
-            self._report.failed_steps[self._rank] = self._failed_steps
+        self._failed_steps += 1
+        self._reports.failed_steps(self._rank, self._failed_steps)
         self._fenced = True
 
     def fence(self, acknowledged: int) -> None:
@@ -182,20 +183,26 @@ class Mover:
             return
         for op in ops:
             self._held.pop(op.slot, None)
-        try:
-            sums = self._chosen(engine).gather_checked(
-                [op.span for op in ops],
-                [self._chunk(op.slot, op.span.chunk_tokens, op.span.group) for op in ops],
-                layers,
-            )
-        except Exception as error:  # noqa: BLE001 - a connector isn't ours; nothing is stored
-            logger.error("Copying %d chunks from the engine failed: %s", len(ops), error)
-            self._spoiled.update(op.op for op in ops)
+        # Until they are known to be whole: also where the engine's thread is interrupted.
+        whole_so_far = [op.op for op in ops if op.op not in self._spoiled]
+        self._spoiled.update(whole_so_far)
+        chosen = self._chosen(engine)
+        answer = attempted(
+            chosen.gather_checked,
+            [op.span for op in ops],
+            [self._chunk(op.slot, op.span.chunk_tokens, op.span.group) for op in ops],
+            layers,
+        )
+        sizes = [self._sum_bytes(op.span.group, layers) for op in ops]
+        found = answer.value
+        if found is None or not _are_sums(found, sizes):
+            self._connector_failed(chosen, "gather", answer.error, found)
             return
-        for op, own in zip(ops, sums, strict=True):
+        for op, own in zip(ops, found, strict=True):
             every = self._gathering.setdefault(op.op, bytearray(self._sum_bytes(op.span.group)))
             start = 0 if layers is None else layers.start * SUM_BYTES
             every[start : start + len(own)] = own
+        self._spoiled.difference_update(whole_so_far)
 
     def finish_stores(self, ops: Sequence[StoreOp]) -> int:
         """Publish what was gathered, start writing it through, answer how many chunks it was."""
@@ -204,219 +211,75 @@ class Mover:
         if self._fenced:
             self._refuse(ops, "after_failed_load")
             return 0
-        good = [op for op in ops if op.op not in self._spoiled]
+        good = [op for op in ops if op.op in self._gathering and op.op not in self._spoiled]
         if len(good) < len(ops):
-            self._refuse([op for op in ops if op.op in self._spoiled], "gather")
-            self._spoiled.difference_update(op.op for op in ops)
-        for op in good:
-            self._held[op.slot] = (op.key, bytes(self._gathering.pop(op.op)))
+            whole = {op.op for op in good}
+            self._refuse([op for op in ops if op.op not in whole], "gather")
+        stored = [(op, bytes(self._gathering.pop(op.op))) for op in good]
+        for op, sums in stored:
+            self._held[op.slot] = (op.key, sums)
         self._counters.add("store_chunks", len(good))
         self._counters.add("store_bytes", sum(self._span_bytes(op) for op in good))
-        self._publish(good)
+        self._reports.done(op.op for op in good)
+        if self._tier_moves is None:
+            self._reports.released(op.op for op in good)
+        else:
+            self._tier_moves.write(stored)
         return len(good)
 
     def store(self, ops: Sequence[StoreOp], engine: EngineConnector | None = None) -> int:
-        """`gather` all layers and `finish_stores`."""
-        self.gather(ops, None, engine)
-        return self.finish_stores(ops)
+        """`gather` all layers and `finish_stores`, also where gathering is interrupted."""
+        try:
+            self.gather(ops, None, engine)
+        finally:
+            stored = self.finish_stores(ops)
+        return stored
 
     def _refuse(self, ops: Sequence[StoreOp], reason: str) -> None:
         self._counters.add("store_dropped", len(ops), reason=reason)
         for op in ops:
             self._gathering.pop(op.op, None)
-        with self._lock:
-            for op in ops:
-                self._report.bad[op.op] = 1
-                self._report.released[op.op] = 1
+            self._spoiled.discard(op.op)
+        self._reports.failed(op.op for op in ops)
+        self._reports.released(op.op for op in ops)
 
-    def _publish(self, ops: Sequence[StoreOp]) -> None:
-        written = [op for op in ops if op.persist] if self._writes_tiers and self._tiers else []
-        with self._lock:
-            room = max(0, self._queue_chunks - self._queued)
-            dropped, written = written[room:], written[:room]
-            self._queued += len(written)
-            waiting = {op.op for op in written}
-            for op in ops:
-                self._report.ok[op.op] = 1
-                if op.op not in waiting:
-                    self._report.released[op.op] = 1
-        if dropped:
-            self._counters.add("store_dropped", len(dropped), reason="queue_full")
-        if written and self._loop is not None:
-            self._loop.submit(self._persist(written))
-
-    # -- arena -> slow tiers ---------------------------------------------------------------
-
-    async def _persist(self, ops: list[StoreOp]) -> None:
-        try:
-            await asyncio.gather(*(self._write(tier, ops) for tier in self._tiers))
-        finally:
-            with self._lock:
-                for op in ops:
-                    self._report.released[op.op] = 1
-                self._queued -= len(ops)
-                self._idle.notify_all()
-            self._tell()
-
-    async def _write(self, tier: Tier, ops: list[StoreOp]) -> None:
-        loop = asyncio.get_running_loop()
-        frames = await loop.run_in_executor(
-            self._threads,
-            lambda: [self._seal(tier.serde.for_chunk(op.key, op.start), op) for op in ops],
+    def _connector_failed(
+        self, engine: EngineConnector, operation: str, error: BaseException | None, found: object
+    ) -> None:
+        self._counters.add("plugin_failures", kind="connector", operation=operation, tier="host")
+        what = f"raised {type(error).__name__}: {error}"
+        if error is None:
+            what = f"answered {found!r:.80}, which isn't what its contract says"
+        logger.error(
+            "%s.%s_checked %s; its chunks aren't used", type(engine).__name__, operation, what
         )
-        answer = await tier.store([op.key for op in ops], frames)
-        if answer.unsettled is not None:
-            await asyncio.wait([answer.unsettled])
 
-    def _seal(self, serde: Serde, op: StoreOp) -> memoryview:
-        """The framed bytes of a chunk: in the slot itself where the serde allows it."""
-        tokens = op.span.chunk_tokens
-        group = self._namespace.layout.groups[op.span.group]
-        chunk = self._chunk(op.slot, tokens, op.span.group)
-        sums = None
-        if serde.in_place:
-            payload_bytes = chunk.nbytes
-            sums = self._held[op.slot][1]
-            frame = self._arena.slot(op.slot)[: HEADER_BYTES + payload_bytes]
-        else:
-            frame = memoryview(bytearray(HEADER_BYTES + serde.max_encoded_bytes(group, tokens)))
-            payload_bytes = serde.encode(chunk, frame[HEADER_BYTES:], group, tokens)
-            frame = frame[: HEADER_BYTES + payload_bytes]
-        write_header(
-            frame,
-            key=op.key,
-            fingerprint=self._namespace.fingerprint,
-            serde=serde.wire_id,
-            raw_bytes=chunk.nbytes,
-            payload_bytes=payload_bytes,
-            sums=sums,
-        )
-        return frame
-
-    # -- slow tiers -> arena ---------------------------------------------------------------
+    # -- slow tiers ------------------------------------------------------------------------
 
     def fetch(self, ops: Sequence[FetchOp]) -> None:
         """Start reading chunks from slow tiers into slots. Results come with `take_report`."""
-        if not ops or self._loop is None:
-            return
-        for op in ops:
-            self._held.pop(op.slot, None)
-        by_tier: dict[int, list[FetchOp]] = {}
-        for op in ops:
-            by_tier.setdefault(op.tier, []).append(op)
-        for tier, group in by_tier.items():
-            self._loop.submit(self._fetch(self._tiers[tier], group))
-
-    async def _fetch(self, tier: Tier, ops: list[FetchOp]) -> None:
-        bad = {op.op for op in ops}
-        try:
-            into = [self._landing(tier.serde, op) for op in ops]
-            answer = await tier.load([op.key for op in ops], into)
-            loop = asyncio.get_running_loop()
-            bad, damaged = await loop.run_in_executor(
-                self._threads, self._accept, tier, ops, into, answer.sizes
-            )
-            if damaged:
-                # Or it would be there, of the right size, and refused for ever.
-                await tier.delete(damaged)
-            if answer.unsettled is not None:
-                self._conclude(ops, bad, released=False)
-                await asyncio.wait([answer.unsettled])
-                self._release(ops)
-                return
-        except asyncio.CancelledError:
-            self._conclude(ops, bad)
-            raise
-        self._conclude(ops, bad)
-
-    def _landing(self, serde: Serde, op: FetchOp) -> memoryview:
-        group = self._namespace.layout.groups[0]
-        if serde.in_place:
-            size = HEADER_BYTES + group.chunk_bytes(op.tokens)
-            return self._arena.slot(op.slot)[:size]
-        return memoryview(bytearray(HEADER_BYTES + serde.max_encoded_bytes(group, op.tokens)))
-
-    def _accept(
-        self, tier: Tier, ops: list[FetchOp], into: list[memoryview], sizes: list[int]
-    ) -> tuple[set[int], list[ChunkKey]]:
-        """Verify and decode what was read; answer what failed, and which values are no good."""
-        bad: set[int] = set()
-        damaged: list[ChunkKey] = []
-        for op, frame, size in zip(ops, into, sizes, strict=True):
-            if size == MISS:
-                bad.add(op.op)
-                continue
-            error = attempt(self._open, tier.serde, op, frame[:size])
-            if error is None:
-                self._counters.add("load_chunks", tier=tier.name)
-                self._counters.add("load_bytes", size, tier=tier.name)
-                continue
-            bad.add(op.op)
-            damaged.append(op.key)
-            reason = error.reason if isinstance(error, FrameError) else "decode"
-            self._counters.add("frame_rejected", reason=reason)
-            self._counters.add("load_failures", tier=tier.name, reason=reason)
-            logger.warning(
-                "Tier %s: chunk %s isn't used (%s): %s", tier.name, op.key.hex(), reason, error
-            )
-        return bad, damaged
-
-    def _open(self, serde: Serde, op: FetchOp, frame: memoryview) -> None:
-        group = self._namespace.layout.groups[0]
-        header = read_header(
-            frame,
-            key=op.key,
-            fingerprint=self._namespace.fingerprint,
-            checksums_of=self._checksums,
-        )
-        chunk = self._chunk(op.slot, op.tokens, 0)
-        if header.raw_bytes != chunk.nbytes:
-            raise FrameError("length", f"{header.raw_bytes} bytes, this chunk has {chunk.nbytes}")
-        if header.serde != serde.wire_id:
-            raise FrameError("serde", f"written by serde {header.serde}, not {serde.wire_id}")
-        if not serde.in_place:
-            serde.for_chunk(op.key, None).decode(frame[HEADER_BYTES:], chunk, group, op.tokens)
-        elif header.payload_bytes != header.raw_bytes:
-            raise FrameError("length", "an uncompressed chunk has a payload of another length")
-        layers = len(group.layers)
-        known = serde.in_place and header.pieces == layers
-        sums = header.sums if known else self._checksums(chunk, layers)
-        self._held[op.slot] = (op.key, sums)
-
-    def _conclude(self, ops: list[FetchOp], bad: set[int], *, released: bool = True) -> None:
-        with self._lock:
-            for op in ops:
-                (self._report.bad if op.op in bad else self._report.ok)[op.op] = 1
-                if released:
-                    self._report.released[op.op] = 1
-        self._tell()
-
-    def _release(self, ops: list[FetchOp]) -> None:
-        with self._lock:
-            for op in ops:
-                self._report.released[op.op] = 1
-        self._tell()
-
-    def _tell(self) -> None:
-        if self._on_news is not None:
-            self._on_news()
-
-    # -- the rest --------------------------------------------------------------------------
-
-    def take_report(self) -> Report:
-        """What happened since the last call."""
-        with self._lock:
-            report, self._report = self._report, Report()
-            return report
+        if self._tier_moves is not None:
+            self._tier_moves.fetch(ops)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything stored so far is in the slow tiers, or was dropped."""
-        with self._lock:
-            return self._idle.wait_for(lambda: not self._queued, timeout_s)
+        return self._tier_moves is None or self._tier_moves.flush(timeout_s)
+
+    # -- the rest --------------------------------------------------------------------------
+
+    @property
+    def leases(self) -> int:
+        """Slots' leases that reading and writing slow tiers holds now; at rest none."""
+        return 0 if self._tier_moves is None else self._tier_moves.leases
+
+    def take_report(self) -> Report:
+        """What happened since the last call."""
+        return self._reports.take()
 
     def close(self) -> None:
         """Let go of the threads. Close the tiers and the loop before."""
-        self._threads.shutdown(wait=True)
+        if self._tier_moves is not None:
+            self._tier_moves.close()
 
     def _chosen(self, engine: EngineConnector | None) -> EngineConnector:
         chosen = engine or self._engine
@@ -425,11 +288,28 @@ class Mover:
         return chosen
 
     def _chunk(self, slot: int, tokens: int, group: int) -> memoryview:
-        size = self._namespace.layout.groups[group].chunk_bytes(tokens)
+        size = self._groups[group].chunk_bytes(tokens)
         return self._arena.slot(slot)[HEADER_BYTES : HEADER_BYTES + size]
 
-    def _sum_bytes(self, group: int) -> int:
-        return SUM_BYTES * len(self._namespace.layout.groups[group].layers)
+    def _sum_bytes(self, group: int, layers: range | None = None) -> int:
+        return SUM_BYTES * len(self._groups[group].layers if layers is None else layers)
 
     def _span_bytes(self, op: LoadOp | StoreOp) -> int:
-        return self._namespace.layout.groups[op.span.group].chunk_bytes(op.span.tokens)
+        return self._groups[op.span.group].chunk_bytes(op.span.tokens)
+
+
+def _are_sums(found: object, sizes: list[int]) -> bool:
+    return (
+        isinstance(found, (list, tuple))
+        and len(found) == len(sizes)
+        and all(
+            isinstance(one, bytes) and len(one) == size
+            for one, size in zip(found, sizes, strict=True)
+        )
+    )
+
+
+def _are_positions(found: object, count: int) -> bool:
+    return isinstance(found, (list, tuple)) and all(
+        isinstance(one, int) and 0 <= one < count for one in found
+    )

@@ -62,11 +62,20 @@ class Report:
     released: dict[int, int] = field(default_factory=dict)
     unreadable: set[ChunkKey] = field(default_factory=set)
     """Chunks in host memory that a load found missing or damaged: never offer them again."""
+    refused: dict[int, set[ChunkKey]] = field(default_factory=dict)
+    """By slow tier, values that are there but not for us; they count as absent: `Tier.refuse`."""
     failed_steps: dict[int, int] = field(default_factory=dict)
     """For each rank, in how many steps a load failed so far: see `Mover.fence`."""
 
     def __bool__(self) -> bool:
-        return bool(self.ok or self.bad or self.released or self.unreadable or self.failed_steps)
+        return bool(
+            self.ok
+            or self.bad
+            or self.released
+            or self.unreadable
+            or self.refused
+            or self.failed_steps
+        )
 
     def add(self, other: Report) -> Report:
         """Fold another rank's report, or a later one, into this one."""
@@ -78,6 +87,8 @@ class Report:
             for op, count in theirs.items():
                 mine[op] = mine.get(op, 0) + count
         self.unreadable |= other.unreadable
+        for tier, keys in other.refused.items():
+            self.refused.setdefault(tier, set()).update(keys)
         for rank, count in other.failed_steps.items():
             self.failed_steps[rank] = max(count, self.failed_steps.get(rank, 0))
         return self

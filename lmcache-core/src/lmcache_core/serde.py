@@ -71,6 +71,17 @@ class Serde(ABC):
         1-999 belong to this project, 1000-64999 are for everybody else.
         """
 
+    def identity(self, group: LayerGroup) -> str:  # noqa: ARG002  for those whose output depends on it
+        """What another serde must share with this one to read what it writes for ``group``.
+
+        It is part of where values lie: those that this serde couldn't read, or that promise less,
+        are elsewhere, and nobody deletes them. So whatever decoding needs beside the bytes belongs
+        here (a key's id, a profile's digest), and options that change what comes back. The same in
+        every process with the same configuration; printable ASCII without blanks; no secrets.
+        Asked of the `bound` serde.
+        """
+        return str(self.wire_id)
+
     @property
     def in_place(self) -> bool:
         """Whether the encoded bytes *are* the chunk's bytes, so that core needn't copy them."""

@@ -48,6 +48,11 @@ class ChainedSerde(Serde):
     def wire_id(self) -> int:
         return WIRE_ID
 
+    def identity(self, group: LayerGroup) -> str:
+        first, *others = self._serdes
+        inner = [serde.identity(_bytes_of(1)) for serde in others]
+        return "+".join([first.identity(group), *inner])
+
     def bound(self, facts: SerdeFacts) -> Serde:
         return ChainedSerde(tuple(serde.bound(facts) for serde in self._serdes))
 

@@ -8,7 +8,8 @@ tiers, nor about what the bytes mean.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,10 @@ from lmcache_core.storage import (
     SupportsDelete,
     SupportsPrefixLookup,
 )
+
+REFUSED_S = 300.0
+"""How long a value that isn't for us is taken for absent; then it is tried once more."""
+MAX_REFUSED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Tier:
     """One configured backend. Lives on the I/O loop; only `usage` may be called elsewhere.
 
     Nothing raises but for ``CancelledError``. While the backend isn't open, everything is a miss.
-    ``deadline_s`` is what a call without a deadline of its own gets.
+    ``deadline_s`` is what a call without a deadline of its own gets. ``exact``: the serde gives
+    back every bit. ``fingerprint`` is that of the namespace, with this tier's place in it.
     """
 
     def __init__(
@@ -68,13 +74,20 @@ class Tier:
         guard: Guard,
         counters: Counters,
         deadline_s: float,
+        exact: bool = True,
+        fingerprint: str = "",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
         self.backend = backend
         self.serde = serde
         self.guard = guard
         self.deadline_s = deadline_s
+        self.exact = exact
+        self.fingerprint = fingerprint
+        self._clock = clock
         self._counters = counters
+        self._refused: dict[ChunkKey, float] = {}
         self._capabilities: BackendCapabilities | None = None
         self._prefix_lookup: SupportsPrefixLookup | None = None
         self._storing: set[ChunkKey] = set()
@@ -128,7 +141,14 @@ class Tier:
                 return self._checked("contains", found, count, lambda hit: isinstance(hit, bool))
 
         answer = await self.guard.call("contains", hits, deadline_s=self._deadline(deadline_s))
-        return nothing if answer.value is None else answer.value
+        found = nothing if answer.value is None else answer.value
+        if self._refused:
+            now = self._clock()
+            found = [
+                hit and self._refused.get(key, now) <= now
+                for key, hit in zip(keys, found, strict=True)
+            ]
+        return found
 
     async def load(
         self,
@@ -236,6 +256,24 @@ class Tier:
         if not self.ready or not isinstance(backend, SupportsClear):
             return None
         return await self._counted("clear", backend.clear, deadline_s)
+
+    def refuse(self, keys: Iterable[ChunkKey]) -> None:
+        """Take these for absent, for `REFUSED_S`: values are there, but not for us.
+
+        Deleting them would be wrong, since others may read them; and offering them would cost a
+        load each time.
+        """
+        until = self._clock() + REFUSED_S
+        for key in keys:
+            self._refused.pop(key, None)
+            self._refused[key] = until
+        while len(self._refused) > MAX_REFUSED:
+            del self._refused[next(iter(self._refused))]
+
+    def serde_failed(self, operation: str, error: BaseException | None) -> None:
+        """Count a call of the serde that raised, and say so quietly. On any thread."""
+        self._counters.add("plugin_failures", kind="serde", operation=operation, tier=self.name)
+        self.guard.log(f"serde {operation}", error or BackendError("no answer"))
 
     def usage(self) -> tuple[int, int] | None:
         """Chunks and bytes that the backend holds; ``None`` where it doesn't say."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -24,8 +25,8 @@ from lmcache_core.errors import (
     LMCacheError,
     PluginError,
 )
-from lmcache_core.frame import HEADER_BYTES
-from lmcache_core.guard import Answer, Guard
+from lmcache_core.frame import HEADER_BYTES, VERSION
+from lmcache_core.guard import Answer, Guard, attempted
 from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import KVLayout
@@ -44,6 +45,8 @@ from lmcache_core.tier import LoadAnswer, StoreAnswer, Tier
 __all__ = ["LoadAnswer", "StoreAnswer", "Tier", "Tiers"]
 
 logger = logging.getLogger(__name__)
+
+_IDENTITY = re.compile(r"[!-~]{1,500}")
 
 
 class Section(Protocol):
@@ -117,17 +120,24 @@ class Tiers:
             namespace.fingerprint, rope, weights, namespace.shard, namespace.shard_count
         )
         for section in sections:
-            serde = _serde(plugins, section, default_serde, serdes).bound(facts)
+            serde, exact = _serde(plugins, section, default_serde, serdes)
+            serde = serde.bound(facts)
+            placed = namespace.placed(_place(serde, namespace.layout, section))
             deadline_s = section.deadline_s or default_deadline_s
             make = _maker(plugins.storage_backend(section.type), section, deadline_s, counters)
             guard = Guard(section.name, deadline_s=deadline_s, counters=counters)
             tier = Tier(
-                section.name, make(), serde, guard=guard, counters=counters, deadline_s=deadline_s
+                section.name,
+                make(),
+                serde,
+                guard=guard,
+                counters=counters,
+                deadline_s=deadline_s,
+                exact=exact,
+                fingerprint=placed.fingerprint,
             )
             longest = _longest_value(serde, namespace.layout)
-            context = BackendContext(
-                section.name, namespace, region, longest, lookup_only=lookup_only
-            )
+            context = BackendContext(section.name, placed, region, longest, lookup_only=lookup_only)
             openings.append(_Opening(tier, make, context, open_deadline_s, reopen_after_s))
         tiers = cls([opening.tier for opening in openings], loop)
         if not openings:
@@ -292,10 +302,31 @@ def _longest_value(serde: Serde, layout: KVLayout) -> int:
 
 def _serde(
     plugins: PluginIndex, section: Section, default: str, options: Mapping[str, BaseModel]
-) -> Serde:
-    """The serde that ``section`` names, or the chain of them."""
+) -> tuple[Serde, bool]:
+    """The serde that ``section`` names, or the chain of them; and whether it is exact."""
     names = [name.strip() for name in (section.serde or default).split("+")]
-    return chain([_link(plugins.serde(name), section, options) for name in names])
+    descriptors = [plugins.serde(name) for name in names]
+    serde = chain([_link(descriptor, section, options) for descriptor in descriptors])
+    return serde, all(descriptor.lossless for descriptor in descriptors)
+
+
+def _place(serde: Serde, layout: KVLayout, section: Section) -> str:
+    """Where values lie that are written so: see `CacheNamespace.placed`.
+
+    Raises:
+        PluginError: the serde can't say what it writes.
+    """
+    answers = [attempted(serde.identity, group) for group in layout.groups]
+    for answer in answers:
+        if isinstance(answer.error, LMCacheError):
+            raise answer.error
+        if not isinstance(answer.value, str) or not _IDENTITY.fullmatch(answer.value):
+            raise PluginError(
+                f"the serde of backends.{section.name} ({type(serde).__name__}) has the identity "
+                f"{answer.value or answer.error!r:.80}, not 1 to 500 printable ASCII characters "
+                "without blanks; this is a mistake in its plugin"
+            )
+    return f"frame={VERSION};serde=" + ",".join(str(answer.value) for answer in answers)
 
 
 def _link(descriptor: SerdeDescriptor, section: Section, options: Mapping[str, BaseModel]) -> Serde:

@@ -11,8 +11,9 @@ Associated data, which must be the same when decoding: the format, the namespace
 key or another tenant's place isn't accepted.
 
 Keys are lines ``ID BASE64`` or ``ID HEXADECIMAL`` of 16, 24 or 32 bytes, in a file or in the
-variable ``LMCACHE_AESGCM_KEYS`` (where a comma ends a line, too). The last one encrypts, all
-decrypt: append a new one to rotate, and remove an old one when its values may be forgotten.
+variable ``LMCACHE_AESGCM_KEYS`` (where a comma ends a line, too). The last one is used: append a
+new one to rotate. Where values lie depends on the key, so that instances with different keys never
+meet, during a rotation or by mistake: values of another key are misses, and nobody deletes them.
 
 Random nonces are safe for 2^32 chunks of one key.
 """
@@ -21,9 +22,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hmac
 import os
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,35 +98,44 @@ def _key(text: str, where: str) -> bytes:
     return key
 
 
+@dataclass(frozen=True)
+class NamedCipher:
+    """A key that was read: what it does, its id, and what tells it from another of that id."""
+
+    cipher: AESGCM
+    number: int
+    check: str
+    """A keyed digest: says that two keys are the same, and nothing about them."""
+
+
 class AesGcmSerde(Serde):
     """Encrypts a chunk, or whatever the serde before it in a chain wrote."""
 
     def __init__(
-        self,
-        ciphers: Mapping[int, AESGCM],
-        facts: SerdeFacts | None = None,
-        key: bytes = b"",
+        self, named: NamedCipher, facts: SerdeFacts | None = None, key: bytes = b""
     ) -> None:
-        self._ciphers, self._facts, self._key = ciphers, facts or SerdeFacts(), key
-        self._current = list(ciphers)[-1]
+        self._named, self._facts, self._key = named, facts or SerdeFacts(), key
 
     @property
     def wire_id(self) -> int:
         return WIRE_ID
 
+    def identity(self, group: LayerGroup) -> str:  # noqa: ARG002  the same for all
+        return f"{WIRE_ID}:{self._named.number}:{self._named.check}"
+
     def bound(self, facts: SerdeFacts) -> Serde:
-        return AesGcmSerde(self._ciphers, facts, self._key)
+        return AesGcmSerde(self._named, facts, self._key)
 
     def for_chunk(self, key: bytes, start: int | None) -> Serde:  # noqa: ARG002  it has a key
-        return AesGcmSerde(self._ciphers, self._facts, key)
+        return AesGcmSerde(self._named, self._facts, key)
 
     def max_encoded_bytes(self, group: LayerGroup, tokens: int) -> int:
         return _HEAD.size + group.chunk_bytes(tokens) + _TAG_BYTES
 
     def encode(self, chunk: memoryview, into: memoryview, group: LayerGroup, tokens: int) -> int:
         nonce = os.urandom(12)
-        head = _HEAD.pack(MAGIC, self._current, nonce)
-        sealed = self._ciphers[self._current].encrypt(nonce, chunk, self._context(group, tokens))
+        head = _HEAD.pack(MAGIC, self._named.number, nonce)
+        sealed = self._named.cipher.encrypt(nonce, chunk, self._context(group, tokens))
         into[: _HEAD.size] = head
         into[_HEAD.size : _HEAD.size + len(sealed)] = sealed
         return _HEAD.size + len(sealed)
@@ -136,11 +148,11 @@ class AesGcmSerde(Serde):
         magic, number, nonce = _HEAD.unpack_from(encoded)
         if magic != MAGIC:
             raise ValueError(f"no encrypted chunk starts with {magic!r}")
-        cipher = self._ciphers.get(number)
-        if cipher is None:
-            raise ValueError(f"encrypted with key {number}; known are {sorted(self._ciphers)}")
+        if number != self._named.number:
+            raise ValueError(f"encrypted with key {number}, not {self._named.number}")
+        sealed = encoded[_HEAD.size :]
         try:
-            opened = cipher.decrypt(nonce, encoded[_HEAD.size :], self._context(group, tokens))
+            opened = self._named.cipher.decrypt(nonce, sealed, self._context(group, tokens))
         except InvalidTag:
             raise ValueError(f"not what key {number} encrypted for this place") from None
         into[:] = opened
@@ -165,5 +177,6 @@ def create(config: AesGcmConfig) -> Serde:
         raise ConfigError(
             "serde aesgcm needs cryptography: pip install lmcache-kernels[aesgcm]"
         ) from None
-    keys = read_keys(config, os.environ)
-    return AesGcmSerde({number: AESGCM(key) for number, key in keys.items()})
+    number, key = list(read_keys(config, os.environ).items())[-1]
+    check = hmac.new(key, b"lmcache key check", "sha256").hexdigest()[:16]
+    return AesGcmSerde(NamedCipher(AESGCM(key), number, check))

@@ -63,6 +63,16 @@ class Profiles:
         """The same for another tier."""
         return Profiles(self._given or self._wanted, self._folder, facts)
 
+    def chosen(self, group: LayerGroup) -> str | None:
+        """The digest of the profile that `to_encode` gives; ``None`` if that gives none.
+
+        Raises:
+            ConfigError: the profile's file isn't what its name says.
+        """
+        with self._lock:
+            found = self._choice(group)
+            return None if found is None else found.digest
+
     def to_encode(self, group: LayerGroup) -> _native.CodecProfile | None:
         """The profile to encode ``group`` with; ``None`` to encode without.
 
@@ -70,9 +80,7 @@ class Profiles:
             ConfigError: the profile's file isn't what its name says.
         """
         with self._lock:
-            if group not in self._chosen:
-                self._chosen[group] = self._choose(group)
-            found = self._chosen[group]
+            found = self._choice(group)
             return None if found is None else self._native(found, group)
 
     def to_decode(self, encoded: memoryview, group: LayerGroup) -> _native.CodecProfile | None:
@@ -93,6 +101,11 @@ class Profiles:
                     self._named[number] = Profile.named(self._folder, number)
                 found = self._named[number]
             return None if found is None else self._native(found, group)
+
+    def _choice(self, group: LayerGroup) -> Profile | None:
+        if group not in self._chosen:
+            self._chosen[group] = self._choose(group)
+        return self._chosen[group]
 
     def _choose(self, group: LayerGroup) -> Profile | None:
         if self._wanted == "none" or group.planes != 2:

@@ -141,6 +141,9 @@ class CacheGenSerde(CodecSerde):
         self._turns = b"" if rope is None else _turns(rope)
         self._start: int | None = None
 
+    def identity(self, group: LayerGroup) -> str:
+        return f"{self.id}:{self._step:g}:{self._profiles.chosen(group) or '-'}"
+
     def bound(self, facts: SerdeFacts) -> Serde:
         return CacheGenSerde(
             self._options, self._codec, rope=facts.rope, profile=self._profiles.bound(facts)

@@ -56,6 +56,16 @@ class SerdeTests:
             yield LayerGroup((0, 1, 2), AttentionKind.FULL, 2, 2, 8, dtype)
             yield LayerGroup((0, 1), AttentionKind.MLA, 1, 1, 24, dtype)
 
+    # -- where values lie ------------------------------------------------------------------
+
+    def test_identity_is_the_same_in_every_process(self, make_serde: MakeSerde) -> None:
+        """Printable, without blanks, and equal for serdes that were made alike."""
+        for group in self.groups():
+            identity = make_serde().identity(group)
+            assert identity == make_serde().identity(group)
+            assert 0 < len(identity) <= 200
+            assert all("!" <= character <= "~" for character in identity)
+
     # -- what comes back -------------------------------------------------------------------
 
     @pytest.mark.parametrize("tokens", [1, 16, TOKENS])
