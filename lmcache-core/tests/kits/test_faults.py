@@ -221,13 +221,16 @@ EXCEPTIONS = [
 
 
 @pytest.mark.parametrize("kind", EXCEPTIONS)
-@pytest.mark.parametrize("operation", ["bound", "for_chunk", "max_encoded_bytes", "encode"])
+@pytest.mark.parametrize(
+    "operation", ["identity", "bound", "for_chunk", "max_encoded_bytes", "encode"]
+)
 def test_serde_raises(kind: type[BaseException], operation: str) -> None:
     faults = Faults()
     faults.arm(operation, Raise(kind))
     serde = FaultySerde(RawSerde(), faults)
     made, into = chunk(), bytearray(CHUNK_BYTES)
     calls: dict[str, Callable[[], object]] = {
+        "identity": lambda: serde.identity(GROUP),
         "bound": lambda: serde.bound(SerdeFacts()),
         "for_chunk": lambda: serde.for_chunk(KEYS[0], None),
         "max_encoded_bytes": lambda: serde.max_encoded_bytes(GROUP, TOKENS),

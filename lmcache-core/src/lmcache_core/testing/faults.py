@@ -34,7 +34,7 @@ PATIENCE_S = 60.0
 
 _ANSWERS: Final = frozenset(
     (
-        *("bound", "for_chunk", "max_encoded_bytes", "encode"),  # serdes
+        *("identity", "bound", "for_chunk", "max_encoded_bytes", "encode"),  # serdes
         *("gather_checked", "scatter_checked", "checksums"),  # connectors and kernels
         *("victims", "victim"),  # policies: the iterator, and each step of it
         *("contains", "load", "store", "delete", "count_leading_hits", "usage"),  # backends

@@ -52,6 +52,12 @@ class FaultySerde(Serde):
     def in_place(self) -> bool:
         return self.real.in_place
 
+    def identity(self, group: LayerGroup) -> str:
+        call = self.faults.begin("identity")
+        call.before()
+        found: str = call.after(self.real.identity(group))
+        return found
+
     def bound(self, facts: SerdeFacts) -> Serde:
         call = self.faults.begin("bound")
         call.before()
