@@ -48,7 +48,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[str]]
     else:
         server = RunningServer("--memory-gib", "0.1")
         try:
-            yield ["backends.shared.type=lm", f"backends.shared.url={server.url}"]
+            yield [
+                "backends.shared.type=lm",
+                "backends.shared.host=localhost",
+                f"backends.shared.port={server.port}",
+            ]
         finally:
             server.stop()
 
