@@ -42,7 +42,7 @@ def hit_ratio(prompts: list[list[ChunkKey]], slots: int, policy: str, *, tree: b
                 report.ok[op.op] = report.released[op.op] = 1
             parent = key
         planner.settle(report)
-        planner.release(hold)
+        hold.release()
     return hits / sum(map(len, prompts))
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from lmcache_core.chunk_index import NONE, ChunkIndex, ChunkState, DictIndex
 from lmcache_core.connector import BlockSpan
+from lmcache_core.errors import LeaseError
 from lmcache_core.eviction import CachePolicy
 from lmcache_core.keys import ChunkKey
 from lmcache_core.metrics import Counters
@@ -60,12 +62,14 @@ def chain(plan: Planner, *numbers: int, ready: bool = True) -> list[StoreOp]:
     return ops
 
 
-def done(*ops: StoreOp | FetchOp, ranks: int = 1) -> Report:
-    return Report(ok={op.op: ranks for op in ops}, bad={}, released={op.op: ranks for op in ops})
+def done(*ops: StoreOp | FetchOp, rank: int = 0) -> Report:
+    marks = dict.fromkeys((op.op for op in ops), 1)
+    return Report(ok=marks, released=dict(marks)).of_rank(rank)
 
 
-def failed(*ops: StoreOp | FetchOp) -> Report:
-    return Report(ok={}, bad={op.op: 1 for op in ops}, released={op.op: 1 for op in ops})
+def failed(*ops: StoreOp | FetchOp, rank: int = 0) -> Report:
+    marks = dict.fromkeys((op.op for op in ops), 1)
+    return Report(bad=marks, released=dict(marks)).of_rank(rank)
 
 
 def store(plan: Planner, *numbers: int) -> list[StoreOp]:
@@ -91,8 +95,17 @@ def test_every_rank_must_confirm() -> None:
     assert op is not None
     plan.settle(done(op))
     assert plan.ready_prefix([key(1)]) == 0
-    plan.settle(done(op))
+    plan.settle(done(op, rank=1))
     assert plan.ready_prefix([key(1)]) == 1
+
+
+def test_reports_of_all_ranks_come_as_one() -> None:
+    plan = planner(ranks=3)
+    op = plan.plan_store(key(1), SPAN)
+    assert op is not None
+    plan.settle(Report().add(done(op)).add(done(op, rank=2)).add(done(op, rank=1)))
+    assert plan.ready_prefix([key(1)]) == 1
+    assert plan.leases == 0
 
 
 def test_one_failing_rank_makes_it_a_miss_and_frees_the_slot() -> None:
@@ -101,9 +114,127 @@ def test_one_failing_rank_makes_it_a_miss_and_frees_the_slot() -> None:
     assert op is not None
     plan.settle(failed(op))
     assert plan.plan_store(key(2), SPAN) is None, "the other rank may still be writing"
-    plan.settle(done(op))
+    plan.settle(done(op, rank=1))
     assert plan.state(key(1)) is ChunkState.ABSENT
     assert plan.plan_store(key(2), SPAN) is not None
+
+
+def test_no_rank_can_answer_for_another() -> None:
+    plan = planner(slots=1, ranks=2)
+    op = plan.plan_store(key(1), SPAN)
+    assert op is not None
+    plan.settle(done(op))
+    with pytest.raises(LeaseError, match=r"a result of ranks \[0\] isn't due.*a release of ranks"):
+        plan.settle(done(op))
+    assert plan.ready_prefix([key(1)]) == 0
+    plan.settle(Report(ok={op.op: 0b10}))
+    assert plan.ready_prefix([key(1)]) == 1
+    with pytest.raises(LeaseError, match=r"a release of ranks \[0, 4\] isn't due"):
+        plan.settle(Report(released={op.op: 0b10001}))
+    assert plan.plan_store(key(2), SPAN) is None, "rank 1 may still be reading"
+    plan.settle(Report(released={op.op: 0b10}))
+    assert plan.plan_store(key(2), SPAN) is not None
+
+
+def test_what_is_wrong_in_a_report_keeps_nothing_else_back() -> None:
+    plan = planner()
+    op = plan.plan_store(key(1), SPAN)
+    assert op is not None
+    report = done(op).add(Report(ok={99: 1}, released={99: 1}, unreadable={key(1)}))
+    with pytest.raises(LeaseError, match="operation 99 isn't under way"):
+        plan.settle(report)
+    assert plan.leases == 0
+    assert plan.chunks == 0
+
+
+def test_a_rank_that_says_both_has_failed() -> None:
+    plan = planner()
+    op = plan.plan_store(key(1), SPAN)
+    assert op is not None
+    with pytest.raises(LeaseError, match="isn't due"):
+        plan.settle(done(op).add(failed(op)))
+    assert plan.state(key(1)) is ChunkState.ABSENT
+
+
+def test_what_was_planned_and_given_to_nobody_is_withdrawn() -> None:
+    plan = planner(slots=2, ranks=2)
+    lost: list[ChunkKey] = []
+    plan.on_failed = lost.append
+    hold = plan.acquire([])
+    ops = [plan.plan_store(key(1), SPAN), plan.plan_fetch(key(2), 16, 0, hold)]
+    planned = [op for op in ops if op is not None]
+    plan.withdraw(planned)
+    assert lost == [key(1)]
+    assert plan.chunks == 0
+    hold.release()
+    assert plan.leases == 0
+    assert len([plan.plan_store(key(n), SPAN) for n in (3, 4)]) == 2
+    with pytest.raises(LeaseError, match="isn't under way"):
+        plan.withdraw(planned)
+
+
+def test_a_hold_is_released_once() -> None:
+    plan = planner(slots=1)
+    store(plan, 1)
+    hold, other = plan.acquire([key(1)]), plan.acquire([key(1)])
+    hold.release()
+    with pytest.raises(LeaseError, match="given back before"):
+        hold.release()
+    assert plan.plan_store(key(2), SPAN) is None, "the other one is reading"
+    other.release()
+    assert plan.leases == 0
+
+
+def test_nothing_is_added_to_a_hold_that_was_released() -> None:
+    plan = planner()
+    store(plan, 1)
+    hold = plan.acquire([])
+    hold.release()
+    for add in (
+        lambda: plan.extend(hold, [key(1)]),
+        lambda: plan.join(key(1), hold),
+        lambda: plan.plan_fetch(key(2), 16, 0, hold),
+    ):
+        with pytest.raises(LeaseError, match="was released"):
+            add()
+    assert plan.leases == 0
+    assert plan.chunks == 1
+
+
+def test_a_forgotten_hold_is_reported_and_keeps_its_slots(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plan = planner(slots=1)
+    store(plan, 1)
+    plan.acquire([key(1)])
+    assert "held for reading was forgotten" in caplog.text
+    assert plan._counters.snapshot()["leases_forgotten", (("kind", "slot"),)] == 1
+    assert plan.leases == 1
+    assert plan.plan_store(key(2), SPAN) is None
+
+
+def test_fetching_what_is_there_or_joining_what_is_not_is_a_mistake() -> None:
+    plan = planner()
+    store(plan, 1)
+    hold = plan.acquire([])
+    with pytest.raises(ValueError, match="is here or on its way"):
+        plan.plan_fetch(key(1), 16, 0, hold)
+    with pytest.raises(ValueError, match="is absent"):
+        plan.join(key(2), hold)
+    hold.release()
+    assert plan.leases == 0
+    assert plan.chunks == 1
+
+
+def test_a_store_of_a_chunk_that_was_forgotten_meanwhile_has_failed() -> None:
+    plan = planner()
+    lost: list[ChunkKey] = []
+    plan.on_failed = lost.append
+    op = plan.plan_store(key(1), SPAN)
+    assert op is not None
+    plan.forget(key(1))
+    plan.settle(done(op))
+    assert lost == [key(1)]
 
 
 def test_a_chunk_is_stored_once() -> None:
@@ -124,7 +255,7 @@ def test_held_chunks_are_not_evicted() -> None:
     hold = plan.acquire([key(1), key(2)])
     assert len(hold) == 2
     assert plan.plan_store(key(3), SPAN) is None
-    plan.release(hold)
+    hold.release()
     assert plan.plan_store(key(3), SPAN) is not None
 
 
@@ -143,7 +274,7 @@ def test_a_chunk_that_is_being_written_through_keeps_its_slot() -> None:
 def test_recency_evicts_leaves_before_their_parents() -> None:
     plan = planner(slots=3)
     store(plan, 1, 2, 3)
-    plan.release(plan.acquire([key(1), key(2), key(3)]))
+    plan.acquire([key(1), key(2), key(3)]).release()
     store(plan, 4)
     assert plan.state(key(3)) is ChunkState.ABSENT
     assert plan.ready_prefix([key(1), key(2)]) == 2
@@ -155,7 +286,7 @@ def test_forgotten_while_held_is_freed_at_the_release() -> None:
     hold = plan.acquire([key(1)])
     assert plan.forget(key(1))
     assert plan.plan_store(key(2), SPAN) is None
-    plan.release(hold)
+    hold.release()
     assert plan.plan_store(key(2), SPAN) is not None
 
 
@@ -200,12 +331,12 @@ def test_without_keeping_a_stored_chunk_leaves_when_it_is_written_through() -> N
 
 def test_without_keeping_a_fetched_chunk_stays_for_its_reader() -> None:
     plan = planner(slots=1, keep=False, persist=True)
-    hold = Hold()
+    hold = plan.acquire([])
     op = plan.plan_fetch(key(1), 16, 0, hold)
     assert op is not None
     plan.settle(done(op))
     assert plan.ready_prefix([key(1)]) == 1
-    plan.release(hold)
+    hold.release()
     assert plan.state(key(1)) is ChunkState.ABSENT
 
 
@@ -285,41 +416,86 @@ def test_what_continues_a_damaged_chunk_goes_with_it() -> None:
 class PlannerMachine(RuleBasedStateMachine):
     """Random traffic over a tree of chunks, in which ``n`` continues ``(n - 1) // 2``.
 
-    A slot has at most one user of each kind, none is ever lost, and no chunk stays without the
-    chunk that it continues.
+    A slot has at most one user of each kind, none is ever lost, no chunk stays without the chunk
+    that it continues, and whatever is given back a second time is refused.
     """
 
     SLOTS = 4
+    RANKS = 2
     ops: Bundle[StoreOp | FetchOp] = Bundle("ops")
     holds: Bundle[Hold] = Bundle("holds")
+    ended: Bundle[Hold] = Bundle("ended")
     index = "Python"
 
     def __init__(self) -> None:
         super().__init__()
-        self.plan = planner(slots=self.SLOTS, index=INDEXES[self.index](self.SLOTS))
+        self.plan = planner(slots=self.SLOTS, ranks=self.RANKS, index=INDEXES[self.index](4))
+        self.results: dict[int, set[int]] = {}  # by operation, the ranks that haven't reported
+        self.releases: dict[int, set[int]] = {}
         self.slot_of: dict[int, int] = {}
         self.live_holds: list[Hold] = []
-        self.pinned: set[ChunkKey] = set()
 
     def _writable(self, slot: int) -> None:
         for hold in self.live_holds:
             assert slot not in hold.slots, "a slot that somebody reads was given away"
         assert slot not in self.slot_of.values(), "a slot has two writers"
 
-    @rule(target=ops, number=st.integers(0, 10))
-    def plan_store(self, number: int) -> object:
-        op = self.plan.plan_store(key(number), SPAN, _parent(number))
+    def _planned(self, op: StoreOp | FetchOp | None) -> object:
         if op is None:
-            return StoreOp(-1, key(number), -1, SPAN, False)
+            return multiple()
         self._writable(op.slot)
         self.slot_of[op.op] = op.slot
+        self.results[op.op], self.releases[op.op] = {0, 1}, {0, 1}
         return op
 
-    @rule(op=consumes(ops), ok=st.booleans())
-    def finish(self, op: StoreOp, ok: bool) -> None:
-        if op.op >= 0:
-            self.plan.settle(done(op) if ok else failed(op))
-            del self.slot_of[op.op]
+    @rule(target=ops, number=st.integers(0, 10))
+    def plan_store(self, number: int) -> object:
+        return self._planned(self.plan.plan_store(key(number), SPAN, _parent(number)))
+
+    @rule(target=ops, hold=holds, number=st.integers(0, 10))
+    def plan_fetch(self, hold: Hold, number: int) -> object:
+        if self.plan.state(key(number)) is not ChunkState.ABSENT:
+            self.plan.join(key(number), hold)
+            return multiple()
+        parent = _parent(number)
+        if parent is not None and self.plan.state(parent) is ChunkState.ABSENT:
+            return multiple()  # a lookup fetches in prefix order
+        return self._planned(self.plan.plan_fetch(key(number), 16, 0, hold, parent))
+
+    @rule(op=ops, rank=st.integers(0, 2), ok=st.booleans(), what=st.sampled_from(["result", "end"]))
+    def report(self, op: StoreOp | FetchOp, rank: int, ok: bool, what: str) -> None:
+        """Of an operation that may be over, of a rank that may have reported, or isn't one."""
+        marks = {op.op: 1 << rank}
+        if what == "end":
+            report = Report(released=marks)
+        else:
+            report = Report(ok=marks) if ok else Report(bad=marks)
+        due = (self.releases if what == "end" else self.results)[op.op]
+        if rank not in due:
+            before = self._books()
+            with pytest.raises(LeaseError):
+                self.plan.settle(report)
+            assert self._books() == before
+            return
+        due.discard(rank)
+        self.plan.settle(report)
+        self._forget_finished(op.op)
+
+    @rule(op=ops)
+    def withdraw(self, op: StoreOp | FetchOp) -> None:
+        if len(self.results[op.op]) == len(self.releases[op.op]) == self.RANKS:
+            self.results[op.op], self.releases[op.op] = set(), set()
+            self.plan.withdraw([op])
+            self._forget_finished(op.op)
+
+    def _forget_finished(self, op: int) -> None:
+        if not self.results[op] and not self.releases[op]:
+            self.slot_of.pop(op, None)
+
+    def _books(self) -> object:
+        plan = self.plan
+        keys = [plan.index.key(slot) for slot in range(self.SLOTS)]
+        return plan._leases.tolist(), plan._free.tolist(), keys, plan.leases
 
     @rule(target=holds, last=st.integers(0, 10))
     def acquire(self, last: int) -> Hold:
@@ -327,10 +503,22 @@ class PlannerMachine(RuleBasedStateMachine):
         self.live_holds.append(hold)
         return hold
 
-    @rule(hold=consumes(holds))
-    def release(self, hold: Hold) -> None:
-        self.plan.release(hold)
+    @rule(hold=holds, last=st.integers(0, 10))
+    def extend(self, hold: Hold, last: int) -> None:
+        self.plan.extend(hold, _line(last))
+
+    @rule(target=ended, hold=consumes(holds))
+    def release(self, hold: Hold) -> Hold:
+        hold.release()
         self.live_holds = [h for h in self.live_holds if h is not hold]
+        return hold
+
+    @rule(hold=ended)
+    def release_again(self, hold: Hold) -> None:
+        before = self._books()
+        with pytest.raises(LeaseError):
+            hold.release()
+        assert self._books() == before
 
     @rule(number=st.integers(0, 10))
     def forget(self, number: int) -> None:
@@ -361,11 +549,39 @@ class PlannerMachine(RuleBasedStateMachine):
         assert all(plan._leases[slot] for slot in lost), "a slot is neither free nor in use"
 
     @invariant()
+    def each_lease_has_its_owner(self) -> None:
+        plan = self.plan
+        held = sum(len(hold.slots) + len(hold.awaited) for hold in self.live_holds)
+        assert sum(plan._leases) == held + len(self.slot_of) + len(plan._pins)
+        assert plan.leases == len(self.live_holds) + len(self.slot_of) + len(plan._pins)
+
+    @invariant()
     def nothing_is_an_orphan(self) -> None:
         for number in range(11):
             parent = _parent(number)
             if parent is not None and self.plan.state(key(number)) is ChunkState.READY:
                 assert self.plan.index.find(parent) != NONE
+
+    def teardown(self) -> None:
+        """When everything has ended, no slot is leased, and each is free or has a chunk."""
+        for hold in self.live_holds:
+            hold.release()
+        self.plan.unpin([key(number) for number in range(11)])
+        for op in list(self.slot_of):
+            results = sum(1 << rank for rank in self.results[op])
+            releases = sum(1 << rank for rank in self.releases[op])
+            self.plan.settle(
+                Report(
+                    bad={op: results} if results else {},
+                    released={op: releases} if releases else {},
+                )
+            )
+        plan = self.plan
+        assert plan.leases == 0
+        assert sum(plan._leases) == 0
+        assert plan.pending == 0
+        assert len(plan._free) + self.SLOTS - plan._unused + plan.chunks == self.SLOTS
+        assert not any(name == "leases_forgotten" for name, _ in plan._counters.snapshot())
 
 
 def _parent(number: int) -> ChunkKey | None:
@@ -384,10 +600,14 @@ class PluginPlannerMachine(PlannerMachine):
     index = "plugin"
 
 
+STEPS = 40
+EXAMPLES = max(1, int(os.environ.get("LMCACHE_TEST_STEPS", "4000")) // STEPS)
+"""A long run: 100000 of them, with ``-s --hypothesis-show-statistics --hypothesis-seed=…``."""
+
 TestPlannerMachine = PlannerMachine.TestCase
 TestPluginPlannerMachine = PluginPlannerMachine.TestCase
 for case in (TestPlannerMachine, TestPluginPlannerMachine):
-    case.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+    case.settings = settings(max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None)
 
 
 @pytest.mark.parametrize("name", ["LRU", "LFU", "FIFO", "MRU"])

@@ -60,6 +60,11 @@ class LMCacheConnector(KVConnectorBase_V1):
         chunk_tokens = settings.config.core.chunk_size
         self._scheduler: SchedulerSide | InactiveScheduler | None = None
         self._worker: WorkerSide | InactiveWorker | None = None
+        self._rank = 0
+        if role is not KVConnectorRole.SCHEDULER:
+            from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+            self._rank = get_tensor_model_parallel_rank()
         try:
             facts = model_facts(vllm_config)
             name = facts.name()
@@ -78,14 +83,11 @@ class LMCacheConnector(KVConnectorBase_V1):
                 weights=facts.weights,
             )
         else:
-            from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
-
-            rank = get_tensor_model_parallel_rank()
             self._worker = WorkerSide(
                 settings,
-                identity.namespace(vllm_config, kv_cache_config, chunk_tokens, rank, name),
+                identity.namespace(vllm_config, kv_cache_config, chunk_tokens, self._rank, name),
                 vllm_config,
-                rank=rank,
+                rank=self._rank,
                 weights=facts.weights,
             )
 
@@ -148,7 +150,7 @@ class LMCacheConnector(KVConnectorBase_V1):
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         report = self.worker.take_report()
-        return WorkerReport(report) if report else None
+        return WorkerReport(report.of_rank(self._rank)) if report else None
 
     # -- scheduler -------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from lmcache_connector_vllm.events import ChunkEvents
 from lmcache_connector_vllm.metadata import RequestLoad, RequestStore, StepPlan, WorkerReport
 from lmcache_connector_vllm.settings import Settings
 from lmcache_core.connector import BlockSpan
+from lmcache_core.errors import LeaseError
 from lmcache_core.hashing import PrefixHasher
 from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
@@ -142,7 +143,7 @@ class SchedulerSide:
     def new_request(self, request: Request) -> None:
         """Remember a request, and start asking slow tiers before vLLM schedules it."""
         tracked = self._track(request)
-        if self._tiers and tracked.loads:
+        if self._tiers and tracked.loads and tracked.lookup is None:
             self._look_up(tracked)
 
     def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
@@ -191,7 +192,7 @@ class SchedulerSide:
         )
         memory = min(self._chunk_tokens * lookup.memory_chunks, end) - start
         self._sources[request.request_id] = (max(0, memory), external - max(0, memory))
-        hold, tracked.lookup = lookup.hold, None
+        hold, tracked.lookup = lookup.hand_on(), None
         if asynchronous:
             self._receiving[request.request_id] = hold
         else:
@@ -358,9 +359,8 @@ class SchedulerSide:
             )
         # Workers carry out steps in order: what is loaded in this step is loaded before anything
         # that a later step stores into the same slots.
-        for hold in self._to_release:
-            self._planner.release(hold)
-        self._to_release.clear()
+        while self._to_release:
+            self._to_release.pop().release()
         return plan
 
     def _plan_stores(
@@ -431,13 +431,16 @@ class SchedulerSide:
         """Take in what the workers report after a step."""
         meta = output.kv_connector_worker_meta
         if isinstance(meta, WorkerReport):
-            self._planner.settle(meta.report)
+            try:
+                self._planner.settle(meta.report)
+            except LeaseError as error:  # without effect, and no reason to end the engine
+                logger.error("%s", error)
             self._refuse(meta.report)
             self._acknowledged.update(meta.report.failed_steps)
         for request_id in output.finished_recving or ():
             hold = self._receiving.pop(request_id, None)
             if hold is not None:
-                self._planner.release(hold)
+                hold.release()
 
     def _refuse(self, report: Report) -> None:
         """Take for absent what workers found that isn't for them, in every shard."""
@@ -478,6 +481,10 @@ class SchedulerSide:
         """Let go of the tiers and the loop."""
         for tracked in self._requests.values():
             self._end_lookup(tracked)
+        for hold in (*self._to_release, *self._receiving.values()):
+            hold.release()  # no step follows in which anybody else could be given the slots
+        self._to_release.clear()
+        self._receiving.clear()
         for tiers in self._tiers:
             tiers.close()
         if self._loop is not None:

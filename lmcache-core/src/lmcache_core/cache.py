@@ -18,14 +18,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmcache_core.connector import BlockSpan, EngineConnector
-from lmcache_core.errors import ConfigError, LayoutError
+from lmcache_core.errors import ConfigError, LayoutError, LeaseError
 from lmcache_core.hashing import PrefixHasher, Tokens, request_root, token_bytes
 from lmcache_core.host_memory import HostArena
 from lmcache_core.io_loop import IOLoop
@@ -36,7 +37,7 @@ from lmcache_core.metrics import Counters
 from lmcache_core.mover import Mover, slot_bytes, slots_in
 from lmcache_core.paged import CanonicalBuffer
 from lmcache_core.plan import FetchOp, LoadOp, StoreOp
-from lmcache_core.planner import Planner
+from lmcache_core.planner import Hold, Planner
 from lmcache_core.serde import Rope
 from lmcache_core.tiers import Tiers
 
@@ -238,12 +239,16 @@ class Cache:
         ops: list[StoreOp] = []
         with self._news:
             self._settle()
-            for index, key in enumerate(keys):
-                parent = keys[index - 1] if index else None
-                start = index * self._chunk_tokens
-                op = self._planner.plan_store(key, self._span(paged, index), parent, start)
-                if op is not None:
-                    ops.append(op)
+            try:
+                for index, key in enumerate(keys):
+                    parent = keys[index - 1] if index else None
+                    start = index * self._chunk_tokens
+                    op = self._planner.plan_store(key, self._span(paged, index), parent, start)
+                    if op is not None:
+                        ops.append(op)
+            except BaseException:
+                self._planner.withdraw(ops)
+                raise
         stored = self._mover.store(ops, paged.engine)
         self._hear()
         return stored * self._chunk_tokens
@@ -260,9 +265,7 @@ class Cache:
         """
         keys = self._keys(tokens, salt)
         paged = self._paged(into, _count(tokens))
-        lookup = self._find(keys)
-        try:
-            hold = lookup.hold
+        with self._held(keys) as hold:
             ops = [
                 LoadOp(hold.keys[i], hold.slots[i], self._span(paged, i)) for i in range(len(hold))
             ]
@@ -270,8 +273,6 @@ class Cache:
             failed = {op.slot for op in self._mover.load(ops, engine=paged.engine)}
             good = next((i for i, op in enumerate(ops) if op.slot in failed), len(ops))
             return good * self._chunk_tokens
-        finally:
-            self._release(lookup)
 
     def prefetch(self, tokens: Tokens | Session, *, salt: str = "") -> Future[int]:
         """Bring a prefix from slow tiers into host memory; the future says how many tokens are."""
@@ -376,8 +377,9 @@ class Cache:
             logger.warning("Slow tiers didn't answer: %s", error)
             return otherwise
 
-    def _find(self, keys: list[ChunkKey]) -> PrefixLookup:
-        """Go down the tiers for ``keys`` and wait until that is over."""
+    @contextmanager
+    def _held(self, keys: list[ChunkKey]) -> Iterator[Hold]:
+        """What can be read of ``keys``: finds it, going down the tiers, and leases it within."""
         fetches: list[FetchOp] = []
         with self._news:
             self._settle()
@@ -389,14 +391,21 @@ class Cache:
                 submit=fetches.extend,
                 deadline_s=self._deadline_s,
             )
-            while lookup.poll() is None:
-                if fetches:
-                    self._mover.fetch(fetches[:])
-                    fetches.clear()
-                    continue
-                self._news.wait(self._deadline_s)
-                self._settle()
-        return lookup
+        try:
+            with self._news:
+                while lookup.poll() is None:
+                    if fetches:
+                        given = fetches[:]
+                        fetches.clear()
+                        self._mover.fetch(given)
+                        continue
+                    self._news.wait(self._deadline_s)
+                    self._settle()
+            yield lookup.hold
+        finally:
+            with self._news:
+                self._planner.withdraw(fetches)  # of a lookup that was late, or interrupted
+                lookup.close()
 
     def _locate(self, keys: Sequence[ChunkKey]) -> Future[list[int]]:
         if self._tiers is None or self._loop is None:
@@ -406,18 +415,14 @@ class Cache:
         return future
 
     def _prefetch(self, keys: list[ChunkKey]) -> int:
-        lookup = self._find(keys)
-        try:
-            return len(lookup.hold) * self._chunk_tokens
-        finally:
-            self._release(lookup)
-
-    def _release(self, lookup: PrefixLookup) -> None:
-        with self._news:
-            lookup.close()
+        with self._held(keys) as hold:
+            return len(hold) * self._chunk_tokens
 
     def _settle(self) -> None:
-        self._planner.settle(self._mover.take_report())
+        try:
+            self._planner.settle(self._mover.take_report())
+        except LeaseError as error:  # without effect; whoever happens to ask didn't cause it
+            logger.error("%s", error)
 
     def _hear(self) -> None:
         with self._news:

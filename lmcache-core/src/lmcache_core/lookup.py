@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from lmcache_core.chunk_index import ChunkState
+from lmcache_core.errors import LeaseError
 from lmcache_core.keys import ChunkKey
 from lmcache_core.plan import FetchOp
-from lmcache_core.planner import Planner
+from lmcache_core.planner import Hold, Planner
 
 Locate = Callable[[Sequence[ChunkKey]], "Future[list[int]]"]
 
@@ -30,7 +31,7 @@ class PrefixLookup:
     and all of them where there are slow tiers; ``tokens[i]`` is the token count of chunk ``i``.
     ``locate`` asks the slow tiers (``None``: there are none) and answers, for each key, a tier
     number or -1. Fetches that become necessary are handed to ``submit``. The found chunks are
-    leased until `close`.
+    leased, as ``hold``, until `close`, or for whoever takes that over with `hand_on`.
     """
 
     def __init__(
@@ -56,10 +57,15 @@ class PrefixLookup:
         self._until = clock() + deadline_s
         self._wanted: list[ChunkKey] = []
         self._done = True
+        self._over = False
         self._located: Future[list[int]] | None = None
         rest = keys[len(self.hold) :]
         if locate is not None and rest:
-            self._located = locate(rest)
+            try:
+                self._located = locate(rest)
+            except BaseException:
+                self.hold.release()
+                raise
             self._done = False
 
     def poll(self) -> int | None:
@@ -79,12 +85,27 @@ class PrefixLookup:
         return None
 
     def close(self) -> None:
-        """Give the leases back. Idempotent."""
-        if self._located is not None:
-            self._located.cancel()
-            self._located = None
-        self._done = True
-        self._planner.release(self.hold)
+        """Give the leases back.
+
+        Raises:
+            LeaseError: that was done before, or they belong to somebody else now.
+        """
+        self._end().release()
+
+    def hand_on(self) -> Hold:
+        """End the lookup; the leases belong to the caller from now on.
+
+        Raises:
+            LeaseError: they were given back, or belong to somebody else already.
+        """
+        return self._end()
+
+    def _end(self) -> Hold:
+        if self._over:
+            raise LeaseError("a lookup has ended before: what it held isn't its own any more")
+        self._over = self._done = True
+        self._forget_question()
+        return self.hold
 
     def _plan(self, found: Future[list[int]]) -> None:
         if found.cancelled() or found.exception() is not None:
@@ -112,10 +133,13 @@ class PrefixLookup:
         if fetches:
             self._submit(fetches)
 
-    def _finish(self) -> int:
+    def _forget_question(self) -> None:
         if self._located is not None:
             self._located.cancel()
             self._located = None
+
+    def _finish(self) -> int:
+        self._forget_question()
         self._extend()
         self._done = True
         return len(self.hold)

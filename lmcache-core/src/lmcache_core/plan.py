@@ -54,7 +54,9 @@ class Report:
     """What happened to operations since the last report; addable over ranks.
 
     Each operation gets, from every rank, exactly one result (``ok`` or ``bad``) and exactly one
-    release: from then on that rank neither reads nor writes the slot on its behalf.
+    release: from then on that rank neither reads nor writes the slot on its behalf. By operation,
+    these are sets of ranks: bit ``r`` is rank ``r``'s. A mover's own report is that of rank 0; it
+    becomes another's with `of_rank`.
     """
 
     ok: dict[int, int] = field(default_factory=dict)
@@ -77,6 +79,14 @@ class Report:
             or self.failed_steps
         )
 
+    def of_rank(self, rank: int) -> Report:
+        """The same report, with results and releases of ``rank`` instead of rank 0."""
+        if rank:
+            for ranks in (self.ok, self.bad, self.released):
+                for op in ranks:
+                    ranks[op] <<= rank
+        return self
+
     def add(self, other: Report) -> Report:
         """Fold another rank's report, or a later one, into this one."""
         for mine, theirs in (
@@ -84,8 +94,8 @@ class Report:
             (self.bad, other.bad),
             (self.released, other.released),
         ):
-            for op, count in theirs.items():
-                mine[op] = mine.get(op, 0) + count
+            for op, ranks in theirs.items():
+                mine[op] = mine.get(op, 0) | ranks
         self.unreadable |= other.unreadable
         for tier, keys in other.refused.items():
             self.refused.setdefault(tier, set()).update(keys)

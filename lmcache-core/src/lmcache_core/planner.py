@@ -15,18 +15,26 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 from lmcache_core.chunk_index import NONE, ChunkIndex, ChunkState, DictIndex
 from lmcache_core.connector import BlockSpan
+from lmcache_core.errors import LeaseError
 from lmcache_core.eviction import CachePolicy
 from lmcache_core.keys import ChunkKey
+from lmcache_core.leases import Lease, Ledger
 from lmcache_core.metrics import Counters
 from lmcache_core.plan import FetchOp, Report, StoreOp
 
 
-@dataclass
+@dataclass(slots=True)
 class _Operation:
+    """Has a lease of its slot until every rank has reported its result and its release.
+
+    What is due are sets of ranks, as bits: who has answered can't answer for another.
+    """
+
     key: ChunkKey
     slot: int
     results_due: int
@@ -35,19 +43,37 @@ class _Operation:
     failed: bool = False
 
 
-@dataclass
 class Hold:
-    """Slots that somebody is going to read, in prefix order. Not evicted until released.
+    """Slots that somebody is going to read, in prefix order: not evicted until `release`.
 
-    ``awaited`` are slots that are being fetched for the holder.
+    It has one owner, who may hand it on. ``awaited`` are slots that are being fetched for it.
     """
 
-    keys: list[ChunkKey] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-    awaited: list[int] = field(default_factory=list)
+    __slots__ = ("_lease", "awaited", "keys", "slots")
+
+    def __init__(
+        self, lease: Lease, keys: list[ChunkKey], slots: list[int], awaited: list[int]
+    ) -> None:
+        self.keys = keys
+        self.slots = slots
+        self.awaited = awaited
+        self._lease = lease
 
     def __len__(self) -> int:
         return len(self.slots)
+
+    @property
+    def live(self) -> bool:
+        """Whether it is still to be released."""
+        return self._lease.live
+
+    def release(self) -> None:
+        """Give the slots back.
+
+        Raises:
+            LeaseError: that was done before.
+        """
+        self._lease.release()
 
 
 class Planner:
@@ -75,18 +101,19 @@ class Planner:
         self.slots = slots
         self.index: ChunkIndex = DictIndex(slots) if index is None else index
         self.persist = persist
-        self._ranks = ranks
+        self._every_rank = (1 << ranks) - 1
         self._keep = keep
         self._policy = policy
         self._counters = counters
         self._clock = clock
         self._pin_timeout_s = pin_timeout_s
-        self._leases = array("i", bytes(4 * slots))
+        self._holds = Ledger("slot", counters)
+        self._leases = array("i", bytes(4 * slots))  # by slot: holds, operations and pins
         self._unused = 0  # slots from here on were never used
         self._free = array("I")
         self._operations: dict[int, _Operation] = {}
         self._next_op = 1
-        self._pins: dict[ChunkKey, float] = {}
+        self._pins: dict[ChunkKey, tuple[int, float]] = {}  # slot, and until when
         self.on_ready: Callable[[ChunkKey], None] | None = None
         self.on_failed: Callable[[ChunkKey], None] | None = None
         self.on_evicted: Callable[[ChunkKey], None] | None = None
@@ -107,24 +134,20 @@ class Planner:
 
         Marked from the last to the first, so that by recency a chunk never outlives its parents.
         """
-        slots = self.index.ready_slots(keys)
-        for slot in slots:
-            self._leases[slot] += 1
-        self._policy.touched(slots[::-1])
-        return Hold(list(keys[: len(slots)]), slots)
+        slots, awaited = self._lease_ready(keys), list[int]()
+        lease = self._holds.lease(partial(self._end_hold, slots, awaited), "held for reading")
+        return Hold(lease, list(keys[: len(slots)]), slots, awaited)
 
     def extend(self, hold: Hold, keys: Sequence[ChunkKey]) -> None:
-        """Add the leading ready chunks of ``keys``, which continue the hold's prefix."""
-        more = self.acquire(keys)
-        hold.keys += more.keys
-        hold.slots += more.slots
+        """Add the leading ready chunks of ``keys``, which continue the hold's prefix.
 
-    def release(self, hold: Hold) -> None:
-        """Give a hold back. Idempotent."""
-        slots = hold.slots + hold.awaited
-        hold.keys, hold.slots, hold.awaited = [], [], []
-        for slot in slots:
-            self._unlease(slot)
+        Raises:
+            LeaseError: the hold was released.
+        """
+        _check_live(hold)
+        slots = self._lease_ready(keys)
+        hold.keys += keys[: len(slots)]
+        hold.slots += slots
 
     # -- planning --------------------------------------------------------------------------
 
@@ -163,7 +186,14 @@ class Planner:
         """Make room for an absent chunk of a slow tier and plan its load; ``None`` without room.
 
         The slot is leased to ``hold`` from now on, whether or not the load succeeds.
+
+        Raises:
+            LeaseError: the hold was released.
+            ValueError: the chunk isn't absent.
         """
+        _check_live(hold)
+        if self.index.find(key) != NONE:
+            raise ValueError(f"chunk {key.hex()} is here or on its way: `join` those who fetch it")
         slot = self._take_slot(parent)
         if slot is None:
             self._counters.add("load_failures", tier="host", reason="memory_full")
@@ -173,21 +203,43 @@ class Planner:
         return FetchOp(op, key, slot, tokens, tier)
 
     def join(self, key: ChunkKey, hold: Hold) -> None:
-        """Lease a chunk that somebody else is having fetched."""
+        """Lease a chunk that somebody else is having fetched.
+
+        Raises:
+            LeaseError: the hold was released.
+            ValueError: the chunk is absent.
+        """
+        _check_live(hold)
         slot = self.index.find(key)
+        if slot == NONE:
+            raise ValueError(f"chunk {key.hex()} is absent: nobody is having it fetched")
         self._leases[slot] += 1
         hold.awaited.append(slot)
 
+    def withdraw(self, ops: Iterable[StoreOp | FetchOp]) -> None:
+        """Undo the planning of operations that no mover has heard of.
+
+        Raises:
+            LeaseError: one isn't under way, or was reported.
+        """
+        every, planned = self._every_rank, [op.op for op in ops]
+        wrong = [self._result(op, every, failed=True) for op in planned]
+        wrong += [self._released(op, every) for op in planned]
+        _raise(wrong)
+
     def settle(self, report: Report) -> None:
-        """Take in what movers report."""
-        for op, count in report.ok.items():
-            self._result(op, count, failed=False)
-        for op, count in report.bad.items():
-            self._result(op, count, failed=True)
-        for op, count in report.released.items():
-            self._released(op, count)
+        """Take in what movers report.
+
+        Raises:
+            LeaseError: a rank reports an operation that isn't under way, or something twice. The
+                rest of the report was taken in, and what was wrong had no effect.
+        """
+        wrong = [self._result(op, ranks, failed=True) for op, ranks in report.bad.items()]
+        wrong += [self._result(op, ranks, failed=False) for op, ranks in report.ok.items()]
+        wrong += [self._released(op, ranks) for op, ranks in report.released.items()]
         for key in report.unreadable:
             self.forget(key)
+        _raise(wrong)
 
     def forget(self, key: ChunkKey) -> bool:
         """Never offer ``key`` from host memory again; its slot is freed once nobody uses it.
@@ -220,14 +272,14 @@ class Planner:
         for key, slot in zip(keys, slots, strict=False):
             if key not in self._pins:
                 self._leases[slot] += 1
-            self._pins[key] = until
+            self._pins[key] = slot, until
         return len(slots)
 
     def unpin(self, keys: Iterable[ChunkKey]) -> int:
         """Undo `pin`; answer how many of ``keys`` were pinned."""
-        pinned = [key for key in keys if self._pins.pop(key, None) is not None]
-        for key in pinned:
-            self._unlease(self.index.find(key))
+        pinned = [pin for key in keys if (pin := self._pins.pop(key, None)) is not None]
+        for slot, _ in pinned:
+            self._unlease(slot)
         return len(pinned)
 
     # -- figures ---------------------------------------------------------------------------
@@ -242,6 +294,11 @@ class Planner:
         """Operations that not every rank has finished."""
         return len(self._operations)
 
+    @property
+    def leases(self) -> int:
+        """Holds, operations and pins that have slots now; at rest there are none."""
+        return self._holds.out + len(self._operations) + len(self._pins)
+
     # -- inside ----------------------------------------------------------------------------
 
     def _begin(self, key: ChunkKey, slot: int, parent: ChunkKey | None, state: ChunkState) -> int:
@@ -250,34 +307,65 @@ class Planner:
         self.index.insert(key, slot, NONE if parent is None else self.index.find(parent), state)
         self._leases[slot] += 1
         self._operations[op] = _Operation(
-            key, slot, self._ranks, self._ranks, state is ChunkState.FETCHING
+            key, slot, self._every_rank, self._every_rank, state is ChunkState.FETCHING
         )
         return op
 
-    def _result(self, op: int, count: int, *, failed: bool) -> None:
-        operation = self._operations[op]
-        operation.results_due -= count
-        operation.failed |= failed
-        if operation.results_due:
-            return
+    def _lease_ready(self, keys: Sequence[ChunkKey]) -> list[int]:
+        """Lease the slots of the leading ready chunks to one more user."""
+        slots = self.index.ready_slots(keys)
+        self._policy.touched(slots[::-1])
+        for slot in slots:
+            self._leases[slot] += 1
+        return slots
+
+    def _end_hold(self, slots: list[int], awaited: list[int]) -> None:
+        for slot in slots:
+            self._unlease(slot)
+        for slot in awaited:
+            self._unlease(slot)
+        slots.clear()
+        awaited.clear()
+
+    def _result(self, op: int, ranks: int, *, failed: bool) -> str:
+        """Take in results of ``ranks``; answer what is wrong with that, if something is."""
+        operation = self._operations.get(op)
+        if operation is None:
+            return _not_under_way(op)
+        due = operation.results_due & ranks
+        if due:
+            operation.results_due ^= due
+            operation.failed |= failed
+            if not operation.results_due:
+                self._concluded(operation)
+                self._finish(op, operation)
+        return "" if due == ranks else _not_due(op, "result", ranks ^ due)
+
+    def _released(self, op: int, ranks: int) -> str:
+        """Take in releases of ``ranks``; answer what is wrong with that, if something is."""
+        operation = self._operations.get(op)
+        if operation is None:
+            return _not_under_way(op)
+        due = operation.releases_due & ranks
+        if due:
+            operation.releases_due ^= due
+            self._finish(op, operation)
+        return "" if due == ranks else _not_due(op, "release", ranks ^ due)
+
+    def _concluded(self, operation: _Operation) -> None:
+        """Offer a chunk of which every rank has its part, or drop it."""
         slot, key = operation.slot, operation.key
-        here = self.index.key(slot) == key
-        if operation.failed:
-            if here:
-                self._drop_with_descendants(slot)
-            if self.on_failed is not None and not operation.fetch:
-                self.on_failed(key)
-        elif here and self.index.state(slot) != ChunkState.READY:
+        here = self.index.key(slot) == key  # or it was forgotten meanwhile
+        if here and not operation.failed:
             self.index.set_state(slot, ChunkState.READY)
             self._policy.added(slot)
-            if self.on_ready is not None and not operation.fetch:
-                self.on_ready(key)
-        self._finish(op, operation)
-
-    def _released(self, op: int, count: int) -> None:
-        operation = self._operations[op]
-        operation.releases_due -= count
-        self._finish(op, operation)
+            told = self.on_ready
+        else:
+            if here:
+                self._drop_with_descendants(slot)
+            told = self.on_failed
+        if told is not None and not operation.fetch:
+            told(key)
 
     def _finish(self, op: int, operation: _Operation) -> None:
         if operation.results_due or operation.releases_due:
@@ -353,6 +441,31 @@ class Planner:
             self._drop(slot)
 
     def _pins_expire(self, now: float) -> None:
-        for key in [key for key, until in self._pins.items() if until <= now]:
-            del self._pins[key]
-            self._unlease(self.index.find(key))
+        for key in [key for key, (_, until) in self._pins.items() if until <= now]:
+            slot, _ = self._pins.pop(key)
+            self._unlease(slot)
+
+
+def _check_live(hold: Hold) -> None:
+    if not hold.live:
+        raise LeaseError("slots can't be added to a hold that was released: nobody would free them")
+
+
+def _not_under_way(op: int) -> str:
+    return (
+        f"operation {op} isn't under way: it was never planned, or every rank has reported its "
+        "end; this is a mistake in the mover that reports it"
+    )
+
+
+def _not_due(op: int, what: str, ranks: int) -> str:
+    named = [rank for rank in range(ranks.bit_length()) if ranks >> rank & 1]
+    return (
+        f"operation {op}: a {what} of ranks {named} isn't due: each of its ranks reports one, "
+        "once; this is a mistake in the mover that reports it"
+    )
+
+
+def _raise(wrong: Iterable[str]) -> None:
+    if said := "; ".join(filter(None, wrong)):
+        raise LeaseError(said)
