@@ -60,7 +60,7 @@ def test_a_value_belongs_to_its_place(make_serde: MakeSerde) -> None:
     encoded = encode(here.for_chunk(b"key", None), chunk, GROUP, 16)
     assert decode(here.for_chunk(b"key", None), encoded, GROUP, 16) == chunk
     elsewhere = make_serde().bound(SerdeFacts("b" * 16))
-    other_shape = dataclasses.replace(GROUP, heads=4, head_size=32)
+    other_shape = dataclasses.replace(GROUP, heads=4, head_size=32, model_heads=4)
     for serde, group in (
         (here.for_chunk(b"another", None), GROUP),
         (elsewhere.for_chunk(b"key", None), GROUP),

@@ -23,6 +23,7 @@ LAYERS, HEADS, SIZE, TOKENS, START = 2, 4, 16, 96, 512
 WIDTH = HEADS * SIZE
 GROUP = full_attention(layers=LAYERS, heads=HEADS, head_size=SIZE, dtype=DType.BF16)
 HALF = full_attention(layers=LAYERS, heads=HEADS // 2, head_size=SIZE, dtype=DType.BF16)
+SECOND = GROUP.for_rank(1, 2)
 ROPE = Rope.of(theta=100.0, rotary_size=SIZE)
 
 
@@ -158,13 +159,13 @@ def test_a_rank_takes_its_heads() -> None:
         key_basis=second(whole.key_basis, 2 * (2 * SIZE) ** 2),
         value_basis=second(whole.value_basis, 2 * (2 * SIZE) ** 2),
     )
-    facts = SerdeFacts(rope=ROPE, shard=1, shard_count=2)
+    facts = SerdeFacts(rope=ROPE)
     mine = serde(whole).bound(facts).for_chunk(b"", START)
-    encoded = encode(mine, half, HALF, TOKENS)
+    encoded = encode(mine, half, SECOND, TOKENS)
     assert encoded[64:] == encode(serde(own), half, HALF, TOKENS)[64:]
-    assert error(half, decode(mine, encoded, HALF, TOKENS)) < 0.2
+    assert error(half, decode(mine, encoded, SECOND, TOKENS)) < 0.2
     mixing = serde(profile()).bound(facts).for_chunk(b"", START)
-    assert error(half, decode(mixing, encode(mixing, half, HALF, TOKENS), HALF, TOKENS)) < 0.2
+    assert error(half, decode(mixing, encode(mixing, half, SECOND, TOKENS), SECOND, TOKENS)) < 0.2
 
 
 # -- finding it ----------------------------------------------------------------------------------

@@ -97,7 +97,8 @@ def test_the_best_of_a_model_is_found(tmp_path: Path) -> None:
     [
         ("m", GROUP, True),
         ("m", full_attention(layers=2, heads=4, head_size=8, dtype=DType.F16), True),
-        ("m", full_attention(layers=4, heads=2, head_size=8, dtype=DType.BF16), True),
+        ("m", GROUP.for_rank(1, 2), True),
+        ("m", full_attention(layers=4, heads=2, head_size=8, dtype=DType.BF16), False),
         ("another", GROUP, False),
         ("", GROUP, False),
         ("m", full_attention(layers=5, heads=4, head_size=8, dtype=DType.BF16), False),

@@ -16,7 +16,8 @@ interface = pytest.importorskip("vllm.v1.kv_cache_interface")
 
 from lmcache_connector_vllm import identity  # noqa: E402
 from lmcache_core.errors import ConfigError, LayoutError  # noqa: E402
-from lmcache_core.layout import AttentionKind, DType  # noqa: E402
+from lmcache_core.keys import CacheNamespace  # noqa: E402
+from lmcache_core.layout import AttentionKind, DType, KVLayout, full_attention  # noqa: E402
 from lmcache_core.serde import Rope  # noqa: E402
 
 
@@ -69,11 +70,32 @@ def test_mla_has_one_plane_and_is_the_same_on_all_ranks() -> None:
     assert len({name.fingerprint for name in names}) == 1
 
 
-def test_ranks_of_full_attention_are_shards_of_one_root() -> None:
+@pytest.mark.parametrize(("ranks", "held", "names"), [(1, 4, 1), (2, 2, 2), (4, 1, 4), (8, 1, 4)])
+def test_ranks_have_the_names_of_their_heads(ranks: int, held: int, names: int) -> None:
+    """A model with four KV heads: however it is split its root is one, and equal heads one name."""
+    config = vllm_config(tensor_parallel_size=ranks)
+    config.model_config = SimpleNamespace(get_total_num_kv_heads=lambda: 4)
+    spec = cache_config(full(num_kv_heads=held))
+    spaces = [identity.namespace(config, spec, 256, rank, "m") for rank in range(ranks)]
+    whole = full_attention(layers=3, heads=4, head_size=64, dtype=DType.BF16)
+    assert {space.root for space in spaces} == {CacheNamespace("m", KVLayout(256, (whole,))).root}
+    assert len({space.fingerprint for space in spaces}) == names
+    assert [space.for_rank(0, ranks) for space in spaces] == [spaces[0]] * ranks
+
+
+def test_heads_that_cannot_be_told_apart_are_refused() -> None:
     config = vllm_config(tensor_parallel_size=2)
-    names = [identity.namespace(config, cache_config(full()), 256, rank, "m") for rank in range(2)]
-    assert names[0].fingerprint != names[1].fingerprint
-    assert names[0].root == names[1].root
+    config.model_config = SimpleNamespace(get_total_num_kv_heads=lambda: 8)
+    with pytest.raises(LayoutError, match="keeps 2 KV heads, but 8"):
+        identity.namespace(config, cache_config(full(num_kv_heads=2)), 256, 0, "m")
+
+
+def test_layers_have_the_numbers_of_the_model() -> None:
+    one = cache_config(full())
+    one.kv_cache_groups[0].layer_names = [f"model.layers.{i}.self_attn.attn" for i in (10, 9, 31)]
+    assert identity.layer_group(vllm_config(), one).layers == (9, 10, 31)
+    one.kv_cache_groups[0].layer_names = ["model.layers.0.attn", "draft.layers.0.attn"]
+    assert identity.layer_group(vllm_config(), one).layers == (0, 1)
 
 
 REFUSED = {

@@ -117,7 +117,7 @@ class Telling(RawSerde):
         return Telling(self.facts, start)
 
     def encode(self, *args):
-        TOLD.append((self.facts.weights, self.facts.shard, self.start))
+        TOLD.append((self.facts.weights, self.start))
         return super().encode(*args)
 
     def decode(self, *args):
@@ -132,13 +132,11 @@ def lmcache_serdes():
     )
     options = config(f"local_disk={tmp_path}", "local_cpu=false", "serde=telling")
     prompt, stored, loaded = tokens(70), kv(70), kv(70, seed=9)
-    with Cache.open(
-        model="m", layout=LAYOUT, config=options, weights="w", shard=1, shard_count=2
-    ) as cache:
+    with Cache.open(model="m", layout=LAYOUT, config=options, weights="w") as cache:
         cache.store(prompt, stored)
         cache.flush()
         told = sys.modules[module].TOLD
-        assert told == [("w", 1, start) for start in (0, 16, 32, 48)]
+        assert told == [("w", start) for start in (0, 16, 32, 48)]
         told.clear()
         assert cache.load(prompt, loaded) == 64
         assert told == [None] * 4
@@ -296,8 +294,8 @@ def test_disk_survives_the_process(tmp_path: Path) -> None:
         assert loaded == stored
 
 
-@pytest.mark.parametrize("other", [{"model": "n"}, {"shard": 1, "shard_count": 2}])
-def test_another_model_or_shard_finds_nothing(tmp_path: Path, other: dict[str, object]) -> None:
+@pytest.mark.parametrize("other", [{"model": "n"}, {"rank": 1, "ranks": 2}])
+def test_another_model_or_rank_finds_nothing(tmp_path: Path, other: dict[str, object]) -> None:
     prompt = tokens(64)
     options = config(f"local_disk={tmp_path}")
     with Cache.open(model="m", layout=LAYOUT, config=options) as cache:

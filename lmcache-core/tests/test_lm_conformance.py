@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -37,12 +38,11 @@ class _OneServer(StorageBackendTests):
     def _empty(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Some tests make namespaces of their own by name; the server outlives a test."""
         salt = str(uuid.uuid4())
-        digest = CacheNamespace._digest
-        monkeypatch.setattr(
-            CacheNamespace,
-            "_digest",
-            lambda self, shard: digest(CacheNamespace(self.model + salt, self.layout), shard),
-        )
+
+        def fingerprint(self: CacheNamespace) -> str:
+            return hashlib.sha256((self.model + salt).encode()).hexdigest()[:16]
+
+        monkeypatch.setattr(CacheNamespace, "fingerprint", property(fingerprint))
 
 
 class TestTcp(_OneServer):

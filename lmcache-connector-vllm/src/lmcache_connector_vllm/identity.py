@@ -1,4 +1,4 @@
-"""Says what makes vLLM's KV values what they are: layout, shard, request.
+"""Says what makes vLLM's KV values what they are: layout, heads, request.
 
 Whatever changes the numbers must be in here or in `facts`, or two things that
 differ share bytes; whatever doesn't must stay out, or things that are equal
@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,14 +51,18 @@ def namespace(
         ConfigError: vLLM is configured so that its KV isn't reproducible or is split by token.
     """
     group = layer_group(vllm_config, kv_cache_config)
-    parallel = vllm_config.parallel_config
-    shards = 1 if group.kind is AttentionKind.MLA else parallel.tensor_parallel_size
-    return CacheNamespace(
-        model=model,
-        layout=KVLayout(chunk_tokens, (group,)),
-        shard=rank if shards > 1 else 0,
-        shard_count=shards,
-    )
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if ranks > 1 and group.kind is not AttentionKind.MLA:
+        total = vllm_config.model_config.get_total_num_kv_heads()
+        whole = replace(group, heads=total, model_heads=total)
+        if whole.for_rank(rank, ranks).heads != group.heads:
+            raise LayoutError(
+                f"a rank of this model keeps {group.heads} KV heads, but {total} KV heads on "
+                f"{ranks} ranks (--tensor-parallel-size) make {whole.for_rank(rank, ranks).heads}: "
+                "LMCache can't tell which heads it has"
+            )
+        group = whole.for_rank(rank, ranks)
+    return CacheNamespace(model, KVLayout(chunk_tokens, (group,)))
 
 
 def layer_group(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> LayerGroup:
@@ -98,13 +103,26 @@ def layer_group(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Laye
             f"({spec.head_size} and {spec.head_size_v})"
         )
     return LayerGroup(
-        layers=tuple(range(len(groups[0].layer_names))),
+        layers=_layers(groups[0].layer_names),
         kind=AttentionKind.MLA if mla else AttentionKind.FULL,
         planes=1 if mla else 2,
         heads=spec.num_kv_heads,
         head_size=spec.head_size,
         dtype=dtype,
     )
+
+
+def _layers(names: Sequence[str]) -> tuple[int, ...]:
+    """The model's numbers of its layers; counted, if two have the same, as a draft model's may."""
+    numbers = sorted(layer_number(name) for name in names)
+    if len(set(numbers)) < len(numbers):
+        return tuple(range(len(numbers)))
+    return tuple(numbers)
+
+
+def layer_number(name: str) -> int:
+    """What vLLM's name of a layer, such as ``model.layers.3.self_attn.attn``, says of its place."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
 
 
 def _refuse_parallelism(vllm_config: VllmConfig) -> None:

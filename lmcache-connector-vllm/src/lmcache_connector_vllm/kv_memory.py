@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lmcache_connector_vllm.identity import layer_number
 from lmcache_core.connector import BlockSpan, PagedLayout, PlaneStrides
 from lmcache_core.errors import LayoutError
 from lmcache_core.layout import AttentionKind, LayerGroup
@@ -149,9 +150,4 @@ def _views(tensors: Sequence[torch.Tensor]) -> list[memoryview]:
 
 def layer_order(kv_caches: dict[str, torch.Tensor]) -> list[str]:
     """Layer names in the order of the model's layers, whatever order vLLM registered them in."""
-    return sorted(kv_caches, key=_layer_number)
-
-
-def _layer_number(name: str) -> tuple[int, str]:
-    numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    return (numbers[0] if numbers else 0, name)
+    return sorted(kv_caches, key=lambda name: (layer_number(name), name))

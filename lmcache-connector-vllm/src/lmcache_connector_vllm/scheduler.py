@@ -86,7 +86,7 @@ class SchedulerSide:
         self._loop: IOLoop | None = None
         self._tiers: list[Tiers] = []
         if settings.config.backends:
-            self._open_tiers(rope, weights)
+            self._open_tiers(ranks, rope, weights)
         slots = slots_in(settings.arena_bytes, namespace)
         self._planner = Planner(
             slots,
@@ -113,19 +113,20 @@ class SchedulerSide:
         self._clear_tiers = False
         self._epoch = ""
 
-    def _open_tiers(self, rope: Rope | None, weights: str) -> None:
-        """Open each backend once for every rank's shard, to ask what the workers stored.
+    def _open_tiers(self, ranks: int, rope: Rope | None, weights: str) -> None:
+        """Open each backend once for the heads of every rank, to ask what the workers stored.
 
         With the same serdes, bound to the same facts: where values lie depends on them.
         """
         core = self._settings.config.core
         self._loop = IOLoop("lmcache-scheduler")
-        for shard in range(self._namespace.shard_count):
+        every = (self._namespace.for_rank(rank, ranks) for rank in range(ranks))
+        for namespace in dict.fromkeys(every):  # several ranks may have the same heads
             self._tiers.append(
                 Tiers.open(
                     self._settings.config.backends,
                     self._settings.plugins,
-                    namespace=self._namespace.for_shard(shard),
+                    namespace=namespace,
                     region=None,
                     loop=self._loop,
                     counters=self.counters,
@@ -255,9 +256,9 @@ class SchedulerSide:
     def _locate(self, keys: Sequence[ChunkKey]) -> Future[list[int]]:
         if self._loop is None:
             raise RuntimeError("no slow tiers to ask")
-        return self._loop.submit(self._locate_all_shards(keys))
+        return self._loop.submit(self._locate_all_parts(keys))
 
-    async def _locate_all_shards(self, keys: Sequence[ChunkKey]) -> list[int]:
+    async def _locate_all_parts(self, keys: Sequence[ChunkKey]) -> list[int]:
         """A chunk is in a tier if every rank's part of it is."""
         deadline_s = self._settings.config.core.lookup_timeout_ms / 1000
         found = await self._tiers[0].locate(keys, deadline_s)

@@ -22,7 +22,6 @@ from lmcache_core.errors import ConfigError
 from lmcache_core.host_memory import HostArena
 from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import CacheNamespace
-from lmcache_core.layout import AttentionKind
 from lmcache_core.logging import init_logger
 from lmcache_core.metrics import Counters
 from lmcache_core.mover import Mover, slot_bytes
@@ -72,7 +71,9 @@ class WorkerSide:
             )
         self._loop: IOLoop | None = None
         self._tiers: Tiers | None = None
-        self._writes_tiers = namespace.layout.groups[0].kind is not AttentionKind.MLA or rank == 0
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        # Of several ranks with the same heads, the first one writes them.
+        self._writes_tiers = rank == 0 or namespace.for_rank(rank - 1, ranks) != namespace
         if settings.config.backends:
             self._loop = IOLoop("lmcache-worker")
             self._tiers = Tiers.open(

@@ -183,17 +183,20 @@ class Cache:
         layout: KVLayout,
         config: Config | None = None,
         plugins: Plugins | None = None,
-        shard: int = 0,
-        shard_count: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
         rope: Rope | None = None,
         weights: str = "",
     ) -> Cache:
         """Open a cache for ``model``. Without ``config``, file and environment are read.
 
-        ``rope`` and ``weights`` are for serdes: see `serde.SerdeFacts`.
+        ``layout`` is the model's; of ``ranks`` tensor-parallel ranks, ``rank`` keeps its heads
+        (`KVLayout.for_rank`), and ``kv`` has no others. ``rope`` and ``weights`` are for
+        serdes: see `serde.SerdeFacts`.
 
         Raises:
             ConfigError: the configuration is wrong, or asks for memory that isn't there.
+            LayoutError: the model's heads can't be dealt out to so many ranks.
             PluginError: the configuration names a plugin that is missing or broken.
         """
         from lmcache_core.config import load_config
@@ -202,7 +205,7 @@ class Cache:
         plugins = plugins or Plugins()
         if config is None:
             config = load_config(plugins)
-        namespace = CacheNamespace(model, layout, shard, shard_count)
+        namespace = CacheNamespace(model, layout if ranks == 1 else layout.for_rank(rank, ranks))
         return cls(namespace, config, plugins, rope=rope, weights=weights)
 
     # -- the calls -------------------------------------------------------------------------

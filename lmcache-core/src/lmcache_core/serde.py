@@ -41,14 +41,11 @@ class SerdeFacts:
     """What doesn't change while a tier is open. Anything may be unknown."""
 
     fingerprint: str = ""
-    """The namespace's: model, layout, shard, tenant."""
+    """The namespace's: model, layout, heads, layers, tenant."""
     rope: Rope | None = None
     """``None``: unknown, none, or of a kind that isn't one angle for each pair and position."""
     weights: str = ""
     """What names the model's weights: `model.weights_identity`. Empty if unknown."""
-    shard: int = 0
-    """Which of ``shard_count`` parts of the heads the chunks hold."""
-    shard_count: int = 1
 
 
 class Serde(ABC):

@@ -116,9 +116,7 @@ class Tiers:
             PluginError: a plugin is missing, lacks what it needs, or is broken.
         """
         openings = []
-        facts = SerdeFacts(
-            namespace.fingerprint, rope, weights, namespace.shard, namespace.shard_count
-        )
+        facts = SerdeFacts(namespace.fingerprint, rope, weights)
         for section in sections:
             serde, exact = _serde(plugins, section, default_serde, serdes)
             serde = serde.bound(facts)

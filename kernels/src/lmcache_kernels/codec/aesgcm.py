@@ -7,8 +7,8 @@
     20             ciphertext, then a tag of 16 bytes
 
 Associated data, which must be the same when decoding: the format, the namespace's fingerprint
-(model, layout, shard, tenant), the chunk's key, and its shape. A value that was moved to another
-key or another tenant's place isn't accepted.
+(model, layout, heads, layers, tenant), the chunk's key, and its shape. A value that was moved to
+another key or another tenant's place isn't accepted.
 
 Keys are lines ``ID BASE64`` or ``ID HEXADECIMAL`` of 16, 24 or 32 bytes, in a file or in the
 variable ``LMCACHE_AESGCM_KEYS`` (where a comma ends a line, too). The last one is used: append a

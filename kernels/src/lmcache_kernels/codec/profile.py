@@ -168,7 +168,7 @@ class Profile:
             if (
                 head.model == model != ""
                 and head.head_size == group.head_size
-                and head.heads % group.heads == 0
+                and head.heads == group.model_heads
                 and all(layer in layers for layer in group.layers)
             ):
                 rank = (head.flags & _BASES, head.flags & _GAINS, path.stat().st_mtime_ns, path)
@@ -187,21 +187,16 @@ class Profile:
             return cls.load(path)
         return None
 
-    def of(
-        self, group: LayerGroup, shard: int = 0, shard_count: int = 1
-    ) -> _native.CodecProfile | None:
-        """This profile for one shard's ``group``; ``None`` if it isn't of these layers and heads.
+    def of(self, group: LayerGroup) -> _native.CodecProfile | None:
+        """This profile for a rank's ``group``; ``None`` if it isn't of these layers and heads.
 
-        Without its bases, if those mix heads of several shards.
+        Without its bases, if those mix heads of several ranks.
         """
-        first = shard * self.heads // shard_count
-        even = self.heads % shard_count == 0 or shard_count % self.heads == 0
-        heads = (max(1, self.heads // shard_count), self.head_size)
+        first = group.first_head
         rows = [layer - self.first_layer for layer in group.layers]
         if (
             group.planes != 2
-            or not even
-            or (group.heads, group.head_size) != heads
+            or (group.model_heads, group.head_size) != (self.heads, self.head_size)
             or min(rows) < 0
             or max(rows) >= self.layers
         ):

@@ -139,4 +139,4 @@ class Profiles:
         return found
 
     def _native(self, profile: Profile, group: LayerGroup) -> _native.CodecProfile | None:
-        return profile.of(group, self._facts.shard, self._facts.shard_count)
+        return profile.of(group)

@@ -202,7 +202,7 @@ class StorageBackendTests:
         assert loaded[1][: size - 1] == stored[1]
 
     def test_keys_of_later_layer_groups(self, backend: StorageBackend, run: Loop) -> None:
-        names = [chunk_key(keys(1)[0], group) for group in (0, 1, 2)]
+        names = [chunk_key(keys(1)[0], group) for group in (b"", b"\1" * 8, bytes(range(8)))]
         stored = [value(i) for i in range(3)]
         run(backend.store(names, views(stored)))
         loaded = buffers(3)
