@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from lmcache_core.daemon_pool import DaemonPool
+from lmcache_core.errors import PluginRaised
 
 
 def test_results_and_exceptions_come_back() -> None:
@@ -140,3 +141,25 @@ def test_a_stuck_call_does_not_keep_the_interpreter_from_exiting() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "kind", [StopIteration, SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError]
+)
+def test_what_no_future_can_hold_is_told_in_words(kind: type[BaseException]) -> None:
+    """Whoever awaits it isn't cancelled, and doesn't wait for ever; the thread goes on."""
+    pool = DaemonPool(1, "contained")
+
+    def fail() -> None:
+        raise kind("from a plugin")
+
+    async def awaits() -> None:
+        with pytest.raises(PluginRaised, match=f"{kind.__name__}: from a plugin"):
+            await pool.run(fail)
+        assert await pool.run(lambda: 7) == 7
+
+    asyncio.run(awaits())
+    with pytest.raises(PluginRaised, match="from a plugin"):
+        pool.submit(fail).result(10.0)
+    pool.shutdown()
+    assert pool.join(10.0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
+import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -15,8 +17,9 @@ from lmcache_core.errors import (
     BackendRejected,
     BackendTimeout,
     BackendUnavailable,
+    PluginRaised,
 )
-from lmcache_core.guard import Answer, BreakerState, Guard, attempt
+from lmcache_core.guard import Answer, BreakerState, Guard, attempt, attempted
 from lmcache_core.metrics import Counters
 
 LONG_S = 30.0
@@ -606,3 +609,71 @@ def test_failures_are_logged_rarely_for_each_operation(caplog: pytest.LogCapture
         "disk: store failed: broken",
         "disk: load failed: broken (6 more since the last such line)",
     ]
+
+
+# -- what would end a loop -----------------------------------------------------------------
+
+ENDING = [SystemExit, KeyboardInterrupt, GeneratorExit, StopIteration, asyncio.CancelledError]
+
+
+@pytest.mark.parametrize("kind", ENDING)
+def test_what_ends_loops_is_an_answer(kind: type[BaseException]) -> None:
+    """On a loop of ours, which isn't the main thread's, and the next call is answered."""
+
+    async def test() -> None:
+        rig = Rig(breaker_threshold=100, retries=0)
+        answer = await rig.guard.call("load", rig.raising(kind("from a plugin")))
+        assert isinstance(answer.error, Exception)
+        assert rig.guard.now("usage", lambda: _raise(kind("here"))).error is not None
+        assert (await rig.guard.call("load", rig.raising())).value == "good"
+
+    errors: list[BaseException] = []
+
+    def thread() -> None:
+        answer = attempted(run, test)
+        errors.extend([] if answer.error is None else [answer.error])
+
+    own = threading.Thread(target=thread)
+    own.start()
+    own.join(30.0)
+    assert not own.is_alive()
+    assert errors == []
+
+
+@pytest.mark.parametrize("kind", ENDING)
+def test_attempts_answer_with_an_exception(kind: type[BaseException]) -> None:
+    found: list[BaseException | None] = []
+
+    def thread() -> None:
+        found.append(attempt(_raise, kind("from a plugin")))
+        found.append(attempted(_raise, kind("from a plugin")).error)
+
+    own = threading.Thread(target=thread)
+    own.start()
+    own.join(30.0)
+    assert len(found) == 2
+    for error in found:
+        assert isinstance(error, PluginRaised)
+        assert f"{kind.__name__}: from a plugin" in str(error)
+
+
+@pytest.mark.parametrize("attempting", [attempt, attempted])
+def test_what_a_signal_raises_reaches_the_user(attempting: Callable[..., Any]) -> None:
+    """Ctrl-C, and the handler with which an engine ends itself; but no plugin's own exit."""
+
+    def handler(*_: object) -> None:
+        raise SystemExit("the engine was told to stop")
+
+    with pytest.raises(KeyboardInterrupt):
+        attempting(signal.raise_signal, signal.SIGINT)
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(SystemExit, match="told to stop"):
+            attempting(signal.raise_signal, signal.SIGUSR1)
+        assert attempting(_raise, SystemExit("a plugin's own")) is not None
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _raise(error: BaseException) -> None:
+    raise error

@@ -10,6 +10,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 
+from lmcache_core.errors import PluginRaised
 from lmcache_core.io_loop import IOLoop
 
 
@@ -195,3 +196,41 @@ def test_a_forked_child_is_told_so(loop: IOLoop) -> None:
     os.waitpid(child, 0)
     assert "forked child" in said
     assert loop.run(answer(2), 10.0) == 2
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_what_ends_an_asyncio_loop_does_not_end_this_one(
+    loop: IOLoop, kind: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Raised by a coroutine, by a callback and by a callback of a future that is done."""
+
+    def exits(*_: object) -> None:
+        raise kind("from a plugin")
+
+    async def fail() -> None:
+        exits()
+
+    async def calls_back() -> None:
+        asyncio.get_running_loop().create_task(asyncio.sleep(0)).add_done_callback(exits)
+        await asyncio.sleep(0)
+
+    with pytest.raises(PluginRaised, match=f"{kind.__name__}: from a plugin"):
+        loop.run(fail(), 10.0)
+    loop.call_soon(exits)
+    loop.run(calls_back(), 10.0)
+    assert loop.run(answer(7), 10.0) == 7
+    assert "goes on after a callback raised" in caplog.text
+
+
+def test_a_loop_that_is_closing_ends_whatever_is_raised(loop: IOLoop) -> None:
+    async def fail() -> None:
+        try:
+            await forever()
+        finally:
+            raise SystemExit("while it is cancelled")
+
+    future = loop.submit(fail())
+    loop.run(answer(1), 10.0)
+    loop.close(10.0)
+    assert future.done()
+    assert not loop._thread.is_alive()

@@ -11,12 +11,15 @@ import pytest
 from lmcache_core.builtin.raw import RawSerde
 from lmcache_core.errors import BackendUnavailable
 from lmcache_core.guard import BreakerState, Guard
-from lmcache_core.keys import ChunkKey
+from lmcache_core.io_loop import IOLoop
+from lmcache_core.keys import CacheNamespace, ChunkKey
+from lmcache_core.layout import DType, KVLayout, full_attention
 from lmcache_core.metrics import Counters
 from lmcache_core.storage import (
     MISS,
     BackendCapabilities,
     BackendContext,
+    BlockingBackend,
     StorageBackend,
     StoreOutcome,
 )
@@ -480,3 +483,53 @@ def test_a_tier_whose_calls_hang_promises_nothing() -> None:
         assert await rig.tier.contains([key(1)]) == [True]
 
     run(test)
+
+
+class Raising(BlockingBackend):
+    """Loads raise ``error`` while there is one."""
+
+    error: BaseException | None = None
+    capabilities = BackendCapabilities(shared=False, persistent=False, max_concurrency=1)
+
+    def contains_blocking(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        return [True] * len(keys)
+
+    def load_blocking(self, keys: Sequence[ChunkKey], into: Sequence[memoryview]) -> list[int]:
+        if self.error is not None:
+            raise self.error
+        return [buffer.nbytes for buffer in into]
+
+    def store_blocking(
+        self, keys: Sequence[ChunkKey], sources: Sequence[memoryview]
+    ) -> list[StoreOutcome]:
+        return [STORED] * len(keys)
+
+
+@pytest.mark.parametrize(
+    "kind", [StopIteration, SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError]
+)
+def test_whatever_a_blocking_client_raises_the_call_ends_and_the_tier_lives(
+    kind: type[BaseException],
+) -> None:
+    """``StopIteration`` can't be a future's result: nobody was ever told."""
+    counters, loop, backend = Counters(), IOLoop("tier"), Raising()
+    guard = Guard("client", deadline_s=LONG_S, retries=0, counters=counters)
+    tier = Tier("client", backend, RawSerde(), guard=guard, counters=counters, deadline_s=LONG_S)
+    attention = full_attention(layers=1, heads=1, head_size=1, dtype=DType.BF16)
+    layout = KVLayout(1, (attention,))
+    context = BackendContext("client", CacheNamespace("m", layout), None, 4)
+    loop.run(backend.open(context), LONG_S)
+    tier.opened(backend, backend.capabilities)
+    try:
+        backend.error = kind("from a client")
+        answer = loop.run(tier.load([key(1)], [memoryview(bytearray(4))]), LONG_S)
+        assert answer.sizes == [MISS]
+        assert answer.unsettled is None
+        backend.error = None
+        answer = loop.run(tier.load([key(1)], [memoryview(bytearray(4))]), LONG_S)
+        assert answer.sizes == [4]
+        loop.run(backend.close(), LONG_S)
+    finally:
+        loop.close(10.0)
+    failures = {labels: n for (name, labels), n in counters.snapshot().items() if "errors" in name}
+    assert sum(failures.values()) == 1

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from lmcache_core.errors import contained
 from lmcache_core.futures import settle_soon
 
 _T = TypeVar("_T")
@@ -122,7 +123,7 @@ class DaemonPool:
                 del call, args
                 self._rest()
                 # The traceback's frames hold the arguments.
-                future.set_exception(error.with_traceback(None))
+                future.set_exception(contained(error.with_traceback(None)))
             else:
                 del call, args
                 self._rest()

@@ -5,6 +5,7 @@
   x PluginError               a plugin is broken, missing or incompatible
     - PluginLoadError
     - UnknownPluginError
+    - PluginRaised            what would have ended a loop or a thread, in words
   x LayoutError               an engine's memory layout isn't one that we can store
   x UnnamedError              a model or an adapter that can't be named, so isn't cached
   x FrameError                bytes that aren't the chunk that was asked for
@@ -38,6 +39,10 @@ class PluginLoadError(PluginError):
 
 class UnknownPluginError(PluginError):
     """The configuration names something that no installed plugin provides."""
+
+
+class PluginRaised(PluginError):
+    """Code of a plugin raised what would have ended a loop, a thread or the process."""
 
 
 class LayoutError(LMCacheError):
@@ -87,3 +92,16 @@ class BackendTimeout(BackendError):
 
 class BackendRejected(BackendError):
     """The backend refused the call and would refuse it again."""
+
+
+def contained(error: BaseException) -> Exception:
+    """``error``, as one that no loop, future or generator takes for its own business.
+
+    ``SystemExit`` ends an event loop, ``StopIteration`` can't be a future's result, and whoever
+    awaits a plugin's ``CancelledError`` believes to be cancelled.
+    """
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    raised = PluginRaised(f"{type(error).__name__}: {error}".removesuffix(": "))
+    raised.__cause__ = error
+    return raised

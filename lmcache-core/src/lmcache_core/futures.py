@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from lmcache_core.errors import contained
+
 
 def settle_soon(
     future: asyncio.Future[Any], result: Any = None, error: BaseException | None = None
@@ -24,7 +26,7 @@ def settle_soon(
         if error is None:
             future.set_result(result)
         else:
-            future.set_exception(error)
+            future.set_exception(contained(error))
 
     try:
         future.get_loop().call_soon_threadsafe(settle)

@@ -12,8 +12,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import signal
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from lmcache_core.errors import (
     BackendRejected,
     BackendTimeout,
     BackendUnavailable,
+    contained,
 )
 from lmcache_core.metrics import Counters
 
@@ -62,11 +65,13 @@ class BreakerState(str, Enum):
 
 
 def attempt(call: Callable[..., object], *args: object) -> Exception | None:
-    """Call code that isn't ours, and answer what it raised."""
+    """Like `attempted`, where only what it raised matters."""
     try:
         call(*args)
-    except Exception as error:  # noqa: BLE001 - this is where it ends
-        return error
+    except BaseException as error:
+        if _meant_for_the_user(error):
+            raise
+        return contained(error)
     return None
 
 
@@ -74,18 +79,35 @@ def attempted(call: Callable[..., T], *args: Any) -> Answer[T]:
     """Call code that isn't ours on any thread; answer what it answered, or what it raised.
 
     Whatever it raises ends here: a plugin's ``SystemExit`` would end a loop or the engine. Only
-    Ctrl-C, which Python raises in the main thread, goes on to whoever pressed it.
+    what signals raise, in the main thread, goes on to whoever sent them: Ctrl-C, or the
+    ``SystemExit`` with which an engine's handler ends it.
     """
     try:
         return Answer(call(*args))
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and _is_main_thread():
+        if _meant_for_the_user(error):
             raise
-        return Answer(error=error)
+        return Answer(error=contained(error))
 
 
-def _is_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+async def contain(call: Awaitable[T]) -> T:
+    """Await code that isn't ours, whose ``SystemExit`` would end the loop, as `contained` does."""
+    try:
+        return await call
+    except (SystemExit, KeyboardInterrupt) as error:
+        if _meant_for_the_user(error):
+            raise
+        raise contained(error) from error
+
+
+def _meant_for_the_user(error: BaseException) -> bool:
+    """Whether a signal raised it, which happened to come while a plugin ran."""
+    if isinstance(error, Exception) or threading.current_thread() is not threading.main_thread():
+        return False
+    if isinstance(error, KeyboardInterrupt):
+        return True
+    handlers = {getattr(signal.getsignal(s), "__code__", None) for s in signal.valid_signals()}
+    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def failure_kind(error: BaseException) -> str:
@@ -205,12 +227,11 @@ class Guard:
 
     def now(self, operation: str, call: Callable[[], T]) -> Answer[T]:
         """Call something that doesn't block; for the few synchronous methods of plugins."""
-        try:
-            return Answer(call())
-        except Exception as error:  # noqa: BLE001 - this is where it ends
-            self._count(operation, error)
-            self.log(operation, error)
-            return Answer(error=error)
+        answer = attempted(call)
+        if answer.error is not None:
+            self._count(operation, answer.error)
+            self.log(operation, answer.error)
+        return answer
 
     # -- one try ---------------------------------------------------------------------------
 
@@ -223,7 +244,7 @@ class Guard:
         owns_buffers: bool,
     ) -> Answer[T]:
         async def awaited() -> T:
-            return await make()
+            return await contain(make())
 
         loop = asyncio.get_running_loop()
         task = loop.create_task(awaited())
@@ -274,7 +295,7 @@ class Guard:
         elif isinstance(raised, (ConnectionError, EOFError)):
             error = BackendUnavailable(f"{self.name}: {operation}: {raised!r}")
         else:
-            return raised
+            return contained(raised)
         error.__cause__ = raised
         return error
 

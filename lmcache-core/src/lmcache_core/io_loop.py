@@ -14,6 +14,9 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future, wait
 from typing import Any, TypeVar
 
+from lmcache_core.errors import contained
+from lmcache_core.guard import attempt
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -29,7 +32,7 @@ class IOLoop:
         self._name = name
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = self._stopped = False
         self._waiting: set[Future[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=f"lmcache-{name}", daemon=True)
@@ -71,9 +74,12 @@ class IOLoop:
         if not future.done() and future.cancel():
             raise TimeoutError(f"I/O loop {self._name}: no result after {timeout_s:g} s")
         try:
-            return future.result()
+            error = future.exception()
         except CancelledError:
             raise TimeoutError(f"I/O loop {self._name} was closed meanwhile") from None
+        if error is not None:
+            raise contained(error)  # somebody's SystemExit isn't this thread's
+        return future.result()
 
     def call_soon(self, call: Callable[[], object]) -> None:
         """Call ``call`` on the loop's thread, after what is already waiting there.
@@ -135,7 +141,9 @@ class IOLoop:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_forever()
+            # asyncio lets what callbacks and tasks raise as SystemExit end its loop.
+            while (error := attempt(self._loop.run_forever)) is not None and not self._stopped:
+                logger.error("I/O loop %s goes on after a callback raised: %s", self._name, error)
         finally:
             self._abandon()
             asyncio.set_event_loop(None)
@@ -146,7 +154,11 @@ class IOLoop:
         for task in tasks:
             task.cancel()
         ended = self._loop.create_task(self._wait_for(tasks, timeout_s))
-        ended.add_done_callback(lambda _: self._loop.stop())
+        ended.add_done_callback(self._stop)
+
+    def _stop(self, _: asyncio.Task[None]) -> None:
+        self._stopped = True
+        self._loop.stop()
 
     async def _wait_for(self, tasks: set[asyncio.Task[Any]], timeout_s: float) -> None:
         if tasks:

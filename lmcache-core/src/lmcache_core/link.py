@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from lmcache_core.creation import created
 from lmcache_core.errors import BackendError, BackendTimeout, ConfigError
-from lmcache_core.guard import Answer, Guard
+from lmcache_core.guard import Answer, Guard, contain
 from lmcache_core.metrics import Counters
 from lmcache_core.plugins import Plugins
 from lmcache_core.transfer import (
@@ -57,7 +57,7 @@ async def open_channel(
         raise ConfigError(f"{where}: {'; '.join(wrong)}") from None  # it may quote a secret
     channel = make_channel(descriptor, config, isolated=isolated)
     try:
-        await asyncio.wait_for(channel.open(context), deadline_s)
+        await asyncio.wait_for(contain(channel.open(context)), deadline_s)
     except asyncio.TimeoutError:
         raise BackendTimeout(f"{where}: open took longer than {deadline_s:g} s") from None
     return channel

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ValidationError
 
 from lmcache_core.creation import NotCreated, created
 from lmcache_core.errors import BackendUnavailable, LMCacheError, PluginError
-from lmcache_core.guard import attempt
+from lmcache_core.guard import attempt, contain
 from lmcache_core.host_memory import PAGE_BYTES, attach
 from lmcache_core.isolation.wire import (
     ARENA,
@@ -78,9 +78,12 @@ class Service:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def _asked(self, request: Message) -> None:
-        task = asyncio.get_running_loop().create_task(self._do(request))
+        task = asyncio.get_running_loop().create_task(self._contained(request))
         self._tasks.add(task)
         task.add_done_callback(partial(self._done, request["id"]))
+
+    async def _contained(self, request: Message) -> Any:
+        return await contain(self._do(request))
 
     def _done(self, number: int, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
