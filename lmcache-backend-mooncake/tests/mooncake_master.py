@@ -16,6 +16,8 @@ from types import TracebackType
 from typing import Any
 from urllib.request import urlopen
 
+from system_packages import need
+
 from lmcache_backend_mooncake.config import MooncakeConfig
 from lmcache_core.testing.ports import free_port
 
@@ -23,8 +25,14 @@ MIB = 1 << 20
 PATIENCE_S = 20.0
 
 
+def need_libraries() -> None:
+    """The wheel's own parts load these."""
+    need("libibverbs.so.1", "libnuma.so.1")
+
+
 def binary() -> str:
     """The master of the installed wheel."""
+    need_libraries()
     spec = importlib.util.find_spec("mooncake")
     assert spec is not None, "pip install mooncake-transfer-engine-non-cuda"
     assert spec.submodule_search_locations is not None

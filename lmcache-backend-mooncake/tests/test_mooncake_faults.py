@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from mooncake_master import MIB, Holder, Master, MetadataServer
+from mooncake_master import MIB, Holder, Master, MetadataServer, need_libraries
 
 from lmcache_backend_mooncake import machine
 from lmcache_backend_mooncake.backend import MooncakeBackend
@@ -161,6 +161,7 @@ def test_two_clients_share_the_arena_s_values(
 
 
 def test_no_master_at_the_start(run: Loop, arena: HostRegion) -> None:
+    need_libraries()
     absent = Master()
     backend = isolated(absent.config())
     opening = backend.open(BackendContext("test", NAMESPACE, arena))

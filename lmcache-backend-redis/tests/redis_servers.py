@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from system_packages import need
 
 from lmcache_core.testing.ports import free_port
 
@@ -28,10 +29,8 @@ START_S = 30.0
 
 def redis_binary() -> str:
     """The system's server; Sentinel is the same program."""
-    found = shutil.which("redis-server")
-    if found is None:
-        raise FileNotFoundError("there is no redis-server; run: apt-get install -y redis-server")
-    return found
+    need("redis-server")
+    return str(shutil.which("redis-server"))
 
 
 def valkey_binary() -> str:

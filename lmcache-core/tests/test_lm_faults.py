@@ -8,7 +8,6 @@ import gc
 import logging
 import os
 import random
-import shutil
 import signal
 import socket
 import socketserver
@@ -25,6 +24,7 @@ from typing import Any
 import pytest
 import xxhash
 from lm_server import RunningServer
+from system_packages import need
 
 from lmcache_core import Cache, ConfigError, DType, KVLayout, Plugins, full_attention, load_config
 from lmcache_core.errors import BackendError, BackendRejected, BackendTimeout, BackendUnavailable
@@ -323,8 +323,8 @@ def test_a_server_that_ends_while_memory_is_shared(
         thread.join()
 
 
-@pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server isn't installed")
 def test_redis_on_the_port(run: Loop) -> None:
+    need("redis-server")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 import subprocess
@@ -14,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from netns import ADDRESS, Host, another_host, why_not
+from netns import ADDRESS, Host, another_host
+from system_packages import need
 
 from lmcache_core import Cache, DType, KVLayout, Plugins, full_attention, load_config
 
@@ -25,7 +27,7 @@ DEADLINE_S, LOOKUP_S = 1.5, 0.5
 PATIENCE_S = 2.0
 """How much later than its deadline a call may come back on a busy machine."""
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
 
 Start = Callable[[Host, Path], "subprocess.Popen[bytes]"]
 
@@ -37,6 +39,7 @@ def lm(host: Host, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def redis(host: Host, folder: Path) -> subprocess.Popen[bytes]:
+    need("redis-server")
     server = ["redis-server", "--port", str(PORT), "--bind", ADDRESS, "--protected-mode", "no"]
     return host.start([*server, "--save", "", "--dir", str(folder)], folder / "server.log")
 
@@ -75,6 +78,7 @@ def wait_for_port() -> None:
 
 @pytest.mark.parametrize("store", STORES)
 def test_a_partition(store: str, tmp_path: Path) -> None:
+    need("ip")
     scheme, start = STORES[store]
     prompt = list(range(CHUNK * CHUNKS))
     stored = bytearray(random.Random(0).randbytes(GROUP.chunk_bytes(len(prompt))))

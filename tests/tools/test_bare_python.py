@@ -11,7 +11,9 @@ import pytest
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
-@pytest.mark.parametrize("tool", ["demo", "engine_env", "models", "summary"])
+@pytest.mark.parametrize(
+    "tool", ["demo", "dev_env", "engine_env", "models", "summary", "system_packages"]
+)
 def test_it_needs_nothing_installed(tool: str) -> None:
     code = f"import sys; sys.path.insert(0, {str(TOOLS)!r}); import {tool}"
     bare = subprocess.run(
