@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+from contextlib import suppress
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretBytes, SecretStr
 
 from lmcache_core.config import load_config
 from lmcache_core.creation import NotCreated
-from lmcache_core.errors import ConfigError, PluginLoadError
+from lmcache_core.errors import BackendUnavailable, ConfigError, LeaseError, PluginLoadError
 from lmcache_core.host_memory import PAGE_BYTES
 from lmcache_core.isolation import wire
 from lmcache_core.isolation.process import describe_exit
@@ -35,6 +36,7 @@ from lmcache_core.isolation.wire import (
 )
 from lmcache_core.keys import CacheNamespace
 from lmcache_core.layout import AttentionKind, DType, KVLayout, LayerGroup, full_attention, mla
+from lmcache_core.metrics import Counters
 from lmcache_core.plugins import Plugins
 from lmcache_core.storage import BackendContext, HostRegion
 
@@ -224,7 +226,11 @@ def test_a_context_names_the_same_chunks_on_the_other_side() -> None:
 
 
 def scratch(pages: int) -> Scratch:
-    return Scratch(HostRegion(0, pages * PAGE_BYTES, memoryview(b"")))
+    return Scratch(HostRegion(0, pages * PAGE_BYTES, memoryview(b"")), Counters())
+
+
+def place(extent: Extent) -> tuple[int, int]:
+    return extent.start, extent.nbytes
 
 
 def test_ranges_are_given_in_order_and_joined_again() -> None:
@@ -235,14 +241,19 @@ def test_ranges_are_given_in_order_and_joined_again() -> None:
         waiting = asyncio.ensure_future(memory.take(3 * PAGE_BYTES))
         behind = asyncio.ensure_future(memory.take(1))
         for index in (0, 2):
-            memory.give_back(small[index])
+            small[index].release()
         await asyncio.sleep(0)
         assert not waiting.done()
         assert not behind.done()  # or large ones would wait for ever
-        memory.give_back(small[1])
-        assert await waiting == Extent(0, 3 * PAGE_BYTES)
-        memory.give_back(small[3])
-        assert await behind == Extent(3 * PAGE_BYTES, PAGE_BYTES)
+        small[1].release()
+        first = await waiting
+        assert place(first) == (0, 3 * PAGE_BYTES)
+        small[3].release()
+        second = await behind
+        assert place(second) == (3 * PAGE_BYTES, PAGE_BYTES)
+        for one in (first, second):
+            one.release()
+        assert not memory.leases.out
 
     asyncio.run(use())
 
@@ -253,10 +264,29 @@ def test_who_stops_waiting_keeps_nothing() -> None:
         both = await memory.take(2 * PAGE_BYTES)
         first, second = (asyncio.ensure_future(memory.take(2 * PAGE_BYTES)) for _ in range(2))
         await asyncio.sleep(0)
-        memory.give_back(both)
+        both.release()
         first.cancel()  # it has its turn, but hasn't noticed
         await asyncio.wait([first])
-        assert await second == both
+        last = await second
+        assert place(last) == place(both)
+        last.release()
+        assert not memory.leases.out
+
+    asyncio.run(use())
+
+
+def test_what_a_cancelled_call_may_still_use_goes_to_nobody_else() -> None:
+    async def use() -> None:
+        memory = scratch(2)
+        for error in (asyncio.CancelledError(), BackendUnavailable("its process is gone")):
+            with suppress(type(error)), await memory.take(1):
+                raise error
+        other = await memory.take(1)
+        assert place(other) == (PAGE_BYTES, PAGE_BYTES)
+        other.release()
+        with pytest.raises(LeaseError):
+            other.release()
+        assert memory.leases.out == 1  # the first one, for good
 
     asyncio.run(use())
 
@@ -272,7 +302,7 @@ def test_ranges_never_overlap(steps: list[tuple[int, bool]]) -> None:
         memory, held, waiting = scratch(8), [], []
         for nbytes, back in steps:
             if back and held:
-                memory.give_back(held.pop(nbytes % len(held)))
+                held.pop(nbytes % len(held)).release()
             else:
                 waiting.append(asyncio.ensure_future(memory.take(nbytes)))
             await asyncio.sleep(0)
@@ -281,11 +311,13 @@ def test_ranges_never_overlap(steps: list[tuple[int, bool]]) -> None:
             ranges = sorted((one.start, one.start + one.nbytes) for one in held)
             assert all(a[1] <= b[0] for a, b in pairwise(ranges))
         while held:
-            memory.give_back(held.pop())
+            held.pop().release()
             await asyncio.sleep(0)
             held += [one.result() for one in waiting if one.done()]
             waiting = [one for one in waiting if not one.done()]
-        assert await memory.take(8 * PAGE_BYTES) == Extent(0, 8 * PAGE_BYTES)
+        assert not memory.leases.out
+        with await memory.take(8 * PAGE_BYTES) as everything:
+            assert place(everything) == (0, 8 * PAGE_BYTES)
 
     asyncio.run(use())
 

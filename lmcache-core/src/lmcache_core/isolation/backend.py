@@ -185,7 +185,7 @@ class IsolatedBackend(StorageBackend):
     async def _start(self, context: BackendContext) -> list[str]:
         """A child with an open backend; answers the optional methods that it has."""
         if self._scratch is None:
-            self._scratch = Scratch(self._share(context.max_value_bytes or 0))
+            self._scratch = Scratch(self._share(context.max_value_bytes or 0), self._counters)
         arena, scratch = context.region, self._scratch.region
         child = Child(self._name, memory_bytes=self._memory_bytes)
         memory = [
@@ -331,8 +331,7 @@ class IsolatedBackend(StorageBackend):
     ) -> Sequence[Any]:
         if room > scratch.region.nbytes:  # a single value that is longer than core said
             return [StoreOutcome.NOT_ADMITTED.name if what == "store" else MISS]
-        extent = await scratch.take(room)
-        try:
+        with await scratch.take(room) as extent:
             if asyncio.get_running_loop().time() > until:
                 raise BackendTimeout(f"{self._name}: {what} waited too long for scratch memory")
             places, copies = placed(extent, buffers, places, scratch.region.view)
@@ -341,8 +340,6 @@ class IsolatedBackend(StorageBackend):
             answers = await self._ask_about(what, keys, places=places)
             if what == "load":
                 await self._copy(loaded(copies, answers))
-        finally:
-            scratch.give_back(extent)
         if not isinstance(answers, list) or len(answers) != len(keys):
             raise BackendError(
                 f"{self._name}: the {self._kind} backend answered {what} for {len(keys)} keys "

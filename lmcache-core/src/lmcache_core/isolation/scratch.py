@@ -10,20 +10,52 @@ import asyncio
 import ctypes
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
 from typing import Any
 
 from lmcache_core.host_memory import PAGE_BYTES, address_of
 from lmcache_core.isolation.wire import SCRATCH, Place
+from lmcache_core.leases import Lease, Ledger
+from lmcache_core.metrics import Counters
 from lmcache_core.storage import MISS, HostRegion
 
 
-@dataclass(frozen=True)
 class Extent:
-    """A range of the region that belongs to one call until it is given back."""
+    """A range of the region that belongs to one call until it is released. A lease.
 
-    start: int
-    nbytes: int
+    As a context manager it is released at the end, but for a call that is cancelled: whoever works
+    for it may still be at it, and then nobody else gets the range any more.
+    """
+
+    __slots__ = ("_lease", "nbytes", "start")
+
+    def __init__(self, start: int, nbytes: int, lease: Lease) -> None:
+        self.start = start
+        self.nbytes = nbytes
+        self._lease = lease
+
+    def release(self) -> None:
+        """Give it back; nobody may touch the range any more.
+
+        Raises:
+            LeaseError: that was done before.
+        """
+        self._lease.release()
+
+    def __enter__(self) -> Extent:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, asyncio.CancelledError):
+            self._lease.abandon()
+        else:
+            self._lease.release()
 
 
 class Scratch:
@@ -33,9 +65,10 @@ class Scratch:
     time is never touched, and costs nothing.
     """
 
-    def __init__(self, region: HostRegion) -> None:
+    def __init__(self, region: HostRegion, counters: Counters) -> None:
         self.region = region
-        self._free = [Extent(0, region.nbytes)]
+        self.leases = Ledger("scratch memory", counters)
+        self._free = [(0, region.nbytes)]
         self._waiting: deque[tuple[int, asyncio.Future[Extent]]] = deque()
 
     async def take(self, nbytes: int) -> Extent:
@@ -54,37 +87,35 @@ class Scratch:
         self._waiting.append((nbytes, turn))
         try:
             return await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.give_back(turn.result())
+        except BaseException:
+            if not turn.cancel() and not turn.cancelled():  # it came at the same moment
+                turn.result().release()
             raise
 
-    def give_back(self, extent: Extent) -> None:
-        """End a lease. Nobody may touch the range any more."""
-        ranges = sorted([*self._free, extent], key=lambda one: one.start)
-        merged = ranges[:1]
-        for one in ranges[1:]:
-            last = merged[-1]
-            if last.start + last.nbytes == one.start:
-                merged[-1] = Extent(last.start, last.nbytes + one.nbytes)
+    def _give_back(self, start: int, nbytes: int) -> None:
+        merged: list[tuple[int, int]] = []
+        for one in sorted([*self._free, (start, nbytes)]):
+            if merged and sum(merged[-1]) == one[0]:
+                merged[-1] = merged[-1][0], merged[-1][1] + one[1]
             else:
                 merged.append(one)
         self._free = merged
         while self._waiting:
-            nbytes, turn = self._waiting[0]
+            wanted, turn = self._waiting[0]
             if not turn.done():
-                found = self._cut(nbytes)
+                found = self._cut(wanted)
                 if found is None:
                     return
                 turn.set_result(found)
             self._waiting.popleft()
 
     def _cut(self, nbytes: int) -> Extent | None:
-        for index, free in enumerate(self._free):
-            if free.nbytes >= nbytes:
-                rest = Extent(free.start + nbytes, free.nbytes - nbytes)
-                self._free[index : index + 1] = [rest] if rest.nbytes else []
-                return Extent(free.start, nbytes)
+        for index, (start, room) in enumerate(self._free):
+            if room >= nbytes:
+                rest = (start + nbytes, room - nbytes)
+                self._free[index : index + 1] = [rest] if rest[1] else []
+                end = partial(self._give_back, start, nbytes)
+                return Extent(start, nbytes, self.leases.lease(end, f"of {nbytes} bytes"))
         return None
 
 

@@ -165,7 +165,7 @@ class Connection:
             shared = self._shared
         self._queue.put(None)
         if shared is not None:
-            shared.staging.free.put(None)
+            shared.staging.wake()
         self._line.cut()
         self._connected.set()
 

@@ -13,6 +13,8 @@ import logging
 import threading
 import time
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +25,7 @@ from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import DType, KVLayout, full_attention
 from lmcache_core.lm.arena import Arena
-from lmcache_core.lm.values import Value, Values
+from lmcache_core.lm.values import Held, Value, Values
 from lmcache_core.metrics import Counters
 from lmcache_core.storage import MISS, BackendContext, StoreOutcome
 
@@ -65,7 +67,7 @@ class Disk:
         self._lock = threading.Lock()
         self._waiting_bytes = 0
         self._most_waiting = min(WAITING_BYTES, arena.capacity // 4)
-        self._writes: set[Any] = set()
+        self._writes: set[Future[None]] = set()
         self._storing: dict[str, set[asyncio.Future[None]]] = {}
         self._logged_at = -LOG_EVERY_S
 
@@ -88,66 +90,55 @@ class Disk:
         return await self._run("contains", ask(), [False] * len(keys))
 
     async def fetch(
-        self, space: str, keys: Sequence[ChunkKey], capacities: Sequence[int]
-    ) -> list[Value | None]:
-        """Bring values from files into memory, leased as by `Values.acquire`."""
-        reserved: list[Value | None] = []
-        for key, capacity in zip(keys, capacities, strict=True):
-            longest = min(capacity, self._arena.capacity)
-            value = self._values.reserve(space, key, longest, one_piece=True)
-            reserved.append(value if isinstance(value, Value) else None)
-        mine = [value for value in reserved if value is not None]
+        self,
+        space: str,
+        keys: Sequence[ChunkKey],
+        capacities: Sequence[int],
+        into: Held,
+        at: Sequence[int],
+    ) -> None:
+        """Bring values from files into memory; those that came are in ``into`` then, at ``at``."""
+        with self._values.hold() as coming:
+            places: list[int] = []
+            for key, capacity, place in zip(keys, capacities, at, strict=True):
+                longest = min(capacity, self._arena.capacity)
+                if isinstance(coming.reserve(space, key, longest, one_piece=True), Value):
+                    places.append(place)
+            mine = [value for value in coming.values if value is not None]
 
-        async def read() -> list[int]:
-            backend = await self._open(space)
-            into = [self._arena.views(value.parts, value.nbytes)[0] for value in mine]
-            return await backend.load([value.key for value in mine], into)
+            async def read() -> list[int]:
+                backend = await self._open(space)
+                targets = [self._arena.views(value.parts, value.nbytes)[0] for value in mine]
+                return await backend.load([value.key for value in mine], targets)
 
-        done = False
-        try:
-            # Shielded: were it cancelled, files would still be read into memory that is reused.
             reading = asyncio.ensure_future(self._run("load", read(), [MISS] * len(mine)))
             try:
                 sizes = await asyncio.shield(reading)
-            except asyncio.CancelledError:
+            finally:
+                # Whatever happens here, files are still read into memory that nobody else may have.
                 await _patiently(reading)
-                raise
-            done = True
-        finally:
-            if not done:
-                self._values.release(mine)
-        for value, size in zip(mine, sizes, strict=True):
-            self._counters.add("server_disk_loads", result="miss" if size == MISS else "hit")
-            if size == MISS:
-                self._values.release([value])
-                reserved[reserved.index(value)] = None
-            else:
-                self._values.shrink(value, size)
-                self._values.commit(value, keep_lease=True)
-        return reserved
+            for size in sizes:
+                result = "miss" if size == MISS else "hit"
+                self._counters.add("server_disk_loads", result=result)
+            coming.settle([None if size == MISS else size for size in sizes])
+            into.take_over(coming, places)
 
     def write_behind(self, space: str, keys: Sequence[ChunkKey]) -> None:
         """Write values that were just stored to files, if the disk can keep up."""
-        with self._lock:
-            room = self._most_waiting - self._waiting_bytes
-        values = self._values.acquire(space, keys, [room] * len(keys))
-        for value in values:
-            if value is None:
-                continue
-            with self._lock:
-                fits = self._waiting_bytes + value.nbytes <= self._most_waiting
-                self._waiting_bytes += value.nbytes if fits else 0
-            if not fits:
-                self._values.release([value])
-                self._counters.add("server_disk_dropped", reason="queue")
+        for key in keys:
+            held = self._values.acquire(space, [key], [self._most_waiting])
+            (value,) = held.values
+            if value is None or not self._queue(value):
+                held.release()
                 continue
             try:
                 future = self._loop.submit(self._write(value))
             except RuntimeError:  # stopping
-                self._wrote(value)
+                self._written(value.nbytes, held)
                 continue
             self._writes.add(future)
-            future.add_done_callback(self._writes.discard)
+            # Where even a write that never began ends.
+            future.add_done_callback(partial(self._written, value.nbytes, held))
 
     async def delete(self, space: str, keys: Sequence[ChunkKey]) -> int:
         """Forget files; answer how many."""
@@ -215,17 +206,26 @@ class Disk:
                 self._log("the disk is full: %s takes no more values", self._config.path)
             else:
                 self._counters.add("server_disk_stores")
-        except BackendError as error:
-            self._failed("store", error)
         finally:
             storing.discard(done)
             done.set_result(None)
-            self._wrote(value)
 
-    def _wrote(self, value: Value) -> None:
+    def _queue(self, value: Value) -> bool:
         with self._lock:
-            self._waiting_bytes -= value.nbytes
-        self._values.release([value])
+            if self._waiting_bytes + value.nbytes <= self._most_waiting:
+                self._waiting_bytes += value.nbytes
+                return True
+        self._counters.add("server_disk_dropped", reason="queue")
+        return False
+
+    def _written(self, nbytes: int, held: Held, future: Future[None] | None = None) -> None:
+        with self._lock:
+            self._waiting_bytes -= nbytes
+        held.release()
+        if future is not None:
+            self._writes.discard(future)
+            if not future.cancelled() and (error := future.exception()) is not None:
+                self._failed("store", error)
 
     # -- failing ---------------------------------------------------------------------------
 
@@ -236,7 +236,7 @@ class Disk:
             self._failed(operation, error)
             return otherwise
 
-    def _failed(self, operation: str, error: Exception) -> None:
+    def _failed(self, operation: str, error: BaseException) -> None:
         self._counters.add("server_disk_errors", operation=operation)
         self._log("disk: %s failed: %s", operation, error)
 

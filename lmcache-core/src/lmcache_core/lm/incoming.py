@@ -66,7 +66,7 @@ class Incoming:
         """Take a slot of staging memory back.
 
         Raises:
-            ProtocolError: there is no such slot, or no staging memory.
+            ProtocolError: the server hasn't got such a slot, or there is no staging memory.
             OSError, EOFError, BackendTimeout: as `Line.fill`.
         """
         shared = self._shared
@@ -74,7 +74,9 @@ class Incoming:
             raise ProtocolError(f"an acknowledgement that makes no sense: {header}")
         data = memoryview(bytearray(4))
         self._line.fill(data)
-        shared.staging.free.put(protocol.parse_slot(data, shared.staging.slots))
+        index = protocol.parse_slot(data, shared.staging.slots)
+        if not shared.staging.give_back(index):
+            raise ProtocolError(f"slot {index} is acknowledged, which was given back before")
 
     def _receive(self, call: Call, header: Header, meta: memoryview) -> tuple[int, ...]:
         sizes, total = protocol.parse_sizes(meta, call.capacities)

@@ -17,10 +17,10 @@ from lmcache_core.keys import ChunkKey
 from lmcache_core.lm import greeting, protocol
 from lmcache_core.lm.arena import Arena
 from lmcache_core.lm.fence import fence
-from lmcache_core.lm.mapping import ReadOnlyMapping, is_sealed
+from lmcache_core.lm.mapping import is_sealed
 from lmcache_core.lm.protocol import Header, Op, ProtocolError
-from lmcache_core.lm.service import Service
-from lmcache_core.lm.values import Value
+from lmcache_core.lm.service import Region, Service
+from lmcache_core.lm.values import Held, Value
 from lmcache_core.lm.wire import Wire
 from lmcache_core.storage import StoreOutcome
 
@@ -43,7 +43,7 @@ class Intake:
         self._wire = wire
         self._scratch = scratch
         self._staged: Staged | None = None
-        self._region: ReadOnlyMapping | None = None
+        self._region: Region | None = None
 
     def share(self, meta: memoryview, fds: Sequence[int]) -> None:
         """Map what the client shares; whoever calls closes ``fds``.
@@ -64,11 +64,13 @@ class Intake:
             raise ProtocolError(f"the shared memory can't be mapped: {error}") from error
 
     def close(self) -> None:
-        """Let go of the client's memory. No call may be under way."""
-        self._staged = None
-        if self._region is not None:
-            self._service.regions.detach(self._region)
-            self._region = None
+        """Let go of the client's memory. No call may be under way. Idempotent."""
+        staged, self._staged = self._staged, None
+        if staged is not None:
+            staged.close()
+        region, self._region = self._region, None
+        if region is not None:
+            region.release()
 
     async def store(self, space: str, header: Header, meta: memoryview) -> bytes:
         """Take the values of one message; the answer is an outcome for each.
@@ -96,10 +98,10 @@ class Intake:
             service.counters.add("server_stores", count, outcome=outcome.name.lower())
         return bytes([_CODES[outcome] for outcome in outcomes])
 
-    def _reserve(self, space: str, key: ChunkKey, size: int) -> Value | StoreOutcome:
+    def _reserve(self, coming: Held, space: str, key: ChunkKey, size: int) -> Value | StoreOutcome:
         if size > self._service.max_value_bytes:
             return StoreOutcome.NOT_ADMITTED
-        return self._service.values.reserve(space, key, size)
+        return coming.reserve(space, key, size)
 
     # -- from the region -------------------------------------------------------------------
 
@@ -110,25 +112,20 @@ class Intake:
         if region is None or staged is None or header.payload:
             raise ProtocolError("OFFER without a region in SHARE, or with values")
         sizes, offsets = protocol.parse_offers(rest, header.keys, region.nbytes)
-        values = self._service.values
         outcomes: list[StoreOutcome] = []
-        for key, size, offset in zip(keys, sizes, offsets, strict=True):
-            value = self._reserve(space, key, size)
-            if not isinstance(value, Value):
-                outcomes.append(value)
-                continue
-            try:
+        with self._service.values.hold() as coming:
+            for key, size, offset in zip(keys, sizes, offsets, strict=True):
+                value = self._reserve(coming, space, key, size)
+                if not isinstance(value, Value):
+                    outcomes.append(value)
+                    continue
                 await self._copy(region.address + offset, value)
                 fence()
-                vouched = staged.vouches_for(header.request)
-            except BaseException:
-                values.release([value])
-                raise
-            if vouched:
-                outcomes.append(values.commit(value))
-            else:
-                values.release([value])
-                outcomes.append(StoreOutcome.NOT_ADMITTED)
+                if staged.vouches_for(header.request):
+                    outcomes += coming.commit()
+                else:
+                    coming.drop()
+                    outcomes.append(StoreOutcome.NOT_ADMITTED)
         return sizes, outcomes
 
     async def _copy(self, source: int, value: Value) -> None:
@@ -153,65 +150,52 @@ class Intake:
             expected = 4 * sum(-(-size // self._staged.piece) for size in sizes)
         if header.payload != expected:
             raise ProtocolError(f"{header.payload} bytes of values, {expected} are announced")
-        if header.op is Op.STAGE:
-            outcomes = [
-                await self._take_staged(space, header, key, size)
-                for key, size in zip(keys, sizes, strict=True)
-            ]
-        else:
-            outcomes = await self._receive(space, keys, sizes)
+        with self._service.values.hold() as coming:
+            if header.op is Op.STAGE:
+                outcomes: list[StoreOutcome] = []
+                for key, size in zip(keys, sizes, strict=True):
+                    value = self._reserve(coming, space, key, size)
+                    await self._receive_staged(header, size, value)
+                    outcomes += coming.commit() if isinstance(value, Value) else [value]
+            else:
+                outcomes = await self._receive(coming, space, keys, sizes)
         return sizes, outcomes
 
     async def _receive(
-        self, space: str, keys: list[ChunkKey], sizes: Sequence[int]
+        self, coming: Held, space: str, keys: list[ChunkKey], sizes: Sequence[int]
     ) -> list[StoreOutcome]:
         """Values from the socket, some at a time: one system call may fill several of them."""
         outcomes: list[StoreOutcome] = []
-        coming: list[Value] = []
-        try:
-            for key, size in zip(keys, sizes, strict=True):
-                value = self._reserve(space, key, size)
-                if value is StoreOutcome.NOT_ADMITTED and coming:
-                    # What is still coming can't be evicted; once it is there, it can.
+        nbytes = 0
+        for key, size in zip(keys, sizes, strict=True):
+            value = self._reserve(coming, space, key, size)
+            if value is StoreOutcome.NOT_ADMITTED and coming.values:
+                # What is still coming can't be evicted; once it is there, it can.
+                outcomes += await self._finish(coming)
+                nbytes = 0
+                value = self._reserve(coming, space, key, size)
+            if isinstance(value, Value):
+                nbytes += size
+                if nbytes >= _TOGETHER_BYTES:
                     outcomes += await self._finish(coming)
-                    value = self._reserve(space, key, size)
-                if isinstance(value, Value):
-                    coming.append(value)
-                    if sum(one.nbytes for one in coming) >= _TOGETHER_BYTES:
-                        outcomes += await self._finish(coming)
-                else:
-                    outcomes += await self._finish(coming)
-                    await self._wire.drain(size, self._scratch)
-                    outcomes.append(value)
-            outcomes += await self._finish(coming)
-        except BaseException:
-            self._service.values.release(coming)
-            raise
-        return outcomes
+                    nbytes = 0
+            else:
+                outcomes += await self._finish(coming)
+                nbytes = 0
+                await self._wire.drain(size, self._scratch)
+                outcomes.append(value)
+        return outcomes + await self._finish(coming)
 
-    async def _finish(self, coming: list[Value]) -> list[StoreOutcome]:
+    async def _finish(self, coming: Held) -> list[StoreOutcome]:
         """Receive and commit the values of ``coming``, which is empty then."""
-        if not coming:
-            return []
-        views = self._service.arena.views
-        await self._wire.read(*[view for one in coming for view in views(one.parts, one.nbytes)])
-        there = coming.copy()
-        coming.clear()
-        return [self._service.values.commit(value) for value in there]
-
-    async def _take_staged(
-        self, space: str, header: Header, key: ChunkKey, size: int
-    ) -> StoreOutcome:
-        value = self._reserve(space, key, size)
-        if not isinstance(value, Value):
-            await self._receive_staged(header, size, value)
-            return value
-        try:
-            await self._receive_staged(header, size, value)
-        except BaseException:
-            self._service.values.release([value])
-            raise
-        return self._service.values.commit(value)
+        views = [
+            view
+            for value in coming.values
+            if value is not None
+            for view in self._service.arena.views(value.parts, value.nbytes)
+        ]
+        await self._wire.read(*views)
+        return coming.commit()
 
     async def _receive_staged(self, header: Header, size: int, value: Value | StoreOutcome) -> None:
         staged = self._staged
@@ -250,6 +234,10 @@ class Staged:
     def copy(self, slot: int, offset: int, target: int, nbytes: int) -> None:
         """Copy from ``offset`` of a slot to an address, without the interpreter's lock."""
         ctypes.memmove(target, self._address + slot * self.piece + offset, nbytes)
+
+    def close(self) -> None:
+        """Unmap it; nobody may be copying."""
+        self._map.close()
 
     def vouches_for(self, request: int) -> bool:
         """Whether the client says that what this OFFER points to hasn't changed."""

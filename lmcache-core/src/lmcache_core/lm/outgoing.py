@@ -76,7 +76,7 @@ class Outgoing:
     def _free_slot(self, staging: Staging) -> int:
         while True:
             try:
-                index = staging.free.get(timeout=TICK_S)
+                index = staging.take(TICK_S)
             except Empty:
                 self._line.tick()
                 continue

@@ -27,7 +27,7 @@ from lmcache_core.lm.config import is_loopback
 from lmcache_core.lm.disk import Disk
 from lmcache_core.lm.http import MetricsServer
 from lmcache_core.lm.listening import listen, listen_unix, unix_path
-from lmcache_core.lm.service import Leases, Service
+from lmcache_core.lm.service import Epochs, Regions, Service
 from lmcache_core.lm.session import SCRATCH_BYTES, Session
 from lmcache_core.lm.values import Values
 from lmcache_core.lm.wire import Wire
@@ -88,7 +88,8 @@ class Server:
             arena,
             values,
             self.counters,
-            Leases(arena, LEASE_BYTES),
+            Epochs(arena, LEASE_BYTES, self.counters),
+            Regions(self.counters),
             instance=secrets.token_bytes(16),
             token=options.token,
             max_value_bytes=arena.capacity,
@@ -211,7 +212,7 @@ class Server:
                 os.unlink(self._unix_path)
         if self.service.disk is not None:
             self.service.disk.close(_GRACE_S)
-        self.service.leases.close()
+        self.service.epochs.close()
         self._arena.close()
         logger.info("stopped")
 
@@ -274,7 +275,7 @@ class _Worker:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self.sessions -= 1
-        del self._open[task]
+        self._open.pop(task).end()  # a task that was cancelled before it began did nothing
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a session ended with an error of ours", exc_info=error)
 

@@ -1,4 +1,4 @@
-"""What all sessions of a server share: memory, values and leases.
+"""What all sessions of a server share: memory, values and what they lease.
 
 Knows nothing about connections or messages.
 """
@@ -10,8 +10,10 @@ import os
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
+from lmcache_core.leases import Lease, Ledger, Shared
 from lmcache_core.lm.arena import Arena
 from lmcache_core.lm.fence import fence
 from lmcache_core.lm.mapping import ReadOnlyMapping
@@ -24,46 +26,97 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Leases:
+class Epoch:
+    """A number in the arena that one client looks at, who reads the arena itself. A lease."""
+
+    __slots__ = ("_index", "_lease", "_numbers")
+
+    def __init__(self, numbers: memoryview, index: int, lease: Lease) -> None:
+        self._numbers = numbers
+        self._index = index
+        self._lease = lease
+
+    @property
+    def offset(self) -> int:
+        """Where in the arena it is."""
+        return 8 * self._index
+
+    @property
+    def number(self) -> int:
+        """What it is now."""
+        return int(self._numbers[self._index])
+
+    def revoke(self) -> None:
+        """Tell the client that what it is reading doesn't count."""
+        self._numbers[self._index] += 1
+        fence()
+
+    def release(self) -> None:
+        """The client is gone; should it still be reading, it is told.
+
+        Raises:
+            LeaseError: that was done before.
+        """
+        self._lease.release()
+
+
+class Epochs:
     """The numbers at the arena's beginning: one for each client that reads the arena itself."""
 
-    def __init__(self, arena: Arena, nbytes: int) -> None:
+    def __init__(self, arena: Arena, nbytes: int, counters: Counters) -> None:
         self._numbers = arena.view[:nbytes].cast("Q")
         self._free = list(range(len(self._numbers)))
+        self.leases = Ledger("server epoch", counters)
 
-    def take(self) -> int | None:
-        """An index, or ``None`` if all are in use."""
-        return self._free.pop() if self._free else None
-
-    def give_back(self, index: int) -> None:
-        """The client is gone; its number is changed, should it still be reading."""
-        self.revoke(index)
-        self._free.append(index)
-
-    def epoch(self, index: int) -> int:
-        """The number now."""
-        return self._numbers[index]
-
-    def revoke(self, index: int) -> None:
-        """Tell the client that what it is reading doesn't count."""
-        self._numbers[index] += 1
-        fence()
+    def take(self) -> Epoch | None:
+        """One that nobody has, or ``None`` if all are in use."""
+        try:
+            index = self._free.pop()
+        except IndexError:
+            return None
+        return Epoch(self._numbers, index, self.leases.lease(partial(self._give_back, index)))
 
     def close(self) -> None:
         """Let go of the arena."""
         self._numbers.release()
 
+    def _give_back(self, index: int) -> None:
+        self._numbers[index] += 1
+        fence()
+        self._free.append(index)
+
+
+class Region:
+    """A client's memory, mapped for as long as the lease is held that this is."""
+
+    __slots__ = ("_lease", "_regions", "address", "nbytes")
+
+    def __init__(self, regions: Regions, mapping: ReadOnlyMapping, lease: Lease) -> None:
+        self._regions = regions
+        self._lease = lease
+        self.address = mapping.address
+        self.nbytes = mapping.nbytes
+
+    def release(self) -> None:
+        """Let go of it; nothing of this user's may be reading any more.
+
+        Raises:
+            LeaseError: that was done before.
+        """
+        with self._regions._lock:
+            self._lease.release()
+
 
 class Regions:
     """Memory of clients, each mapped once however many of its connections share it. Thread-safe."""
 
-    def __init__(self) -> None:
-        self._mapped: dict[tuple[int, int], ReadOnlyMapping] = {}
-        self._users: dict[tuple[int, int], int] = {}
+    def __init__(self, counters: Counters) -> None:
+        self.leases = Ledger("client region", counters)
+        self._mapped: dict[tuple[int, int], tuple[ReadOnlyMapping, Shared]] = {}
         self._lock = threading.Lock()
 
-    def attach(self, fd: int, nbytes: int) -> ReadOnlyMapping:
-        """Map at least ``nbytes`` of the file; for `detach`.
+    def attach(self, fd: int, nbytes: int) -> Region:
+        """Map at least ``nbytes`` of the file.
 
         Raises:
             OSError: it is shorter, or can't be mapped.
@@ -71,23 +124,19 @@ class Regions:
         facts = os.fstat(fd)
         name = facts.st_dev, facts.st_ino
         with self._lock:
-            mapping = self._mapped.get(name)
-            if mapping is None:
-                mapping = self._mapped[name] = ReadOnlyMapping(fd, max(nbytes, facts.st_size))
-                self._users[name] = 0
-            elif mapping.nbytes < nbytes:
-                raise OSError(f"the region has less than {nbytes} bytes")
-            self._users[name] += 1
-            return mapping
+            if name in self._mapped:
+                mapping, users = self._mapped[name]
+                if mapping.nbytes < nbytes:
+                    raise OSError(f"the region has less than {nbytes} bytes")
+            else:
+                mapping = ReadOnlyMapping(fd, max(nbytes, facts.st_size))
+                users = Shared(self.leases, partial(self._unmap, name))
+                self._mapped[name] = mapping, users
+            return Region(self, mapping, users.lease())
 
-    def detach(self, mapping: ReadOnlyMapping) -> None:
-        """Let go of it; nothing of this user's may be reading any more."""
-        with self._lock:
-            name = next(name for name, one in self._mapped.items() if one is mapping)
-            self._users[name] -= 1
-            if not self._users[name]:
-                del self._users[name], self._mapped[name]
-                mapping.close()
+    def _unmap(self, name: tuple[int, int]) -> None:
+        mapping, _ = self._mapped.pop(name)
+        mapping.close()
 
 
 @dataclass
@@ -97,13 +146,13 @@ class Service:
     arena: Arena
     values: Values
     counters: Counters
-    leases: Leases
+    epochs: Epochs
+    regions: Regions
     instance: bytes
     token: bytes = b""
     max_value_bytes: int = 0
     unix_path: str = ""
     stall_s: float = 30.0
-    regions: Regions = field(default_factory=Regions)
     disk: Disk | None = None
     log_times: dict[str, float] = field(default_factory=dict)
 

@@ -31,8 +31,8 @@ from lmcache_core.lm.protocol import (
     ProtocolError,
     Status,
 )
-from lmcache_core.lm.service import Service
-from lmcache_core.lm.values import Value
+from lmcache_core.lm.service import Epoch, Service
+from lmcache_core.lm.values import Held
 from lmcache_core.lm.wire import Wire
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ class Session:
         self._scratch = scratch
         self._space = ""
         self._intake = Intake(service, wire, scratch)
-        self._lease: int | None = None
-        self._borrowed: dict[int, tuple[float, list[Value | None]]] = {}
+        self._epoch: Epoch | None = None
+        self._borrowed: dict[int, tuple[float, Held]] = {}
         self._head = memoryview(bytearray(HEADER_BYTES))
 
     async def run(self) -> None:
@@ -83,8 +83,16 @@ class Session:
             service.counters.add("server_broken_connections")
             logger.debug("%s: %s", self.peer, error)
         finally:
-            self._give_back()
-            self.wire.close()
+            self.end()
+
+    def end(self) -> None:
+        """Give back what the client held. Idempotent; nothing of this session may run after it."""
+        self._revoke()
+        epoch, self._epoch = self._epoch, None
+        if epoch is not None:
+            epoch.release()
+        self._intake.close()
+        self.wire.close()
 
     def check(self) -> bool:
         """Whether to go on with this client; takes back what it read for too long."""
@@ -135,19 +143,12 @@ class Session:
         except (OSError, EOFError, asyncio.TimeoutError, TimeoutError):
             pass
 
-    def _give_back(self) -> None:
-        self._revoke()
-        if self._lease is not None:
-            self._service.leases.give_back(self._lease)
-            self._lease = None
-        self._intake.close()
-
     def _revoke(self) -> None:
-        if self._lease is not None and self._borrowed:
-            self._service.leases.revoke(self._lease)
+        if self._epoch is not None and self._borrowed:
+            self._epoch.revoke()
         borrowed, self._borrowed = self._borrowed, {}
-        for _, values in borrowed.values():
-            self._service.values.release(values)
+        for _, held in borrowed.values():
+            held.release()
 
     # -- requests --------------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ class Session:
             case Op.RETURN:
                 borrowed = self._borrowed.pop(protocol.parse_number(meta), None)
                 if borrowed is not None:  # it may have been taken back
-                    self._service.values.release(borrowed[1])
+                    borrowed[1].release()
             case _:
                 raise ProtocolError(f"{header.op.name} isn't a request", Status.UNSUPPORTED)
 
@@ -219,58 +220,44 @@ class Session:
         self, header: Header, keys: list[ChunkKey], capacities: tuple[int, ...]
     ) -> None:
         service = self._service
-        found = service.values.acquire(self._space, keys, capacities)
-        kept = False
-        try:
-            if service.disk is not None and None in found:
+        with service.values.acquire(self._space, keys, capacities) as found:
+            if service.disk is not None and None in found.values:
                 await self._fetch(service.disk, keys, capacities, found)
-            there = [value for value in found if value is not None]
+            there = [value for value in found.values if value is not None]
             service.counters.add("server_load_hits", len(there))
-            service.counters.add("server_load_misses", len(found) - len(there))
+            service.counters.add("server_load_misses", len(keys) - len(there))
             service.counters.add("server_load_bytes", sum(value.nbytes for value in there))
             if header.op is Op.BORROW:
                 await self._lend(header, found)
-                kept = True
-            else:
-                sizes = [MISSING if value is None else value.nbytes for value in found]
-                views = [
-                    view
-                    for value in there
-                    for view in service.arena.views(value.parts, value.nbytes)
-                ]
-                await self._answer(header, protocol.numbers(sizes), payload=views)
-        finally:
-            if not kept:
-                service.values.release(found)
+                return
+            sizes = [MISSING if value is None else value.nbytes for value in found.values]
+            views = [
+                view for value in there for view in service.arena.views(value.parts, value.nbytes)
+            ]
+            await self._answer(header, protocol.numbers(sizes), payload=views)
 
     async def _fetch(
-        self,
-        disk: Disk,
-        keys: list[ChunkKey],
-        capacities: tuple[int, ...],
-        found: list[Value | None],
+        self, disk: Disk, keys: list[ChunkKey], capacities: tuple[int, ...], found: Held
     ) -> None:
-        absent = [i for i, value in enumerate(found) if value is None]
-        names, room = [keys[i] for i in absent], [capacities[i] for i in absent]
-        there = await disk.contains(self._space, names)
-        absent = [i for i, hit in zip(absent, there, strict=True) if hit]
-        names, room = [keys[i] for i in absent], [capacities[i] for i in absent]
-        if not names:
-            return
-        fetched = await disk.fetch(self._space, names, room)
-        for i, value in zip(absent, fetched, strict=True):
-            found[i] = value
+        absent = [i for i, value in enumerate(found.values) if value is None]
+        there = await disk.contains(self._space, [keys[i] for i in absent])
+        at = [i for i, hit in zip(absent, there, strict=True) if hit]
+        if at:
+            names, room = [keys[i] for i in at], [capacities[i] for i in at]
+            await disk.fetch(self._space, names, room, found, at)
 
-    async def _lend(self, header: Header, found: list[Value | None]) -> None:
-        if self._lease is None or len(self._borrowed) >= MAX_BORROWS:
+    async def _lend(self, header: Header, found: Held) -> None:
+        if self._epoch is None or len(self._borrowed) >= MAX_BORROWS:
             raise ProtocolError("BORROW without SHARE, or without ever a RETURN")
         if header.request in self._borrowed:
             raise ProtocolError(f"two BORROWs have the number {header.request}")
-        epoch = self._service.leases.epoch(self._lease)
-        sizes = [MISSING if value is None else value.nbytes for value in found]
-        parts = [protocol.extents(value.extents()) for value in found if value is not None]
-        self._borrowed[header.request] = (time.monotonic(), found)
-        await self._answer(header, protocol.number(epoch), protocol.numbers(sizes), *parts)
+        number = self._epoch.number
+        sizes = [MISSING if value is None else value.nbytes for value in found.values]
+        parts = [protocol.extents(value.extents()) for value in found.values if value is not None]
+        # The client may read from now on, whatever becomes of the answer: it is the connection that
+        # holds them, not the request.
+        self._borrowed[header.request] = (time.monotonic(), found.handed_on())
+        await self._answer(header, protocol.number(number), protocol.numbers(sizes), *parts)
 
     # -- values in -------------------------------------------------------------------------
 
@@ -288,10 +275,10 @@ class Session:
         finally:
             for fd in fds:
                 os.close(fd)
-        self._lease = service.leases.take()
-        if self._lease is None:
+        self._epoch = service.epochs.take()
+        if self._epoch is None:
             raise ProtocolError("too many clients read the shared memory", Status.BUSY)
-        answer = greeting.shared(service.arena.nbytes, 8 * self._lease)
+        answer = greeting.shared(service.arena.nbytes, self._epoch.offset)
         head = protocol.header(Op.SHARE, header.request, meta=len(answer))
         await self.wire.write_with_fd(head + answer, service.arena.reader)
 

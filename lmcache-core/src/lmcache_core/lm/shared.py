@@ -34,17 +34,45 @@ class Staging:
 
     def __init__(self) -> None:
         self.fd = os.memfd_create("lmcache-staging", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, STAGING_BYTES)
-        # Without this seal, a server that maps it could be made to die by truncating it.
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        self._map = mmap.mmap(self.fd, STAGING_BYTES)
+        try:
+            os.ftruncate(self.fd, STAGING_BYTES)
+            # Without this seal, a server that maps it could be made to die by truncating it.
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            self._map = mmap.mmap(self.fd, STAGING_BYTES)
+        except BaseException:
+            os.close(self.fd)
+            raise
         self._view = memoryview(self._map)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._vouchers = self._view[_SLOTS * PIECE_BYTES :].cast("Q")
         self.slots = _SLOTS
-        self.free: SimpleQueue[int | None] = SimpleQueue()
+        self._free: SimpleQueue[int | None] = SimpleQueue()
+        self._taken: set[int] = set()
         for index in range(self.slots):
-            self.free.put(index)
+            self._free.put(index)
+
+    def take(self, timeout_s: float) -> int | None:
+        """A slot that is the server's until `give_back`; ``None``: somebody called `wake`.
+
+        Raises:
+            Empty: none was free within ``timeout_s``.
+        """
+        index = self._free.get(timeout=timeout_s)
+        if index is not None:
+            self._taken.add(index)
+        return index
+
+    def give_back(self, index: int) -> bool:
+        """Whether the server had the slot: one given back twice would soon hold two pieces."""
+        if index not in self._taken:
+            return False
+        self._taken.remove(index)
+        self._free.put(index)
+        return True
+
+    def wake(self) -> None:
+        """Don't let anybody wait for a slot any more."""
+        self._free.put(None)
 
     def fill(self, index: int, piece: memoryview) -> None:
         """Copy ``piece`` into a slot, without the interpreter's lock where it is writable."""

@@ -1,17 +1,21 @@
 """What the server holds: values by namespace and key, in order of use, some of them being read.
 
-A value is seen by nobody before `commit`, and its memory is used again only after
-its last reader let go. Knows nothing about connections. Thread-safe: every method
-takes one lock for microseconds, and none does I/O.
+A value is seen by nobody before it is complete, and its memory is used again only after its last
+reader let go. Who reads or fills has a `Held`, which ends exactly once whatever becomes of the
+request. Knows nothing about connections. Thread-safe: every method takes locks for microseconds,
+and none does I/O.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
+from types import TracebackType
 
 from lmcache_core.keys import ChunkKey
+from lmcache_core.leases import Lease, Ledger
 from lmcache_core.lm.arena import Arena, trimmed, whole_pages
 from lmcache_core.lm.protocol import Extent
 from lmcache_core.metrics import Counters
@@ -33,6 +37,7 @@ class Value:
         self.nbytes = nbytes
         self.parts = parts
         self.leases = 1
+        """How many a `Held` has of it. Its memory is its own until there are none."""
         self.linked = False
 
     def extents(self) -> list[Extent]:
@@ -40,10 +45,95 @@ class Value:
         return trimmed(self.parts, self.nbytes)
 
 
+class Held:
+    """What one request holds: values that it reads, and memory that it fills.
+
+    One lease, however many values it is for, so that a request costs one object more. Belongs to
+    whoever has it, and ends exactly once, by `release` or as a context manager. What it holds can
+    be moved to another one; what was moved is no longer given back here. Not thread-safe: the one
+    who has it is the only one to use it.
+    """
+
+    __slots__ = ("_lease", "_owner", "values")
+
+    def __init__(self, owner: Values, values: list[Value | None], lease: Lease) -> None:
+        self._owner = owner
+        self._lease = lease
+        self.values = values
+        """Those that it reads by position, ``None`` where there is none; or those that it fills."""
+
+    @property
+    def live(self) -> bool:
+        """Whether it is still to be released."""
+        return self._lease.live
+
+    def release(self) -> None:
+        """Let go of everything.
+
+        Raises:
+            LeaseError: that was done before.
+        """
+        self._lease.release()
+
+    def handed_on(self) -> Held:
+        """Another one that holds all of this, for somebody who goes on longer; this has nothing."""
+        values = self.values.copy()
+        other = self._owner._held(values)
+        self.values.clear()
+        return other
+
+    def take_over(self, other: Held, at: Sequence[int]) -> None:
+        """Hold what ``other`` holds, at these positions of `values`; that one has nothing then."""
+        for place, value in zip(at, other.values, strict=True):
+            self.values[place] = value
+        other.values.clear()
+
+    def reserve(
+        self, space: str, key: ChunkKey, nbytes: int, *, one_piece: bool = False
+    ) -> Value | StoreOutcome:
+        """Memory for a value that is about to come, or why there is none.
+
+        Evicts what isn't being read. An existing value of another length was written by another
+        serde; it is replaced.
+        """
+        value = self._owner._reserve(space, key, nbytes, one_piece)
+        if isinstance(value, Value):
+            self.values.append(value)
+        return value
+
+    def commit(self) -> list[StoreOutcome]:
+        """Let everybody see the values that it fills, which are complete; it has nothing then."""
+        return self._owner._commit(self.values)
+
+    def settle(self, sizes: Sequence[int | None]) -> None:
+        """The same for those that came, in so many bytes; it goes on holding them, as a reader.
+
+        They were reserved in one piece. ``None``: that one didn't come, nor is it held any more.
+        """
+        self._owner._settle(self.values, sizes)
+
+    def drop(self) -> None:
+        """Let go of everything, and go on with nothing."""
+        self._owner._end(self.values)
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lease.release()
+
+
 class Values:
     """The index of an arena, the least recently used values going first."""
 
     def __init__(self, arena: Arena, counters: Counters) -> None:
+        self.leases = Ledger("server values", counters)
+        """How many `Held` there are."""
         self._arena = arena
         self._counters = counters
         self._max_entries = max(1024, arena.capacity // _BYTES_PER_ENTRY)
@@ -66,10 +156,8 @@ class Values:
             held = self._spaces.get(space, {})
             return next((i for i, key in enumerate(keys) if key not in held), len(keys))
 
-    def acquire(
-        self, space: str, keys: Sequence[ChunkKey], capacities: Sequence[int]
-    ) -> list[Value | None]:
-        """Lease the values that are there and not longer than their capacity, for `release`."""
+    def acquire(self, space: str, keys: Sequence[ChunkKey], capacities: Sequence[int]) -> Held:
+        """Hold the values that are there and not longer than their capacity, by position."""
         found: list[Value | None] = []
         with self._lock:
             held = self._spaces.get(space, {})
@@ -81,66 +169,13 @@ class Values:
                     found.append(value)
                 else:
                     found.append(None)
-        return found
-
-    def release(self, values: Iterable[Value | None]) -> None:
-        """End leases."""
-        with self._lock:
-            for value in values:
-                if value is not None:
-                    self._let_go(value)
+        return self._held(found)
 
     # -- writing ---------------------------------------------------------------------------
 
-    def reserve(
-        self, space: str, key: ChunkKey, nbytes: int, *, one_piece: bool = False
-    ) -> Value | StoreOutcome:
-        """Memory for a value that is about to come; it ends with `commit` or `release`.
-
-        Or why there is none. Evicts what isn't being read. An existing value of another length was
-        written by another serde; it is replaced.
-        """
-        with self._lock:
-            held = self._spaces.get(space, {}).get(key)
-            if held is not None and held.nbytes == nbytes:
-                self._used.move_to_end(held)
-                return StoreOutcome.ALREADY_PRESENT
-            if not 0 < nbytes <= self._arena.capacity:
-                return StoreOutcome.NOT_ADMITTED
-            parts = self._allocate(nbytes, one_piece)
-            if parts is None:
-                return StoreOutcome.NOT_ADMITTED
-            return Value(space, key, nbytes, parts)
-
-    def commit(self, value: Value, *, keep_lease: bool = False) -> StoreOutcome:
-        """Let everybody see ``value``, which is complete now."""
-        with self._lock:
-            held = self._spaces.setdefault(value.space, {}).get(value.key)
-            if held is not None and held.nbytes == value.nbytes:
-                outcome = StoreOutcome.ALREADY_PRESENT  # somebody else was faster
-            else:
-                if held is not None:
-                    self._unlink(held)
-                if len(self._used) >= self._max_entries:
-                    self._evict_one()
-                self._spaces.setdefault(value.space, {})[value.key] = value
-                self._bytes[value.space] = self._bytes.get(value.space, 0) + value.nbytes
-                self._used[value] = None
-                value.linked = True
-                outcome = StoreOutcome.STORED
-            if not keep_lease:
-                self._let_go(value)
-            return outcome
-
-    def shrink(self, value: Value, nbytes: int) -> None:
-        """Give back what a reserved value turned out not to need."""
-        with self._lock:
-            value.nbytes = nbytes
-            start, length = value.parts[0]  # reserved in one piece
-            used = whole_pages(nbytes)
-            if used < length:
-                value.parts = [(start, used)]
-                self._arena.extents.release([(start + used, length - used)])
+    def hold(self) -> Held:
+        """Hold nothing, for `Held.reserve`."""
+        return self._held([])
 
     def delete(self, space: str, keys: Sequence[ChunkKey]) -> int:
         """Forget ``keys``; answer how many were there."""
@@ -176,9 +211,82 @@ class Values:
                 "server_memory_bytes": self._arena.capacity,
                 "server_memory_used_bytes": self._arena.capacity - free,
                 "server_namespaces": len(self._spaces),
+                "server_leases": self.leases.out,
             }
 
+    # -- for `Held` ------------------------------------------------------------------------
+
+    def _held(self, values: list[Value | None]) -> Held:
+        return Held(self, values, self.leases.lease(partial(self._end, values)))
+
+    def _end(self, values: list[Value | None]) -> None:
+        with self._lock:
+            for value in values:
+                if value is not None:
+                    self._let_go(value)
+        values.clear()
+
+    def _reserve(
+        self, space: str, key: ChunkKey, nbytes: int, one_piece: bool
+    ) -> Value | StoreOutcome:
+        with self._lock:
+            held = self._spaces.get(space, {}).get(key)
+            if held is not None and held.nbytes == nbytes:
+                self._used.move_to_end(held)
+                return StoreOutcome.ALREADY_PRESENT
+            if not 0 < nbytes <= self._arena.capacity:
+                return StoreOutcome.NOT_ADMITTED
+            parts = self._allocate(nbytes, one_piece)
+            if parts is None:
+                return StoreOutcome.NOT_ADMITTED
+            return Value(space, key, nbytes, parts)
+
+    def _commit(self, values: list[Value | None]) -> list[StoreOutcome]:
+        outcomes: list[StoreOutcome] = []
+        with self._lock:
+            for value in values:
+                if value is not None:
+                    outcomes.append(self._link(value))
+                    self._let_go(value)
+        values.clear()
+        return outcomes
+
+    def _settle(self, values: list[Value | None], sizes: Sequence[int | None]) -> None:
+        with self._lock:
+            for place, (value, nbytes) in enumerate(zip(values, sizes, strict=True)):
+                if value is None:
+                    continue
+                if nbytes is None:
+                    values[place] = None
+                    self._let_go(value)
+                else:
+                    self._shrink(value, nbytes)
+                    self._link(value)
+
     # -- inside, with the lock held --------------------------------------------------------
+
+    def _link(self, value: Value) -> StoreOutcome:
+        held = self._spaces.setdefault(value.space, {}).get(value.key)
+        if held is not None and held.nbytes == value.nbytes:
+            return StoreOutcome.ALREADY_PRESENT  # somebody else was faster
+        if held is not None:
+            self._unlink(held)
+        if len(self._used) >= self._max_entries:
+            self._evict_one()
+        self._spaces.setdefault(value.space, {})[value.key] = value
+        self._bytes[value.space] = self._bytes.get(value.space, 0) + value.nbytes
+        self._used[value] = None
+        value.linked = True
+        return StoreOutcome.STORED
+
+    def _shrink(self, value: Value, nbytes: int) -> None:
+        """Give back what a reserved value turned out not to need."""
+        value.nbytes = nbytes
+        start, length = value.parts[0]  # reserved in one piece
+        used = whole_pages(nbytes)
+        if used < length:
+            value.parts = [(start, used)]
+            self._arena.extents.release([(start + used, length - used)])
 
     def _allocate(self, nbytes: int, one_piece: bool) -> list[Extent] | None:
         extents = self._arena.extents

@@ -174,11 +174,15 @@ class TcpChannel(BlockingChannel):
             if address.tls:
                 context = client_context(config.ca_file)
                 stream = Tls(sock, context, address.host, config.connect_timeout_s)
-            line = Line(stream, peer.where, config.connect_timeout_s)
+        except BaseException:
+            sock.close()
+            raise
+        line = Line(stream, peer.where, config.connect_timeout_s)
+        try:
             with stop.calls(line.shutdown):
                 self._greet(peer, line)
         except BaseException:
-            sock.close()
+            line.close()
             raise
         line.stall_timeout_s = config.stall_timeout_s
         return line

@@ -118,7 +118,13 @@ class Owner:
                 )
                 sock.close()
                 continue
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has no more threads
+                logger.warning("%s: %s is turned away: %s", self._name, where, error)
+                with self._lock:
+                    del self._lines[thread]
+                sock.close()
 
     # -- a connection's thread -------------------------------------------------------------
 
