@@ -16,7 +16,7 @@ ENGINE = $(PYTHON) tools/engine_env.py
 SYSTEM = $(PYTHON) tools/system_packages.py
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint types unit docs e2e matrix demo bench format engine-env venv system clean
+.PHONY: help test lint types unit docs e2e matrix demo bench bench-compare format engine-env venv system clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -66,6 +66,9 @@ demo: | system ## real vLLM, two overlapping prompts: what is computed once and 
 
 bench: $(READY) ## measure: ratios to a calibration of the same run, into bench/results; ten minutes
 	@$(BIN)/python bench/run_all.py
+
+bench-compare: $(READY) ## BASE=revision: this build against that one, in nine interleaved pairs; twenty minutes
+	@$(BIN)/python bench/compare.py --base $(or $(BASE),$(error BASE=revision, please))
 
 engine-env: | system ## prepare the engine environment; prints its Python
 	@$(ENGINE)

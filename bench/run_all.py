@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,13 +65,22 @@ PROGRAMS = [
 ]
 
 
-def run(program: Program) -> list[Result] | None:
-    """Its results, named after it; ``None`` if it failed."""
+def run(
+    program: Program,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    output: int | None = None,
+) -> list[Result] | None:
+    """Its results, named after it; ``None`` if it failed.
+
+    ``folder`` has the program, if not this one; ``output`` is what `subprocess` calls ``stdout``.
+    """
     with tempfile.TemporaryDirectory(prefix="bench-") as work:
         found = Path(work) / "results.json"
-        command = [sys.executable, HERE / f"{program.file}.py", *program.options, "--json", found]
+        file = (folder or HERE) / f"{program.file}.py"
+        command = [sys.executable, file, *program.options, "--json", found]
         try:
-            subprocess.run(command, check=True, timeout=TIMEOUT_S)
+            subprocess.run(command, check=True, timeout=TIMEOUT_S, env=environment, stdout=output)
             results = read_json(found)
         except subprocess.CalledProcessError as error:
             print(f"{program.title}: exit status {error.returncode}", flush=True)
