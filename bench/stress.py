@@ -2,6 +2,7 @@
 
     python3 bench/stress.py                        60 s, host memory alone
     python3 bench/stress.py --tier filesystem      with a slow tier behind: threads fetch too
+    python3 bench/stress.py --tier shaky           two tiers that fail: see `shaky`
     python3 bench/stress.py --seconds 2            for a test suite
 
 Sixteen threads load, store, look up, prefetch, pin and unpin prompts that share prefixes, as
@@ -11,9 +12,9 @@ misplaced is found. What lies beyond the loaded tokens must be untouched. The ar
 what the threads use: nearly each store evicts, and some find nothing that may be evicted, most of
 all while chunks wait for a slow tier.
 
-Exit status 1: a byte was wrong, a call failed, or what is left at the end can't hold as many chunks
-as the arena has slots, so that somebody kept one. Exit status 3: a thread made no progress for
-``--patience`` seconds; all stacks are printed.
+Exit status 1: a byte was wrong, a call failed, somebody still holds a lease at the end, or what is
+left can't hold as many chunks as the arena has slots, so that somebody kept one. Exit status 3: a
+thread made no progress for ``--patience`` seconds; all stacks are printed.
 
 Operations per second have a calibration too: as many as memcpy on two threads could serve if an
 operation were nothing but a copy of the bytes that it moved. Most of the time goes into making and
@@ -37,14 +38,17 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import numpy as np
+import shaky
 from calibrations import Memcpy, address, aligned
 from measuring import Report, Result, parse, parser, spread
 
-from lmcache_core import Cache, DType, KVLayout, Plugins, full_attention, load_config
+from lmcache_core import Cache, DType, KVLayout, full_attention, load_config
 from lmcache_core.keys import CacheNamespace
 from lmcache_core.mover import slots_in
+from lmcache_core.testing.faults import Faults
 
 CHUNK_TOKENS, LAYERS, HEADS, HEAD_SIZE = 64, 4, 2, 64
 GROUP = full_attention(layers=LAYERS, heads=HEADS, head_size=HEAD_SIZE, dtype=DType.BF16)
@@ -60,6 +64,10 @@ SWITCH_S = 1e-5
 ever be evicted while somebody reads."""
 UNTOUCHED = 0xDEAD_BEEF_DEAD_BEEF
 SLICES = 9  # of the time, for medians
+SHOWN = (
+    *("evicted_chunks", "store_dropped", "load_failures", "frame_rejected", "plugin_failures"),
+    *("backend_errors", "leases_forgotten"),
+)
 
 Prefix = tuple[int, ...]
 """Which branch is taken after each chunk. Names a prefix."""
@@ -188,11 +196,19 @@ class Worker(threading.Thread):
 
 
 @contextmanager
-def opened(arguments: argparse.Namespace, folder: str) -> Iterator[Cache]:
+def opened(arguments: argparse.Namespace, folder: str, faults: Faults) -> Iterator[Cache]:
     tier = {
         "none": [],
         "memory": ["backends.memory.max_size_gib=0.25"],
-        "filesystem": [f"backends.filesystem.path={folder}", "backends.filesystem.max_size_gib=1"],
+        "filesystem": [
+            f"backends.filesystem.path={folder}/fs",
+            "backends.filesystem.max_size_gib=1",
+        ],
+        # Both keep less than what the threads use, so that they evict, too.
+        "shaky": [
+            *("backends.shaky.serde=shaky", "backends.shaky.max_size_gib=0.01"),
+            *("backends.sound.type=memory", "backends.sound.max_size_gib=0.005"),
+        ],
     }[arguments.tier]
     assignments = [
         f"chunk_size={CHUNK_TOKENS}",
@@ -200,9 +216,13 @@ def opened(arguments: argparse.Namespace, folder: str) -> Iterator[Cache]:
         "pin_timeout_sec=1",
         *tier,
     ]
-    config = load_config(Plugins(), environ={}, assignments=assignments)
-    with Cache.open(model=MODEL, layout=LAYOUT, config=config) as cache:
-        yield cache
+    with shaky.plugins(Path(folder) / "site", faults) as plugins:
+        config = load_config(plugins, environ={}, assignments=assignments)
+        with Cache.open(model=MODEL, layout=LAYOUT, config=config, plugins=plugins) as cache:
+            if arguments.tier == "shaky":
+                shaky.begin(faults)
+            yield cache
+            faults.disarm()
 
 
 def watch(workers: Sequence[Worker], seconds: float, patience_s: float) -> list[tuple[float, ...]]:
@@ -244,6 +264,10 @@ def leftovers(cache: Cache, slots: int) -> list[str]:
     time.sleep(1.2)  # pins expire
     if not cache.flush():
         return ["the slow tier didn't take in what was stored"]
+    cache.lookup([])  # takes in what movers report
+    if cache._mover.leases or cache._planner.pending:
+        leases, pending = cache._mover.leases, cache._planner.pending
+        return [f"{leases} leases and {pending} operations at rest; there must be none"]
     content, path = Content(), (2,) * slots
     tokens = (np.arange(slots * CHUNK_TOKENS, dtype="<u4") + 1_000_000).tobytes()
     kv = content.empty(slots * CHUNK_TOKENS)
@@ -275,7 +299,7 @@ def memcpy_rate() -> float:
 def summary(cache: Cache, workers: Sequence[Worker], rates: Sequence[tuple[float, ...]]) -> str:
     totals: dict[str, int] = {}
     for (name, labels), value in cache.counters.snapshot().items():
-        if name in ("evicted_chunks", "store_dropped", "load_failures", "frame_rejected"):
+        if name in SHOWN:
             what = ", ".join(label for _, label in labels)
             totals[f"{name} ({what})"] = int(value)
     operations, moved = _totals(workers)
@@ -310,7 +334,10 @@ def main() -> int:
     options = parser(__doc__, runs=SLICES)
     options.add_argument("--seconds", type=float, help="default: 60, with --quick 10")
     options.add_argument("--threads", type=int, default=16)
-    options.add_argument("--tier", choices=("none", "memory", "filesystem"), default="none")
+    options.add_argument(
+        "--tier", choices=("none", "memory", "filesystem", "shaky"), default="none"
+    )
+    options.add_argument("--seed", type=int, default=0, help="of what fails")
     options.add_argument("--arena-mib", type=int, default=ARENA_MIB)
     options.add_argument("--patience", type=float, default=20.0, metavar="SECONDS")
     arguments = parse(options)
@@ -319,10 +346,10 @@ def main() -> int:
     sys.setswitchinterval(SWITCH_S)
     report = Report(arguments, "memcpy")
     rate = memcpy_rate()
-    stop, content = threading.Event(), Content()
+    stop, content, faults = threading.Event(), Content(), Faults(arguments.seed)
     with (
         tempfile.TemporaryDirectory(prefix="stress-") as folder,
-        opened(arguments, folder) as cache,
+        opened(arguments, folder, faults) as cache,
     ):
         workers = [Worker(i, cache, content, stop) for i in range(arguments.threads)]
         for worker in workers:
@@ -334,10 +361,15 @@ def main() -> int:
                 worker.join(0.2)
                 _require_progress(workers, arguments.patience)
         wrong = [text for worker in workers for text in worker.wrong]
+        faults.disarm()
         print(summary(cache, workers, rates))
+        if faults.count():
+            print(f"{faults.count():,} faults were injected, seed {faults.seed}")
         slots = slots_in(arguments.arena_mib << 20, CacheNamespace(MODEL, LAYOUT))
         if not any(name == "evicted_chunks" for name, _ in cache.counters.snapshot()):
             wrong.append("nothing was evicted: the arena wasn't full, and this shows nothing")
+        if any(name == "leases_forgotten" for name, _ in cache.counters.snapshot()):
+            wrong.append("a lease was forgotten")
         if not wrong:
             wrong = leftovers(cache, slots)
     for text in wrong:
