@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,28 +127,16 @@ def test_other_parallelism_is_refused(name: str) -> None:
 
 
 def request(**facts: Any) -> Any:
-    values = {"cache_salt": None, "lora_request": None, "mm_features": [], **facts}
+    values = {"cache_salt": None, "mm_features": [], **facts}
     return SimpleNamespace(**values)
 
 
-def adapter(folder: Path, name: str = "a") -> Any:
-    return SimpleNamespace(lora_name=name, lora_path=str(folder))
-
-
-def test_adapters_set_apart_and_so_do_their_files(tmp_path: Path) -> None:
+def test_adapters_set_apart() -> None:
     root = b"r" * 8
-    weights = tmp_path / "adapter_model.safetensors"
-    weights.write_bytes(b"one")
     plain = identity.root(root, request(), {})
-    one = identity.root(root, request(lora_request=adapter(tmp_path)), {})
+    one = identity.root(root, request(), {}, adapter="one")
     assert plain == root
-    assert one != plain
-    assert identity.root(root, request(lora_request=adapter(tmp_path)), {}) == one
-    assert identity.root(root, request(lora_request=adapter(tmp_path, "b")), {}) != one
-    weights.write_bytes(b"two")
-    os.utime(weights, ns=(1, 1))
-    reloaded = identity.root(root, request(lora_request=adapter(tmp_path)), {})
-    assert reloaded != one, "an adapter that was replaced in place isn't the old one"
+    assert len({plain, one, identity.root(root, request(), {}, adapter="two")}) == 3
 
 
 def test_salt_and_tags_cannot_be_confused() -> None:

@@ -30,6 +30,8 @@ _NOT_INHERITED = ("LMCACHE_", "AWS_")
 """What these begin with isn't taken from the environment: a test means what it says."""
 
 Prompt = str | Sequence[int]
+Adapter = Mapping[str, Any]
+"""Arguments of vLLM's ``LoRARequest``."""
 
 
 class EngineError(Exception):
@@ -73,18 +75,26 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def ask(self, prompt: Prompt, *, max_tokens: int = 16) -> Answer:
+    def ask(
+        self, prompt: Prompt, *, max_tokens: int = 16, adapter: Adapter | None = None
+    ) -> Answer:
         """The greedy continuation of one prompt, which is text or token ids."""
-        return self.ask_all([prompt], max_tokens=max_tokens)[0]
+        return self.ask_all([prompt], max_tokens=max_tokens, adapter=adapter)[0]
 
-    def ask_all(self, prompts: Sequence[Prompt], *, max_tokens: int = 16) -> list[Answer]:
+    def ask_all(
+        self, prompts: Sequence[Prompt], *, max_tokens: int = 16, adapter: Adapter | None = None
+    ) -> list[Answer]:
         """Those of several prompts at the same time.
 
         Raises:
             EngineError: the engine ended or raised.
         """
-        answer = self._call({"ask": list(prompts), "max_tokens": max_tokens})
-        return [Answer(tokens, cached) for tokens, cached in answer["answers"]]
+        call = {"ask": list(prompts), "max_tokens": max_tokens, "adapter": adapter}
+        return [Answer(tokens, cached) for tokens, cached in self._call(call)["answers"]]
+
+    def load(self, adapter: Adapter) -> None:
+        """Load an adapter, as an API server does; in place if it says so."""
+        self._call({"load": adapter})
 
     def metric(self, name: str, **labels: str) -> float:
         """A metric, named without ``vllm:``, summed over the labels that aren't given."""
@@ -230,6 +240,7 @@ def serve(request: dict[str, Any], lines: TextIO) -> None:
     sys.path[:0] = request["path"]
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
+    from vllm.lora.request import LoRARequest
 
     arguments = dict(request["arguments"])
     if transfer := arguments.pop("kv_transfer_config", None):
@@ -248,12 +259,17 @@ def serve(request: dict[str, Any], lines: TextIO) -> None:
             ]
             _say(lines, metrics=samples)
             continue
+        if "load" in message:
+            llm.llm_engine.add_lora(LoRARequest(**message["load"]))
+            _say(lines)
+            continue
+        adapter = LoRARequest(**message["adapter"]) if message["adapter"] else None
         sampling = SamplingParams(max_tokens=message["max_tokens"], temperature=0, detokenize=False)
         prompts = [
             {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
             for prompt in message["ask"]
         ]
-        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
         answers = [(list(one.outputs[0].token_ids), one.num_cached_tokens or 0) for one in outputs]
         _say(lines, answers=answers)
     llm.llm_engine.engine_core.shutdown()

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from engine_host import EngineHost, arguments
+from made_adapters import WITH_ADAPTERS, adapter, write_adapter
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
@@ -62,7 +63,9 @@ class Engine:
             detokenize=False,
             extra_args={"kv_transfer_params": extra["params"]} if "params" in extra else None,
         )
-        return self.llm.generate([request], sampling, use_tqdm=False)[0]
+        return self.llm.generate(
+            [request], sampling, use_tqdm=False, lora_request=extra.get("adapter")
+        )[0]
 
     def tokens(self, prompt: list[int]) -> list[int]:
         return list(self.ask(prompt).outputs[0].token_ids)
@@ -177,6 +180,47 @@ def test_with_policy_fail_a_failed_load_ends_its_request_only(
             assert engine.ask(prompt()).outputs[0].finish_reason == "error"
         assert engine.tokens(prompt()) == plain[0]
         assert engine.tokens(prompt(seed=1)) == plain[1]
+
+
+@pytest.mark.parametrize(("way", "early"), [*((way, False) for way in WAYS), ("async", True)])
+def test_what_was_planned_for_another_adapter_is_recomputed(
+    start: Start, tmp_path: Path, way: str, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler may believe in what isn't loaded any more; the worker knows.
+
+    ``early``: it was still there when an asynchronous load came, and not for the computation.
+    """
+    from vllm.lora.request import LoRARequest
+
+    folder = write_adapter(tmp_path / "adapter", 1)
+    use = LoRARequest(**adapter(folder))
+    arguments = {**WITH_ADAPTERS, "transfer": {"kv_load_failure_policy": "recompute"}}
+
+    def tokens(engine: Engine) -> list[int]:
+        return list(engine.ask(prompt(), adapter=use).outputs[0].token_ids)
+
+    with start(WAYS[way], **arguments) as engine:
+        first = tokens(engine)
+        assert engine.hit(prompt(), adapter=use) == 192
+        board = engine.scheduler._adapters.board
+        believed = board.read()
+        write_adapter(folder, 2)
+        engine.llm.llm_engine.add_lora(LoRARequest(**adapter(folder, inplace=True)))
+        with monkeypatch.context() as patch:
+            patch.setattr(board, "read", lambda: believed)
+            watch = engine.worker._adapters
+            agrees = watch.agrees
+            if early:
+                answers = iter([True])
+                patch.setattr(watch, "agrees", lambda *of: next(answers, None) or agrees(*of))
+            second = tokens(engine)
+            assert second != first
+            assert engine.counter("lookup_hit_tokens") == 2 * 192, "it did believe"
+        assert tokens(engine) == second
+        assert tokens(engine) == second
+        assert engine.hit(prompt(), adapter=use) == 192
+    with start(WAYS[way], **arguments) as engine:
+        assert tokens(engine) == second
 
 
 def test_a_failed_gather_is_not_offered(

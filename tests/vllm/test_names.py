@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_host import Engine, EngineHost, arguments
+from engine_host import Adapter, Engine, EngineHost, arguments
+from made_adapters import WITH_ADAPTERS, adapter, write_adapter
 from pair import prompt
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
@@ -75,3 +76,75 @@ def test_a_dummy_run_before_a_real_one(
         assert (again.cached, again.tokens) == (HIT, uncached[SEED])
     with start(tiny, load_format="dummy") as engine:
         assert engine.ask(prompt(SEED)).cached == 0
+
+
+# -- adapters --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapted(
+    host: EngineHost, tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, list[int]]:
+    """Greedy tokens by the adapter's seed, of an engine without a connector."""
+    answers = {}
+    with host.engine("adapted", arguments(tiny, **WITH_ADAPTERS, max_cpu_loras=4)) as engine:
+        for seed in (1, 2):
+            folder = write_adapter(tmp_path_factory.mktemp("adapters") / str(seed), seed)
+            use = adapter(folder, name=str(seed), number=seed)
+            answers[seed] = engine.ask(prompt(SEED), adapter=use).tokens
+    return answers
+
+
+def test_adapters(
+    start: Start,
+    tiny: Path,
+    tmp_path: Path,
+    uncached: dict[int, list[int]],
+    adapted: dict[int, list[int]],
+) -> None:
+    """Named by what is loaded: on another host, replaced between engines, and within one."""
+    assert len({tuple(uncached[SEED]), tuple(adapted[1]), tuple(adapted[2])}) == 3
+    folder = write_adapter(tmp_path / "adapter", 1)
+    with start(tiny, **WITH_ADAPTERS) as engine:
+
+        def asked(use: Adapter | None = None) -> tuple[int, list[int]]:
+            answer = engine.ask(prompt(SEED), adapter=use)
+            return answer.cached, answer.tokens
+
+        assert asked() == (0, uncached[SEED])
+        assert asked(adapter(folder)) == (0, adapted[1])
+        assert asked(adapter(folder)) == (HIT, adapted[1])
+        assert asked() == (HIT, uncached[SEED])
+        write_adapter(folder, 2)
+        assert asked(adapter(folder)) == (HIT, adapted[1]), "vLLM has the old weights, and their KV"
+        engine.load(adapter(folder, inplace=True))
+        assert asked(adapter(folder)) == (0, adapted[2])
+        assert asked(adapter(folder)) == (HIT, adapted[2])
+        write_adapter(folder, 1)
+        assert asked(adapter(folder, inplace=True)) == (HIT, adapted[1])
+        assert asked(adapter(folder)) == (HIT, adapted[1])
+        other = write_adapter(tmp_path / "other", 2)
+        assert asked(adapter(other, name="other", number=2)) == (HIT, adapted[2])
+        assert engine.metric("lmcache_load_failures") == 0
+    elsewhere = shutil.copytree(folder, tmp_path / "elsewhere", copy_function=shutil.copy)
+    with start(tiny, **WITH_ADAPTERS) as engine:
+        use = adapter(elsewhere, name="another name", number=7)
+        assert asked(use) == (HIT, adapted[1])
+        write_adapter(elsewhere, 2)
+    with start(tiny, **WITH_ADAPTERS) as engine:
+        assert asked(use) == (HIT, adapted[2])
+
+
+def test_what_vllms_own_cache_has_of_another_adapter(
+    start: Start, tiny: Path, tmp_path: Path, adapted: dict[int, list[int]]
+) -> None:
+    """vLLM gives a reloaded adapter the old one's blocks: they aren't stored as the new one's."""
+    folder = write_adapter(tmp_path / "adapter", 1)
+    with start(tiny, **WITH_ADAPTERS, enable_prefix_caching=True) as engine:
+        assert engine.ask(prompt(SEED), adapter=adapter(folder)).tokens == adapted[1]
+        write_adapter(folder, 2)
+        engine.load(adapter(folder, inplace=True))
+        assert engine.ask(prompt(SEED), adapter=adapter(folder)).cached > 0
+    with start(tiny, **WITH_ADAPTERS) as engine:
+        answer = engine.ask(prompt(SEED), adapter=adapter(folder))
+        assert (answer.cached, answer.tokens) == (0, adapted[2])

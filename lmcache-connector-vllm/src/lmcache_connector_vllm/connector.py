@@ -19,11 +19,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from lmcache_connector_vllm import identity
+from lmcache_connector_vllm.adapter_watch import AdapterWatch
+from lmcache_connector_vllm.adapters import AdapterNames, Board
 from lmcache_connector_vllm.facts import model_facts
 from lmcache_connector_vllm.inactive import InactiveScheduler, InactiveWorker
 from lmcache_connector_vllm.metadata import StepPlan, WorkerReport
 from lmcache_connector_vllm.scheduler import SchedulerSide
-from lmcache_connector_vllm.settings import read_settings
+from lmcache_connector_vllm.settings import Settings, read_settings
 from lmcache_connector_vllm.stats import LMCachePromMetrics, LMCacheStats
 from lmcache_connector_vllm.worker import WorkerSide
 from lmcache_core.errors import UnnamedError
@@ -81,6 +83,7 @@ class LMCacheConnector(KVConnectorBase_V1):
                 events=events is not None and events.enable_kv_cache_events,
                 rope=identity.rope(vllm_config),
                 weights=facts.weights,
+                adapters=_adapter_names(vllm_config, settings),
             )
         else:
             self._worker = WorkerSide(
@@ -89,6 +92,7 @@ class LMCacheConnector(KVConnectorBase_V1):
                 vllm_config,
                 rank=self._rank,
                 weights=facts.weights,
+                adapters=_adapter_watch(vllm_config, self._rank),
             )
 
     def _stay_inactive(self, role: KVConnectorRole, why: str) -> None:
@@ -143,6 +147,7 @@ class LMCacheConnector(KVConnectorBase_V1):
         self.worker.finish_step()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        self.worker.finished(finished_req_ids)
         return None, self.worker.take_received() or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -228,3 +233,23 @@ class LMCacheConnector(KVConnectorBase_V1):
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
         return bool(extra_config.get("use_layerwise") or extra_config.get("lmcache.use_layerwise"))
+
+
+def _adapter_names(vllm_config: VllmConfig, settings: Settings) -> AdapterNames | None:
+    if vllm_config.lora_config is None:
+        return None
+    deadline_s = settings.config.core.blocking_timeout_secs
+    return AdapterNames(vllm_config, Board(_engine(vllm_config)), deadline_s=deadline_s)
+
+
+def _adapter_watch(vllm_config: VllmConfig, rank: int) -> AdapterWatch | None:
+    if vllm_config.lora_config is None:
+        return None
+    watch = AdapterWatch(Board(_engine(vllm_config)) if rank == 0 else None)
+    watch.install()
+    return watch
+
+
+def _engine(vllm_config: VllmConfig) -> str:
+    """What scheduler and workers of one engine share, and nobody else has."""
+    return str(vllm_config.kv_transfer_config.engine_id)

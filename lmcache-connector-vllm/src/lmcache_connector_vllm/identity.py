@@ -7,12 +7,9 @@ don't share.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmcache_core.errors import ConfigError, LayoutError
@@ -152,25 +149,20 @@ def cacheable(request: Request) -> bool:
 
 
 def root(
-    namespace_root: bytes, request: Request, tags: Mapping[str, Any], epoch: str = ""
+    namespace_root: bytes,
+    request: Request,
+    tags: Mapping[str, Any],
+    epoch: str = "",
+    adapter: str = "",
 ) -> bytes:
-    """Where the request's digest chain starts: salt, adapter, tags and epoch set it apart."""
+    """Where the request's digest chain starts: salt, tags, epoch and ``adapter`` set it apart."""
     facts = [f"epoch={epoch}"] if epoch else []
     if request.cache_salt:
         facts.append(f"salt={request.cache_salt}")
-    if (lora := request.lora_request) is not None:
-        facts.append(f"lora={lora.lora_name}|{_adapter(lora.lora_path)}")
+    if adapter:
+        facts.append(f"lora={adapter}")
     facts += [f"tag:{name}={tags[name]}" for name in sorted(tags)]
     return request_root(namespace_root, *facts)
-
-
-def _adapter(path: str) -> str:
-    """Name an adapter by its files, so that one reloaded in place isn't taken for the old one."""
-    if not os.path.isdir(path):
-        return path
-    files = sorted(Path(path).iterdir())
-    facts = [f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files if f.is_file()]
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
 
 def tags(params: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -109,6 +109,9 @@ class InactiveWorker:
         invalid, self._invalid_blocks = self._invalid_blocks, set()
         return invalid
 
+    def finished(self, request_ids: set[str]) -> None:
+        pass
+
     def take_report(self) -> Report:
         report, self._report = self._report, Report()
         return report

@@ -9,6 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from lmcache_connector_vllm.adapters import AdapterUse
 from lmcache_core.plan import FetchOp, LoadOp, Report, StoreOp
 
 
@@ -22,6 +23,7 @@ class RequestLoad:
     asynchronous: bool
     hit_tokens: int
     tokens: int
+    adapter: AdapterUse | None = None
 
 
 @dataclass
@@ -42,6 +44,8 @@ class StepPlan(KVConnectorMetadata):
     acknowledged: dict[int, int] = field(default_factory=dict)
     """For each rank, of how many of its failed steps the scheduler knew: see `Mover.fence`."""
     clear_tiers: bool = False
+    adapters: dict[str, AdapterUse] = field(default_factory=dict)
+    """What the requests that this step computes are taken to compute with."""
 
 
 @dataclass

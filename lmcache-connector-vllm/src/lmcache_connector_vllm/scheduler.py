@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lmcache_connector_vllm import identity
+from lmcache_connector_vllm.adapters import AdapterNames, RequestAdapter
 from lmcache_connector_vllm.events import ChunkEvents
 from lmcache_connector_vllm.metadata import RequestLoad, RequestStore, StepPlan, WorkerReport
 from lmcache_connector_vllm.settings import Settings
@@ -61,6 +62,7 @@ class _Tracked:
     lookup_chunks: int = 0
     offered: tuple[int, int] = (0, 0)
     logged: bool = False
+    adapter: RequestAdapter | None = None
 
 
 class SchedulerSide:
@@ -76,12 +78,14 @@ class SchedulerSide:
         events: bool = False,
         rope: Rope | None = None,
         weights: str = "",
+        adapters: AdapterNames | None = None,
     ) -> None:
         core = settings.config.core
         self._settings = settings
         self._namespace = namespace
         self._chunk_tokens = core.chunk_size
         self._block_tokens = block_tokens
+        self._adapters = adapters
         self.counters = Counters()
         self._loop: IOLoop | None = None
         self._tiers: list[Tiers] = []
@@ -144,12 +148,16 @@ class SchedulerSide:
     def new_request(self, request: Request) -> None:
         """Remember a request, and start asking slow tiers before vLLM schedules it."""
         tracked = self._track(request)
-        if self._tiers and tracked.loads and tracked.lookup is None:
+        known = self._adapter_known(tracked)
+        if known and self._tiers and tracked.loads and tracked.lookup is None:
             self._look_up(tracked)
 
     def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """Tokens beyond ``computed`` that can be loaded; ``None``: ask again next step."""
         tracked = self._track(request)
+        if not self._adapter_known(tracked):
+            return None, False
+        self._check_adapter(tracked, computed)
         if not tracked.loads or request.skip_reading_prefix_cache:
             return 0, False
         lookup = tracked.lookup or self._look_up(tracked)
@@ -172,7 +180,9 @@ class SchedulerSide:
     def load_into(self, request: Request, block_ids: Sequence[int], external: int) -> None:
         """Plan to load ``external`` tokens after those that are computed locally."""
         tracked = self._track(request)
-        lookup = tracked.lookup
+        lookup, adapter = tracked.lookup, tracked.adapter
+        if adapter is not None:
+            adapter.plan()
         if not external or lookup is None:
             self._end_lookup(tracked)
             return
@@ -189,6 +199,7 @@ class SchedulerSide:
                 asynchronous,
                 hit,
                 external,
+                adapter.use if adapter is not None else None,
             )
         )
         memory = min(self._chunk_tokens * lookup.memory_chunks, end) - start
@@ -210,19 +221,60 @@ class SchedulerSide:
         params = request.kv_transfer_params
         limit = self._settings.config.core.priority_limit
         usable = identity.cacheable(request) and (limit is None or request.priority <= limit)
-        root = identity.root(self._namespace.root, request, identity.tags(params), self._epoch)
         tracked = self._requests[request.request_id] = _Tracked(
             request,
-            PrefixHasher(
-                root,
-                self._chunk_tokens,
-                identity.media(request, self._chunk_tokens),
-                self._planner.index,
-            ),
+            self._hasher(request),
             loads=usable,
             saves=usable and self._settings.saves and not _truthy((params or {}).get(SKIP_SAVE)),
         )
+        if self._adapters is not None:
+            tracked.adapter = self._adapters.of(request, usable)
         return tracked
+
+    def _hasher(self, request: Request, adapter: str = "") -> PrefixHasher:
+        tags = identity.tags(request.kv_transfer_params)
+        return PrefixHasher(
+            identity.root(self._namespace.root, request, tags, self._epoch, adapter),
+            self._chunk_tokens,
+            identity.media(request, self._chunk_tokens),
+            self._planner.index,
+        )
+
+    def _adapter_known(self, tracked: _Tracked) -> bool:
+        """Whether the request's adapter, if it has one, needn't be waited for.
+
+        Until it is computed another one may be loaded: then it is looked up under another name.
+        """
+        if (adapter := tracked.adapter) is None:
+            return True
+        before = adapter.fact
+        if not adapter.settle():
+            return False
+        if adapter.fact != before:
+            self._end_lookup(tracked)
+            tracked.hasher = self._hasher(tracked.request, adapter.fact)
+        if adapter.use is None:
+            tracked.loads = tracked.saves = False
+        return True
+
+    def _check_adapter(self, tracked: _Tracked, computed: int) -> None:
+        """Before an offer: what it would rest on, and what it would be loaded for."""
+        if (adapter := tracked.adapter) is None or adapter.use is None:
+            return
+        if not adapter.holds(computed):
+            adapter.leave_alone()
+            tracked.loads = tracked.saves = False
+        elif not adapter.offered(self._settings.asynchronous):
+            tracked.loads = False
+
+    def _stop_changed(self, tracked: Iterable[_Tracked]) -> None:
+        """Stop storing for requests whose adapter isn't the one that they began with."""
+        if self._adapters is None:
+            return
+        board = self._adapters.board.read()
+        for one in tracked:
+            if one.adapter is not None and one.adapter.changed(board):
+                one.saves = False
 
     def _look_up(self, tracked: _Tracked) -> PrefixLookup:
         request, core = tracked.request, self._settings.config.core
@@ -335,6 +387,7 @@ class SchedulerSide:
         )
         self._loads, self._clear_tiers = [], False
         self._fetches.clear()
+        self._stop_changed(self._requests.values())
         for new in output.scheduled_new_reqs:
             tracked = self._requests.get(new.req_id)
             if tracked is not None:
@@ -368,6 +421,8 @@ class SchedulerSide:
         self, plan: StepPlan, tracked: _Tracked, computed: int, scheduled: int
     ) -> None:
         request, core, size = tracked.request, self._settings.config.core, self._chunk_tokens
+        if tracked.adapter is not None and tracked.adapter.use is not None:
+            plan.adapters[request.request_id] = tracked.adapter.use
         if not tracked.saves:
             return
         if computed < tracked.computed:
@@ -490,6 +545,8 @@ class SchedulerSide:
             tiers.close()
         if self._loop is not None:
             self._loop.close(5.0)
+        if self._adapters is not None:
+            self._adapters.close()
 
 
 def _truthy(value: Any) -> bool:

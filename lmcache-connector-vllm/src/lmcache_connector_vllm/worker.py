@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lmcache_connector_vllm import identity, kv_memory
+from lmcache_connector_vllm.adapter_watch import AdapterWatch
 from lmcache_connector_vllm.metadata import RequestLoad, StepPlan
 from lmcache_connector_vllm.settings import Settings
 from lmcache_core.errors import ConfigError
@@ -48,12 +49,14 @@ class WorkerSide:
         *,
         rank: int,
         weights: str,
+        adapters: AdapterWatch | None = None,
     ) -> None:
         core = settings.config.core
         self._settings = settings
         self._namespace = namespace
         self._vllm_config = vllm_config
         self._rank = rank
+        self._adapters = adapters
         self.counters = Counters()
         region = settings.plugins.host_region(
             settings.arena_bytes,
@@ -100,6 +103,8 @@ class WorkerSide:
         self._lock = threading.Lock()
         self._received: set[str] = set()
         self._invalid_blocks: set[int] = set()
+        self._refused = Report()
+        self._loaded_early: dict[str, RequestLoad] = {}
 
     # -- set-up ----------------------------------------------------------------------------
 
@@ -155,9 +160,40 @@ class WorkerSide:
         if self._mover is None:
             return
         self._mover.fence(plan.acknowledged.get(self._rank, 0))
+        self._refuse_other_adapters(plan)
         self._mover.fetch(plan.fetches)
         if plan.clear_tiers and self._tiers is not None and self._loop is not None:
             self._clearing = self._loop.submit(self._tiers.clear())
+
+    def _refuse_other_adapters(self, plan: StepPlan) -> None:
+        """Take out of the plan what was made for another adapter than is loaded.
+
+        vLLM has loaded the step's adapters by now. An asynchronous load came before that: if it was
+        for another one, what it wrote is recomputed now.
+        """
+        if self._adapters is None:
+            return
+        uses = dict(plan.adapters)
+        uses.update((load.request_id, load.adapter) for load in plan.loads if load.adapter)
+        broken = {id_ for id_, use in uses.items() if not self._adapters.agrees(id_, use)}
+        early = [load for id_ in plan.adapters if (load := self._loaded_early.pop(id_, None))]
+        for load in plan.loads:
+            if load.asynchronous and load.adapter and load.request_id not in broken:
+                self._loaded_early[load.request_id] = load
+        if not broken:
+            return
+        loads = [load for load in plan.loads if load.request_id in broken]
+        for load in loads + [load for load in early if load.request_id in broken]:
+            self._give_up(load)
+            if load.asynchronous and load in loads:
+                with self._lock:
+                    self._received.add(load.request_id)
+            else:
+                self.mover.step_failed()
+        ops = [op.op for store in plan.stores if store.request_id in broken for op in store.ops]
+        self._refused.add(Report(bad=dict.fromkeys(ops, 1), released=dict.fromkeys(ops, 1)))
+        plan.loads = [load for load in plan.loads if load.request_id not in broken]
+        plan.stores = [store for store in plan.stores if store.request_id not in broken]
 
     def start_load(self) -> None:
         """Scatter what this step's requests need: at once, layer by layer, or in the background."""
@@ -306,10 +342,20 @@ class WorkerSide:
 
     def take_report(self) -> Report:
         """What became of planned operations."""
-        return self._mover.take_report() if self._mover is not None else Report()
+        refused, self._refused = self._refused, Report()
+        return self._mover.take_report().add(refused) if self._mover is not None else refused
+
+    def finished(self, request_ids: set[str]) -> None:
+        """Forget requests that have ended."""
+        for request_id in request_ids:
+            self._loaded_early.pop(request_id, None)
+        if self._adapters is not None:
+            self._adapters.forget(request_ids)
 
     def close(self) -> None:
         """Write out what is queued, within a bound, and let go of everything."""
+        if self._adapters is not None:
+            self._adapters.close()
         self._background.shutdown(wait=True)
         if self._clearing is not None:
             wait([self._clearing], FLUSH_AT_SHUTDOWN_S)

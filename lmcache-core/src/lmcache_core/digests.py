@@ -36,8 +36,6 @@ PIECE_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
 _KEPT = re.compile(r"([0-9a-f]{64}) ([0-9a-f]{64})\n")
 _MOST_KEPT = 8192
-_LOCK_WAIT_S = 600.0
-"""After so long, whoever hashes the same file is taken for dead, and it is hashed here too."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +89,16 @@ class FileDigests:
         folder: Path | None = None,
         *,
         threads: int | None = None,
+        patience_s: float = 600.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``folder`` keeps the digests: by default ``lmcache/digests`` in the user's cache."""
+        """``folder`` keeps the digests: by default ``lmcache/digests`` in the user's cache.
+
+        Who hashes the same file elsewhere is waited for ``patience_s``, then it is hashed here too.
+        """
         self._folder = folder if folder is not None else users_cache() / "digests"
         self._threads = threads or max(2, min(16, len(os.sched_getaffinity(0))))
+        self._patience_s = patience_s
         self._clock = clock
 
     def of(self, files: Sequence[Path]) -> Digested:
@@ -194,7 +197,7 @@ class FileDigests:
             yield  # nothing can be kept here: everybody hashes
             return
         with file:
-            waited_until = time.monotonic() + _LOCK_WAIT_S
+            waited_until = time.monotonic() + self._patience_s
             while time.monotonic() < waited_until:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -25,6 +25,7 @@ from lmcache_core.errors import UnnamedError
 from lmcache_core.object_weights import is_address, listed
 
 __all__ = [
+    "AdapterFacts",
     "ModelFacts",
     "adapter_identity",
     "config_identity",
@@ -74,12 +75,34 @@ class ModelFacts:
         Raises:
             UnnamedError: a fact isn't a plain value, so that nobody else would write it alike.
         """
-        facts = {name: value for name, value in vars(self).items() if value}
-        try:
-            canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise UnnamedError(f"its configuration has a value without a name: {error}") from None
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return _digest(vars(self))
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """All that an adapter adds to a model."""
+
+    weights: str
+    """`adapter_identity`."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """What an engine does otherwise than the adapter says, by a name that says what it is."""
+
+    def name(self) -> str:
+        """A digest of the facts, for a request's chain.
+
+        Raises:
+            UnnamedError: a fact isn't a plain value.
+        """
+        return _digest(vars(self))
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    given = {name: value for name, value in facts.items() if value}
+    try:
+        canonical = json.dumps(given, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UnnamedError(f"its configuration has a value without a name: {error}") from None
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def weights_identity(
