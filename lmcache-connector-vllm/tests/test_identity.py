@@ -66,6 +66,9 @@ def test_mla_has_one_plane_and_is_the_same_on_all_ranks() -> None:
     names = [identity.namespace(config, cache_config(spec), 256, rank, "m") for rank in range(4)]
     assert names[0].layout.groups[0].planes == 1
     assert len({name.fingerprint for name in names}) == 1
+    assert [identity.writes(name, rank, 4) for rank, name in enumerate(names)] == [True] + [
+        False
+    ] * 3
 
 
 @pytest.mark.parametrize(("ranks", "held", "names"), [(1, 4, 1), (2, 2, 2), (4, 1, 4), (8, 1, 4)])
@@ -78,6 +81,8 @@ def test_ranks_have_the_names_of_their_heads(ranks: int, held: int, names: int) 
     whole = full_attention(layers=3, heads=4, head_size=64, dtype=DType.BF16)
     assert {space.root for space in spaces} == {CacheNamespace("m", KVLayout(256, (whole,))).root}
     assert len({space.fingerprint for space in spaces}) == names
+    writers = [space for r, space in enumerate(spaces) if identity.writes(space, r, ranks)]
+    assert writers == list(dict.fromkeys(spaces))
     assert [space.for_rank(0, ranks) for space in spaces] == [spaces[0]] * ranks
 
 

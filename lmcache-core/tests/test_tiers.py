@@ -144,11 +144,11 @@ def open_tiers(loop: IOLoop) -> Iterator[Callable[..., Tiers]]:
     opened: list[Tiers] = []
 
     def open_(*sections: Section, plugins: Index, **options: Any) -> Tiers:
-        options = {"default_deadline_s": LONG_S, "open_deadline_s": LONG_S, **options}
+        usual = {"namespace": NAMESPACE, "default_deadline_s": LONG_S, "open_deadline_s": LONG_S}
+        options = {**usual, **options}
         tiers = Tiers.open(
             sections,
             plugins,
-            namespace=NAMESPACE,
             region=None,
             loop=loop,
             counters=Counters(),
@@ -189,6 +189,15 @@ def test_tiers_come_in_order_and_know_their_context(open_tiers: OpenTiers) -> No
     assert isinstance(tiers.tiers[0].serde, RawSerde)
     context = tiers.tiers[1].backend.context
     assert context == BackendContext("slow", PLACED, None, LONGEST, lookup_only=True)
+
+
+def test_a_further_layer_group_moves_nothing(open_tiers: OpenTiers) -> None:
+    """Values of the first group stay where they are, if the other is written the same way."""
+    window = LayerGroup((1,), AttentionKind.SLIDING_WINDOW, 2, 1, 8, DType.BF16, 128)
+    layout = KVLayout(16, (*NAMESPACE.layout.groups, window))
+    more = dataclasses.replace(NAMESPACE, layout=layout)
+    tiers = open_tiers(Section("slow", "a"), plugins=Index(a=Fake), namespace=more)
+    assert tiers.tiers[0].fingerprint == PLACED.fingerprint
 
 
 def test_a_backend_is_made_from_its_sections_options(open_tiers: OpenTiers) -> None:

@@ -62,6 +62,11 @@ def namespace(
     return CacheNamespace(model, KVLayout(chunk_tokens, (group,)))
 
 
+def writes(namespace: CacheNamespace, rank: int, ranks: int) -> bool:
+    """Whether ``rank`` writes to slow tiers: of ranks with the same heads, only the first one."""
+    return rank == 0 or namespace.for_rank(rank - 1, ranks) != namespace
+
+
 def layer_group(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> LayerGroup:
     """The one layer group that this version stores, or a refusal that says why."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec

@@ -75,8 +75,7 @@ class WorkerSide:
         self._loop: IOLoop | None = None
         self._tiers: Tiers | None = None
         ranks = vllm_config.parallel_config.tensor_parallel_size
-        # Of several ranks with the same heads, the first one writes them.
-        self._writes_tiers = rank == 0 or namespace.for_rank(rank - 1, ranks) != namespace
+        self._writes_tiers = identity.writes(namespace, rank, ranks)
         if settings.config.backends:
             self._loop = IOLoop("lmcache-worker")
             self._tiers = Tiers.open(

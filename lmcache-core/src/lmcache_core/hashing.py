@@ -8,7 +8,9 @@ so that equal digests mean equal prefixes, in every process and on every
 machine, whatever PYTHONHASHSEED is. One hash call a chunk and no per-token
 Python. BLAKE2b (RFC 7693) because it is a cryptographic hash that is in the
 standard library and faster than SHA-256 without hardware help: a tenant can't
-construct a prefix that collides with another tenant's.
+construct a prefix that collides with another tenant's. Hashing chunks apart
+from each other and chaining the results was measured, and isn't worth it:
+docs/decisions/0018-names.md.
 
 Knows nothing about what is stored.
 """

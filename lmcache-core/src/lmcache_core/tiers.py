@@ -324,7 +324,10 @@ def _place(serde: Serde, layout: KVLayout, section: Section) -> str:
                 f"{answer.value or answer.error!r:.80}, not 1 to 500 printable ASCII characters "
                 "without blanks; this is a mistake in its plugin"
             )
-    return f"frame={VERSION};serde=" + ",".join(str(answer.value) for answer in answers)
+    identities = [str(answer.value) for answer in answers]
+    if len(set(identities)) == 1:  # a further group that is written the same way moves nothing
+        del identities[1:]
+    return f"frame={VERSION};serde=" + ",".join(identities)
 
 
 def _link(descriptor: SerdeDescriptor, section: Section, options: Mapping[str, BaseModel]) -> Serde:
