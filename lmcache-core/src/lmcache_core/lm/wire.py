@@ -132,7 +132,8 @@ class Wire:
 
     async def write_with_fd(self, data: bytes, fd: int) -> None:
         """Send a short message with a descriptor."""
-        sent = await self._attempt(lambda: socket.send_fds(self.sock, [data], [fd]))
+        while isinstance(sent := _now(lambda: socket.send_fds(self.sock, [data], [fd])), OSError):
+            await self._writable()  # never with TLS, which might have to read first
         await self.write([data[sent:]])
 
     def is_stalled(self, stall_s: float) -> bool:
