@@ -130,7 +130,8 @@ class DaemonPool:
                 future.set_result(result)
                 del result
             del future
-        ended.set_result(None)
+        if ended.set_running_or_notify_cancel():  # else whoever waited for it gave up
+            ended.set_result(None)
 
     def _rest(self) -> None:
         with self._lock:
