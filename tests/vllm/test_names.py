@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from engine_host import Adapter, Engine, EngineHost, arguments
 from made_adapters import WITH_ADAPTERS, adapter, write_adapter
+from nixl_servers import s3_server
 from pair import prompt
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
@@ -24,7 +25,7 @@ Start = Callable[..., Engine]
 
 
 @pytest.fixture
-def start(host: EngineHost, tmp_path: Path) -> Start:
+def start(host: EngineHost, tiny: Path, tmp_path: Path) -> Start:
     """Starts an engine whose chunks go to this test's folder, or one without a connector."""
     count = iter(range(100))
 
@@ -49,7 +50,7 @@ def start(host: EngineHost, tmp_path: Path) -> Start:
             **(environ or {}),
         }
         name = f"{tmp_path.name}-{next(count)}"
-        return host.engine(name, arguments(Path(model), **more), variables)
+        return host.engine(name, {**arguments(tiny, **more), "model": str(model)}, variables)
 
     return started
 
@@ -148,3 +149,72 @@ def test_what_vllms_own_cache_has_of_another_adapter(
     with start(tiny, **WITH_ADAPTERS) as engine:
         answer = engine.ask(prompt(SEED), adapter=adapter(folder))
         assert (answer.cached, answer.tokens) == (0, adapted[2])
+
+
+# -- models that are streamed from object storage --------------------------------------------------
+
+
+def fine_tuned(model: Path, folder: Path) -> Path:
+    """The same architecture with other numbers."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    file = folder / "model.safetensors"
+    dice = torch.Generator().manual_seed(5)
+    tensors = {
+        name: (tensor.float() + 0.05 * torch.randn(tensor.shape, generator=dice)).to(tensor.dtype)
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_two_models_streamed_from_s3(
+    start: Start, tiny: Path, tmp_path: Path, uncached: dict[int, list[int]]
+) -> None:
+    """Both leave a folder without weights; what the store says of its objects tells them apart."""
+    import boto3
+    from botocore.config import Config
+
+    tuned = fine_tuned(tiny, tmp_path / "tuned")
+    with start(tuned, cached=False) as engine:
+        expected = engine.ask(prompt(SEED)).tokens
+    assert expected != uncached[SEED]
+    with s3_server() as server:
+        environ = {
+            "AWS_ENDPOINT_URL": server.endpoint,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0",
+            "VLLM_CACHE_ROOT": str(tmp_path / "vllm"),
+        }
+        client = boto3.client(
+            "s3",
+            endpoint_url=server.endpoint,
+            region_name="us-east-1",
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+            config=Config(s3={"addressing_style": "path"}),
+        )
+        client.create_bucket(Bucket="models")
+
+        def upload(model: Path, name: str) -> str:
+            for file in model.iterdir():
+                if file.is_file():
+                    client.upload_file(str(file), "models", f"{name}/{file.name}")
+            return f"s3://models/{name}"
+
+        def asked(address: str) -> tuple[int, list[int]]:
+            with start(address, environ=environ, load_format="runai_streamer") as engine:
+                answer = engine.ask(prompt(SEED))
+                return answer.cached, answer.tokens
+
+        first, second = upload(tiny, "base"), upload(tuned, "tuned")
+        assert asked(first) == (0, uncached[SEED])
+        assert asked(second) == (0, expected)
+        assert asked(first) == (HIT, uncached[SEED])
+        upload(tuned, "base")
+        assert asked(first) == (0, expected), "another model at the same address"
