@@ -27,21 +27,32 @@ Digest digest_of(nb::handle key) {
   return digest;
 }
 
+constexpr char kIds[] = "token ids are integers from 0 to 4294967295";
+
+[[noreturn]] void no_token(PyObject* kind, nb::handle item, const char* remedy) {
+  const std::string why = std::string("tokens: ") + nb::repr(item).c_str() + ", and " + kIds + remedy;
+  PyErr_SetString(kind, why.c_str());
+  throw nb::python_error();
+}
+
 uint32_t token(PyObject* item) {
   nb::object index;
   if (!PyLong_Check(item)) {
     // Its __index__ may be Python code that takes it out of the list.
     const nb::object kept = nb::borrow(item);
     index = nb::steal(PyNumber_Index(item));
-    if (!index.is_valid()) throw nb::python_error();
+    if (!index.is_valid()) {
+      if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw nb::python_error();
+      PyErr_Clear();
+      no_token(PyExc_TypeError, kept, "");
+    }
     item = index.ptr();
   }
   const unsigned long value = PyLong_AsUnsignedLong(item);
-  if (value == static_cast<unsigned long>(-1) && PyErr_Occurred()) throw nb::python_error();
-  if (value > 0xFFFFFFFFu) {
-    PyErr_SetString(PyExc_OverflowError, "a token id doesn't fit into 32 bits");
-    throw nb::python_error();
-  }
+  const bool failed = value == static_cast<unsigned long>(-1) && PyErr_Occurred() != nullptr;
+  if (failed) PyErr_Clear();
+  if (failed || value > 0xFFFFFFFFu)
+    no_token(PyExc_OverflowError, item, ": leave padding and placeholders out");
   return static_cast<uint32_t>(value);
 }
 
@@ -91,11 +102,23 @@ class Chain {
   std::vector<uint8_t> parent_, digests_;
 };
 
+// What tokens may be is said once, in core. A list of integers is what it mostly is.
+nb::object plain(nb::handle tokens) {
+  if (PyList_CheckExact(tokens.ptr())) {
+    const Py_ssize_t count = PyList_GET_SIZE(tokens.ptr());
+    if (count == 0 || (PyLong_CheckExact(PyList_GET_ITEM(tokens.ptr(), 0)) &&
+                       PyLong_CheckExact(PyList_GET_ITEM(tokens.ptr(), count - 1))))
+      return nb::borrow(tokens);
+  }
+  return nb::module_::import_("lmcache_core.tokens").attr("plain")(tokens);
+}
+
 // Feed the full chunks of `tokens` to `chain` while `go_on()` says so. Bytes, which are 32-bit
 // little-endian tokens already, without the GIL; sequences of integers chunk by chunk, so that
 // what needn't be digested isn't converted either.
 template <class F>
-void digest(Chain& chain, nb::handle tokens, F go_on) {
+void digest(Chain& chain, nb::handle given, F go_on) {
+  const nb::object tokens = plain(given);
   const size_t size = chain.chunk_bytes();
   if (PyBytes_Check(tokens.ptr()) || PyByteArray_Check(tokens.ptr()) ||
       PyMemoryView_Check(tokens.ptr())) {

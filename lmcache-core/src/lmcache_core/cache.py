@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmcache_core.connector import BlockSpan, EngineConnector
 from lmcache_core.errors import ConfigError, LayoutError, LeaseError
-from lmcache_core.hashing import PrefixHasher, Tokens, request_root, token_bytes
+from lmcache_core.hashing import PrefixHasher, request_root
 from lmcache_core.host_memory import HostArena
 from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
@@ -40,6 +40,7 @@ from lmcache_core.plan import FetchOp, LoadOp, StoreOp
 from lmcache_core.planner import Hold, Planner
 from lmcache_core.serde import Rope
 from lmcache_core.tiers import Tiers
+from lmcache_core.tokens import ID_BYTES, Plain, Tokens, count, plain, token_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -82,17 +83,18 @@ class Session:
 
     def __len__(self) -> int:
         """How many tokens there are."""
-        return len(self.packed) // 4
+        return len(self.packed) // ID_BYTES
 
 
 class Cache:
     """Stores and loads KV by token prefix. Thread-safe; use as a context manager.
 
-    ``tokens`` is always the whole sequence from its start: token ids, bytes of little-endian
-    32-bit ids, or a `Session`, which has a salt of its own. ``kv`` is a writable C-contiguous
-    buffer (numpy array, ``bytearray``, memoryview) of layers x planes x len(tokens) x heads x
-    head_size elements, or a `Paged`. Only whole chunks are stored and loaded. ``salt`` separates
-    tenants: equal tokens under different salts never share.
+    ``tokens`` is always the whole sequence from its start: ids in whatever `tokens.Tokens` names,
+    or a `Session`, which has a salt of its own. What isn't one sequence of ids is a `TypeError`,
+    `ValueError` or `OverflowError`: see `tokens.plain`. ``kv`` is a writable C-contiguous buffer
+    (numpy array, ``bytearray``, memoryview) of layers x planes x len(tokens) x heads x head_size
+    elements, or a `Paged`. Only whole chunks are stored and loaded. ``salt`` separates tenants:
+    equal tokens under different salts never share.
     """
 
     def __init__(
@@ -224,7 +226,7 @@ class Cache:
                 [],
             )
             ready += next((i for i, tier in enumerate(found) if tier < 0), len(found))
-        whole = _count(tokens) // self._chunk_tokens * self._chunk_tokens
+        whole = count(sequence) // self._chunk_tokens * self._chunk_tokens
         self._count_lookup(whole, ready * self._chunk_tokens)
         return ready * self._chunk_tokens
 
@@ -237,8 +239,9 @@ class Cache:
         Raises:
             ValueError: ``kv`` has another size than ``tokens`` make.
         """
-        keys = self._keys(tokens, salt)
-        paged = self._paged(kv, _count(tokens))
+        hasher, sequence = self._sequence(tokens, salt)
+        keys = hasher.extend(sequence)
+        paged = self._paged(kv, count(sequence))
         ops: list[StoreOp] = []
         with self._news:
             self._settle()
@@ -266,8 +269,9 @@ class Cache:
         Raises:
             ValueError: ``into`` has another size than ``tokens`` make.
         """
-        keys = self._keys(tokens, salt)
-        paged = self._paged(into, _count(tokens))
+        hasher, sequence = self._sequence(tokens, salt)
+        keys = hasher.extend(sequence)
+        paged = self._paged(into, count(sequence))
         with self._held(keys) as hold:
             ops = [
                 LoadOp(hold.keys[i], hold.slots[i], self._span(paged, i)) for i in range(len(hold))
@@ -343,9 +347,9 @@ class Cache:
         hasher, sequence = self._sequence(tokens, salt)
         return hasher.extend(sequence)
 
-    def _sequence(self, tokens: Tokens | Session, salt: str) -> tuple[PrefixHasher, Tokens]:
+    def _sequence(self, tokens: Tokens | Session, salt: str) -> tuple[PrefixHasher, Plain]:
         if not isinstance(tokens, Session):
-            return self._hasher(salt), tokens
+            return self._hasher(salt), plain(tokens)
         if salt:
             raise ValueError(f"salt={salt!r}: a session has its own; name it in Cache.session")
         return tokens.hasher, tokens.packed
@@ -449,9 +453,3 @@ def _engine(name: str | None, plugins: Plugins) -> EngineConnector | None:
             "leave the option out and start the engine"
         )
     return descriptor.create(descriptor.config())
-
-
-def _count(tokens: Tokens | Session) -> int:
-    if isinstance(tokens, memoryview):
-        return tokens.nbytes // 4
-    return len(tokens) // 4 if isinstance(tokens, (bytes, bytearray)) else len(tokens)

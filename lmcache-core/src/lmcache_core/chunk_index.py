@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Protocol
 
-from lmcache_core.hashing import PrefixHasher, Tokens
+from lmcache_core.hashing import PrefixHasher
 from lmcache_core.keys import DIGEST_BYTES, ChunkKey
+from lmcache_core.tokens import Tokens
 
 NONE = -1
 """No slot."""

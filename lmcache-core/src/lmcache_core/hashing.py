@@ -17,37 +17,15 @@ Knows nothing about what is stored.
 
 from __future__ import annotations
 
-import sys
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from lmcache_core.keys import DIGEST_BYTES, ChunkKey
+from lmcache_core.tokens import ID_BYTES, Plain, Tokens, plain, token_bytes
 
 if TYPE_CHECKING:
     from lmcache_core.chunk_index import ChunkIndex
-
-Tokens = Sequence[int] | bytes | bytearray | memoryview
-_U32 = "I" if array("I").itemsize == 4 else "L"
-
-
-def token_bytes(tokens: Tokens) -> bytes:
-    """``tokens`` as little-endian 32-bit integers; bytes are taken to be that already.
-
-    Raises:
-        OverflowError: a token id is negative or doesn't fit into 32 bits.
-        ValueError: a byte string isn't a whole number of tokens.
-    """
-    if isinstance(tokens, (bytes, bytearray, memoryview)):
-        packed = bytes(tokens)
-        if len(packed) % 4:
-            raise ValueError(f"{len(packed)} bytes aren't a whole number of 32-bit token ids")
-        return packed
-    words = array(_U32, tokens)
-    if sys.byteorder == "big":
-        words.byteswap()
-    return words.tobytes()
 
 
 def request_root(namespace_root: bytes, *facts: str) -> bytes:
@@ -100,9 +78,9 @@ class PrefixHasher:
 
         ``tokens`` is the whole sequence, and may have grown since the last call.
         """
-        done, size = len(self.digests), self.chunk_tokens * 4
-        fresh = self._undigested(tokens)
-        if self._index is not None and fresh:
+        done, size = len(self.digests), self.chunk_tokens * ID_BYTES
+        fresh = self._undigested(plain(tokens))
+        if self._index is not None and len(fresh):
             self._append(
                 self._index.digests(self._parent, fresh, self.chunk_tokens, self._extras, done)
             )
@@ -126,12 +104,13 @@ class PrefixHasher:
         """
         if self._index is None:
             raise ValueError("this hasher has no index to look into")
+        ids = plain(tokens)
         slots = self._index.ready_slots(self.digests)
         for chunks in (1, None):
             if len(slots) < len(self.digests):
                 break
-            fresh = self._undigested(tokens, chunks)
-            if not fresh:
+            fresh = self._undigested(ids, chunks)
+            if not len(fresh):
                 break
             digests, more = self._index.match(
                 self._parent, fresh, self.chunk_tokens, self._extras, len(self.digests)
@@ -140,15 +119,12 @@ class PrefixHasher:
             slots += more
         return slots
 
-    def _undigested(self, tokens: Tokens, chunks: int | None = None) -> Tokens:
+    def _undigested(self, tokens: Plain, chunks: int | None = None) -> Plain:
         """The full chunks after those digested, or some of them."""
         first = self.tokens
         if isinstance(tokens, (bytes, bytearray, memoryview)):
-            packed = memoryview(tokens).cast("B")
-            if len(packed) % 4:
-                raise ValueError(f"{len(packed)} bytes aren't a whole number of 32-bit token ids")
-            count, unit = len(packed) // 4, 4
-            tokens = packed
+            tokens = memoryview(tokens)
+            count, unit = len(tokens) // ID_BYTES, ID_BYTES
         else:
             count, unit = len(tokens), 1
         last = count - count % self.chunk_tokens
@@ -180,13 +156,12 @@ class PrefixHasher:
         Personalised with the token count, so that it can never equal a full chunk's digest.
         Call `extend` first.
         """
-        if isinstance(tokens, (bytes, bytearray, memoryview)):
-            packed = token_bytes(tokens)[self.tokens * 4 :]
-        else:
-            packed = token_bytes(tokens[self.tokens :])
-        if not packed or len(packed) >= self.chunk_tokens * 4:
+        ids = plain(tokens)
+        unit = ID_BYTES if isinstance(ids, (bytes, bytearray, memoryview)) else 1
+        packed = token_bytes(ids[self.tokens * unit :])
+        if not packed or len(packed) >= self.chunk_tokens * ID_BYTES:
             return None
-        count = len(packed) // 4
+        count = len(packed) // ID_BYTES
         state = blake2b(
             self._parent,
             digest_size=DIGEST_BYTES,
