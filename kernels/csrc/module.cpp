@@ -291,11 +291,11 @@ NB_MODULE(_native, module) {
       .def_prop_ro("threads", &Engine::threads);
   module.def(
       "address_of",
-      [](nb::handle buffer) {
-        const Buffer held(buffer, false);
+      [](nb::handle buffer, bool writable) {
+        const Buffer held(buffer, writable);
         return std::make_tuple(reinterpret_cast<uint64_t>(held.data()), held.size());
       },
-      nb::arg("buffer"));
+      nb::arg("buffer"), nb::arg("writable"));
   module.def("xxh3_64", &xxh3_of, nb::arg("data"), nb::arg("simd") = nb::none());
   module.def("simd_levels", &levels);
   bind_index(module);

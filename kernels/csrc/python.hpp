@@ -14,8 +14,11 @@ namespace nb = nanobind;
 class Buffer {
  public:
   Buffer(nb::handle object, bool writable) {
-    if (PyObject_GetBuffer(object.ptr(), &view_, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0)
-      throw nb::python_error();
+    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw nb::python_error();
+    if (writable && view_.readonly) {
+      PyBuffer_Release(&view_);
+      throw nb::buffer_error("a buffer that is read-only can't be filled");
+    }
   }
   Buffer(Buffer&& other) noexcept : view_(other.view_) { other.view_.obj = nullptr; }
   Buffer(const Buffer&) = delete;

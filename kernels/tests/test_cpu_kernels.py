@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
 import random
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -460,3 +463,109 @@ class TestInterleaved(EngineConnectorTests):
     @pytest.fixture
     def engine(self) -> EngineMemory:
         return TorchMemory("interleaved", DType.U8, CpuKernels())
+
+
+# -- what mustn't be written to, and spans of any kind --------------------------------------
+
+
+def buffers(paged: Paged, make: Callable[[int], Any]) -> list[Any]:
+    """A buffer for each layer, as big as its tensor."""
+    return [make(t.untyped_storage().nbytes()) for t in paged.tensors]
+
+
+def read_only_map(size: int) -> mmap.mmap:
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size)
+        return mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
+
+
+@pytest.mark.parametrize("make", [bytes, read_only_map], ids=["bytes", "map"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_nothing_is_scattered_to_what_is_read_only(level: str, make: Callable[[int], Any]) -> None:
+    paged, span = Paged("nhd", DType.BF16), BlockSpan([0], 0, 4, 4)
+    kernels, layers = CpuKernels(1, level), range(len(paged.group.layers))
+    source = memoryview(bytearray(b"\1" * paged.group.chunk_bytes(4)))
+    targets = buffers(paged, make)
+    # The first may be written to: it must not be, as the second mayn't.
+    targets[0] = bytearray(len(targets[0]))
+    with pytest.raises(BufferError, match="read-only"):
+        kernels.scatter([source], targets, paged.layout, [span], layers)
+    with pytest.raises(BufferError, match="read-only"):
+        kernels.scatter_checked(
+            [source], targets, paged.layout, [span], layers, [b"\0" * 8 * len(layers)]
+        )
+    assert not any(any(bytes(target)) for target in targets)
+    # They may be read, though.
+    kernels.gather(targets, paged.layout, [span], [source], layers)
+    assert bytes(source) == bytes(len(source))
+
+
+def test_buffers_of_other_elements_are_refused() -> None:
+    paged, span = Paged("nhd", DType.BF16), BlockSpan([0], 0, 4, 4)
+    chunk, layers = (
+        memoryview(bytearray(paged.group.chunk_bytes(4))),
+        range(len(paged.group.layers)),
+    )
+    wide = buffers(paged, lambda size: memoryview(bytearray(size)).cast("i"))
+    with pytest.raises(ValueError, match="4-byte elements doesn't hold BF16"):
+        CpuKernels(1).scatter([chunk], wide, paged.layout, [span], layers)
+    with pytest.raises(ValueError, match="4-byte elements doesn't hold BF16"):
+        CpuKernels(1).gather(wide, paged.layout, [span], [chunk], layers)
+
+
+NUMBERS = st.one_of(
+    st.integers(-3, 20), st.sampled_from([-(2**63), 2**63 - 1, 2**62, 2**31, -(2**31), 2**64])
+)
+
+
+@given(
+    blocks=st.lists(NUMBERS, max_size=6),
+    numbers=st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS),
+    size=st.integers(0, 40),
+)
+@settings(max_examples=600, deadline=None)
+def test_any_span_is_copied_or_refused_whole(
+    blocks: list[int], numbers: tuple[int, int, int, int], size: int
+) -> None:
+    """What the reference takes is taken, and the same; of anything else no byte is written."""
+    first, tokens, chunk_tokens, offset = numbers
+    paged = Paged("nhd", DType.BF16, layers=2, blocks=4, tokens=4)
+    layers = range(2)
+    span = BlockSpan(blocks, first, tokens, chunk_tokens, offset)
+    good = BlockSpan([0], 0, 4, 4)
+    ours = [bytearray(b"\xa5" * paged.group.chunk_bytes(n)) for n in (4, size)]
+    theirs = [bytearray(one) for one in ours]
+    before = [t.clone() for t in paged.tensors]
+
+    def outcome(call: Callable[[], object]) -> bool:
+        try:
+            call()
+        except (ValueError, IndexError, OverflowError, BufferError):
+            return False
+        return True
+
+    spans = [good, span]
+    done = outcome(
+        lambda: CpuKernels(1).gather(
+            paged.tensors, paged.layout, spans, [memoryview(one) for one in ours], layers
+        )
+    )
+    known = outcome(
+        lambda: ReferenceKernels().gather(
+            paged.tensors, paged.layout, spans, [memoryview(one) for one in theirs], layers
+        )
+    )
+    assert done == known
+    assert ours == theirs
+    if not done:
+        assert ours == [b"\xa5" * len(one) for one in ours]
+        taken = outcome(
+            lambda: CpuKernels(1).scatter(
+                [memoryview(one) for one in ours], paged.tensors, paged.layout, spans, layers
+            )
+        )
+        assert not taken
+        assert all(
+            torch.equal(a.view(torch.int16), b.view(torch.int16))
+            for a, b in zip(before, paged.tensors, strict=True)
+        )

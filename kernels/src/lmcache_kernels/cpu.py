@@ -75,7 +75,7 @@ class CpuKernels:
             ValueError: a span, a buffer or a tensor contradicts the layout.
             BufferError: a buffer can't be written to.
         """
-        addresses = _addresses(tensors, layout, layers)
+        addresses, _held = _addresses(tensors, layout, layers, writable=False)
         self._engine.gather(_layout(layout), addresses, spans, into, sums=False)
 
     def scatter(
@@ -86,8 +86,8 @@ class CpuKernels:
         spans: Sequence[BlockSpan],
         layers: range,
     ) -> None:
-        """See `Kernels.scatter`. Raises as `gather` does."""
-        addresses = _addresses(tensors, layout, layers)
+        """See `Kernels.scatter`. Raises as `gather` does; the tensors may be what is read-only."""
+        addresses, _held = _addresses(tensors, layout, layers, writable=True)
         self._engine.scatter(sources, _layout(layout), addresses, spans, expected=None)
 
     def gather_checked(
@@ -99,7 +99,7 @@ class CpuKernels:
         layers: range,
     ) -> list[bytes]:
         """`gather`, and the checksums of each chunk's layers. No two spans may share a chunk."""
-        addresses = _addresses(tensors, layout, layers)
+        addresses, _held = _addresses(tensors, layout, layers, writable=False)
         sums = self._engine.gather(_layout(layout), addresses, spans, into, sums=True)
         return sums or []
 
@@ -117,7 +117,7 @@ class CpuKernels:
         Checked in passing, at the speed of a copy: what the tokens of those chunks hold in the
         engine afterwards is undefined. An engine computes such tokens anew, and has to anyway.
         """
-        addresses = _addresses(tensors, layout, layers)
+        addresses, _held = _addresses(tensors, layout, layers, writable=True)
         return self._engine.scatter(sources, _layout(layout), addresses, spans, expected)
 
     def checksums(self, buffer: memoryview, pieces: int) -> bytes:
@@ -140,18 +140,29 @@ def _layout(layout: PagedLayout) -> _native.Layout:
     )
 
 
-def _addresses(tensors: Memory, layout: PagedLayout, layers: range) -> list[tuple[int, int, int]]:
-    """(position, address, bytes from there to the storage's end) of each layer."""
+def _addresses(
+    tensors: Memory, layout: PagedLayout, layers: range, *, writable: bool
+) -> tuple[list[tuple[int, int, int]], list[memoryview]]:
+    """(position, address, bytes from there to the storage's end) of each layer.
+
+    And what keeps those addresses: a bytearray mustn't be resized while it is copied to.
+    """
     group, itemsize = layout.group, layout.group.dtype.itemsize
     if len(tensors) != len(group.layers):
         raise ValueError(f"{len(tensors)} tensors contradict a group of {len(group.layers)} layers")
-    found = []
+    found, held = [], []
     for position in layers:
         if not 0 <= position < len(tensors):
             raise IndexError(f"there is no layer {position} among {len(tensors)}")
         tensor: Any = tensors[position]
         if not hasattr(tensor, "data_ptr"):  # anything but torch's
-            found.append((position, *_native.address_of(tensor)))
+            view = memoryview(tensor)
+            if view.itemsize not in (1, itemsize):
+                raise ValueError(
+                    f"a buffer of {view.itemsize}-byte elements doesn't hold {group.dtype.value}"
+                )
+            held.append(view)
+            found.append((position, *_native.address_of(view, writable)))
             continue
         if tensor.element_size() != itemsize:
             raise ValueError(f"a tensor of {tensor.dtype} doesn't hold {group.dtype.value}")
@@ -159,4 +170,4 @@ def _addresses(tensors: Memory, layout: PagedLayout, layers: range) -> list[tupl
             raise ValueError(f"a tensor on {tensor.device} isn't in host memory")
         room = tensor.untyped_storage().nbytes() - tensor.storage_offset() * itemsize
         found.append((position, tensor.data_ptr(), room))
-    return found
+    return found, held

@@ -86,8 +86,11 @@ class TritonKernels:
         Raises:
             IndexError: a span names a block, or ``layers`` a layer, that isn't there.
             ValueError: a span, a buffer or a tensor contradicts the layout.
+            BufferError: a buffer can't be written to.
         """
         call = _Call(tensors, layout, layers)
+        if any(buffer.readonly for buffer in into):
+            raise BufferError("a chunk that is read-only can't be filled")
         moves = [call.check(*each) for each in zip(spans, into, strict=True)]
         for chunk, span, blocks in moves:
             staged = call.staging(span)

@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmcache_core.cache import Cache, Paged, Session
+    from lmcache_core.cache import Cache, Session
     from lmcache_core.config import Config, load_config
-    from lmcache_core.connector import BlockSpan, EngineConnector, PagedLayout, PlaneStrides
+    from lmcache_core.connector import BlockSpan, EngineConnector, PagedLayout, Paging, PlaneStrides
     from lmcache_core.errors import (
         BackendError,
         BackendRejected,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         full_attention,
         mla,
     )
+    from lmcache_core.paged import Paged
     from lmcache_core.plugins import Plugins
     from lmcache_core.serde import Serde, SerdeDescriptor
     from lmcache_core.storage import (
@@ -49,13 +50,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Cache": "cache",
-    "Paged": "cache",
+    "Paged": "paged",
     "Session": "cache",
     "Config": "config",
     "load_config": "config",
     "BlockSpan": "connector",
     "EngineConnector": "connector",
     "PagedLayout": "connector",
+    "Paging": "connector",
     "PlaneStrides": "connector",
     "BackendError": "errors",
     "BackendRejected": "errors",
@@ -110,6 +112,7 @@ __all__ = [
     "LayoutError",
     "Paged",
     "PagedLayout",
+    "Paging",
     "PlaneStrides",
     "PluginError",
     "Plugins",

@@ -21,11 +21,10 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lmcache_core.connector import BlockSpan, EngineConnector
+from lmcache_core.connector import EngineConnector
 from lmcache_core.errors import ConfigError, LayoutError, LeaseError
 from lmcache_core.hashing import PrefixHasher, request_root
 from lmcache_core.host_memory import HostArena
@@ -35,7 +34,7 @@ from lmcache_core.layout import KVLayout
 from lmcache_core.lookup import PrefixLookup
 from lmcache_core.metrics import Counters
 from lmcache_core.mover import Mover, slot_bytes, slots_in
-from lmcache_core.paged import CanonicalBuffer
+from lmcache_core.paged import CanonicalBuffer, Paged
 from lmcache_core.plan import FetchOp, LoadOp, StoreOp
 from lmcache_core.planner import Hold, Planner
 from lmcache_core.serde import Rope
@@ -54,16 +53,6 @@ logger = logging.getLogger(__name__)
 
 _LATE_S = 1.0
 """How late the I/O loop may be, above a deadline that it keeps itself."""
-
-
-@dataclass(frozen=True)
-class Paged:
-    """KV that lies in paged blocks: token ``i`` is at ``first + i`` of the concatenated blocks."""
-
-    engine: EngineConnector
-    blocks: Sequence[int]
-    block_tokens: int
-    first: int = 0
 
 
 class Session:
@@ -90,11 +79,11 @@ class Cache:
     """Stores and loads KV by token prefix. Thread-safe; use as a context manager.
 
     ``tokens`` is always the whole sequence from its start: ids in whatever `tokens.Tokens` names,
-    or a `Session`, which has a salt of its own. What isn't one sequence of ids is a `TypeError`,
-    `ValueError` or `OverflowError`: see `tokens.plain`. ``kv`` is a writable C-contiguous buffer
-    (numpy array, ``bytearray``, memoryview) of layers x planes x len(tokens) x heads x head_size
-    elements, or a `Paged`. Only whole chunks are stored and loaded. ``salt`` separates tenants:
-    equal tokens under different salts never share.
+    or a `Session`, which has a salt of its own. ``kv`` is a C-contiguous buffer (numpy array, torch
+    tensor, ``bytearray``, memoryview) of layers x planes x len(tokens) x heads x head_size
+    elements, or a `Paged`; `paged.CanonicalBuffer` says what the elements may be. Only whole chunks
+    are stored and loaded. ``salt`` separates tenants: equal tokens under different salts never
+    share. What is wrong in a call is raised before anything is planned or moved.
     """
 
     def __init__(
@@ -237,7 +226,11 @@ class Cache:
         (see `flush`). Without room, the rest isn't stored, and counted.
 
         Raises:
-            ValueError: ``kv`` has another size than ``tokens`` make.
+            TypeError: ``tokens`` are no ids, or ``kv`` is no memory.
+            ValueError: ``kv`` has another size, shape, order or type than ``tokens`` and the layout
+                make, or a `Paged` has fewer blocks or other ones.
+            IndexError: the engine has no such block.
+            OverflowError: a token id doesn't fit into 32 bits.
         """
         hasher, sequence = self._sequence(tokens, salt)
         keys = hasher.extend(sequence)
@@ -249,7 +242,8 @@ class Cache:
                 for index, key in enumerate(keys):
                     parent = keys[index - 1] if index else None
                     start = index * self._chunk_tokens
-                    op = self._planner.plan_store(key, self._span(paged, index), parent, start)
+                    span = paged.span(index, self._chunk_tokens)
+                    op = self._planner.plan_store(key, span, parent, start)
                     if op is not None:
                         ops.append(op)
             except BaseException:
@@ -267,14 +261,16 @@ class Cache:
         written for them means nothing.
 
         Raises:
-            ValueError: ``into`` has another size than ``tokens`` make.
+            TypeError, ValueError, IndexError, OverflowError: as `store` does, and where ``into`` is
+                read-only. Nothing has moved then, and no chunk is forgotten.
         """
         hasher, sequence = self._sequence(tokens, salt)
         keys = hasher.extend(sequence)
-        paged = self._paged(into, count(sequence))
+        paged = self._paged(into, count(sequence), writable=True)
         with self._held(keys) as hold:
             ops = [
-                LoadOp(hold.keys[i], hold.slots[i], self._span(paged, i)) for i in range(len(hold))
+                LoadOp(hold.keys[i], hold.slots[i], paged.span(i, self._chunk_tokens))
+                for i in range(len(hold))
             ]
             self._count_lookup(len(keys) * self._chunk_tokens, len(ops) * self._chunk_tokens)
             failed = {op.slot for op in self._mover.load(ops, engine=paged.engine)}
@@ -359,20 +355,12 @@ class Cache:
         root = request_root(self._namespace.root, *facts)
         return PrefixHasher(root, self._chunk_tokens, index=self._planner.index)
 
-    def _paged(self, kv: Buffer | Paged, tokens: int) -> Paged:
+    def _paged(self, kv: Buffer | Paged, tokens: int, *, writable: bool = False) -> Paged:
+        """``kv`` as blocks, all of it checked: a mistake is the caller's to hear of."""
         if isinstance(kv, Paged):
-            return kv
-        return Paged(CanonicalBuffer(kv, self._group, tokens, self._kernels), [0], tokens)
-
-    def _span(self, paged: Paged, index: int) -> BlockSpan:
-        begin = paged.first + index * self._chunk_tokens
-        first, last = divmod(begin, paged.block_tokens)[0], begin + self._chunk_tokens - 1
-        return BlockSpan(
-            blocks=paged.blocks[first : last // paged.block_tokens + 1],
-            first=begin - first * paged.block_tokens,
-            tokens=self._chunk_tokens,
-            chunk_tokens=self._chunk_tokens,
-        )
+            return kv.checked(self._group, tokens - tokens % self._chunk_tokens)
+        buffer = CanonicalBuffer(kv, self._group, tokens, self._kernels, writable=writable)
+        return Paged(buffer, [0], max(tokens, 1))
 
     def _in_time(self, asked: Coroutine[Any, Any, T], deadline_s: float, otherwise: T) -> T:
         """What the tiers answer. They keep their deadline; if the loop itself is late, not that."""

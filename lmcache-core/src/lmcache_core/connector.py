@@ -66,6 +66,14 @@ class PagedLayout:
     planes: tuple[PlaneStrides, ...]
 
 
+@dataclass(frozen=True)
+class Paging:
+    """How one layer group's memory is divided: blocks 0 … ``blocks - 1`` of ``block_tokens``."""
+
+    blocks: int
+    block_tokens: int
+
+
 class EngineConnector(ABC):
     """Moves tokens between an engine's paged memory and canonical chunks.
 
@@ -78,6 +86,9 @@ class EngineConnector(ABC):
 
     What a connector owes:
 
+    * Spans that it doesn't have (a block that isn't there, fewer blocks than tokens need, tokens
+      before the first, outside of their chunk, or none), chunks of another size and chunks to be
+      filled that are read-only raise before anything is copied.
     * When a call returns, the copy is complete and visible to the engine (`scatter`) or to the host
       (`gather`). Both may be called from any thread.
     * Bytes of a chunk outside its span stay as they are, and so do engine tokens outside of it.
@@ -106,6 +117,14 @@ class EngineConnector(ABC):
         layers: range | None = None,
     ) -> None:
         """Copy tokens from chunks into the engine's blocks."""
+
+    def paging(self, group: int) -> Paging | None:  # noqa: ARG002 - a default
+        """How layer group ``group`` is divided; ``None``: that isn't known here.
+
+        It is compared with what callers of `Cache` name before anything is planned. Without it, a
+        block that isn't there is a failed load, which its caller can't tell from a miss.
+        """
+        return None
 
     # What follows needn't be overridden: it is slower than checksums made in passing, that's all.
 

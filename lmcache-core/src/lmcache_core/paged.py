@@ -2,20 +2,25 @@
 
 `PagedConnector` is what engine integrations build on: they describe, kernels
 move. `CanonicalBuffer` needs no torch: it is how an own application hands its
-KV over. Knows shapes and strides; knows nothing about engines.
+KV over. `Paged` names blocks of either for one call. Knows shapes and strides;
+knows nothing about engines.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from operator import index
 from typing import TYPE_CHECKING
 
+from lmcache_core.buffers import carries, kv_memory
 from lmcache_core.connector import (
     BlockSpan,
     EngineConnector,
     HostKernels,
     Kernels,
     PagedLayout,
+    Paging,
     PlaneStrides,
 )
 from lmcache_core.errors import LayoutError
@@ -24,6 +29,87 @@ from lmcache_core.layout import LayerGroup
 if TYPE_CHECKING:
     import torch
     from typing_extensions import Buffer
+
+
+@dataclass(frozen=True)
+class Paged:
+    """KV that lies in paged blocks: token ``i`` is at ``first + i`` of the concatenated blocks.
+
+    ``block_tokens`` is the engine's. Blocks are distinct, and reach as far as whole chunks do.
+    """
+
+    engine: EngineConnector
+    blocks: Sequence[int]
+    block_tokens: int
+    first: int = 0
+
+    def checked(self, group: LayerGroup, tokens: int) -> Paged:
+        """The same, with the blocks that ``tokens`` tokens of ``group`` lie in, if they are there.
+
+        Raises:
+            TypeError: a number isn't an integer.
+            ValueError: these aren't blocks for so many tokens, or not of this engine.
+            IndexError: the engine has no such block.
+        """
+        first, size = _integer("first", self.first), _integer("block_tokens", self.block_tokens)
+        try:
+            blocks = list(map(index, self.blocks))
+        except TypeError as error:
+            raise TypeError(
+                f"Paged.blocks = {self.blocks!r:.80} aren't integers: {error}"
+            ) from None
+        if first < 0 or size < 1:
+            raise ValueError(
+                f"Paged.first = {first} and block_tokens = {size}: tokens begin at 0 or later, in "
+                "blocks of at least one token"
+            )
+        theirs = next(iter(self.engine.groups), None)
+        if theirs is None or _shape(theirs) != _shape(group):
+            raise ValueError(
+                f"Paged.engine keeps {theirs}, this cache {group}: open it with the engine's layout"
+            )
+        paging = self.engine.paging(0)
+        if paging is not None and paging.block_tokens != size:
+            raise ValueError(
+                f"Paged.block_tokens = {size}, but the engine's blocks have {paging.block_tokens}"
+            )
+        needed = -(-(first + tokens) // size) if tokens else 0
+        if len(blocks) < needed:
+            raise ValueError(
+                f"Paged.blocks names {len(blocks)} blocks of {size} tokens; {tokens} tokens from "
+                f"{first} on need {needed}"
+            )
+        used = blocks[first // size : needed]
+        if used and (min(used) < 0 or (paging is not None and max(used) >= paging.blocks)):
+            there = "from 0 on" if paging is None else f"0 to {paging.blocks - 1}"
+            wrong = min(used) if min(used) < 0 else max(used)
+            raise IndexError(f"Paged.blocks names block {wrong}; the engine has blocks {there}")
+        if len(set(used)) != len(used):
+            twice = next(block for block in used if used.count(block) > 1)
+            raise ValueError(f"Paged.blocks names block {twice} twice; each holds other tokens")
+        return replace(self, blocks=blocks, block_tokens=size, first=first)
+
+    def span(self, chunk: int, chunk_tokens: int) -> BlockSpan:
+        """Where the chunk of that number lies."""
+        begin = self.first + chunk * chunk_tokens
+        first, last = begin // self.block_tokens, begin + chunk_tokens - 1
+        return BlockSpan(
+            blocks=self.blocks[first : last // self.block_tokens + 1],
+            first=begin - first * self.block_tokens,
+            tokens=chunk_tokens,
+            chunk_tokens=chunk_tokens,
+        )
+
+
+def _integer(name: str, value: object) -> int:
+    try:
+        return index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"Paged.{name} = {value!r} isn't an integer") from None
+
+
+def _shape(group: LayerGroup) -> tuple[object, ...]:
+    return len(group.layers), group.planes, group.heads, group.head_size, group.dtype
 
 
 class PagedConnector(EngineConnector):
@@ -51,6 +137,10 @@ class PagedConnector(EngineConnector):
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
         return tuple(layout.group for layout in self._layouts)
+
+    def paging(self, group: int) -> Paging:
+        layout = self._layouts[group]
+        return Paging(layout.blocks, layout.block_tokens)
 
     def gather(
         self,
@@ -142,11 +232,16 @@ class PagedConnector(EngineConnector):
 class CanonicalBuffer(EngineConnector):
     """One contiguous buffer: layers x planes x ``tokens`` x heads x head_size, as one block.
 
-    ``buffer`` is whatever has Python's buffer protocol: a numpy array, a bytearray, a memoryview.
-    ``kernels`` copy and make checksums faster than Python's own slices.
+    ``buffer`` is whatever has Python's buffer protocol (a numpy array, a bytearray, a memoryview),
+    or a torch tensor in host memory. Its elements are those of the group's dtype, or carry their
+    bits: bytes, or integers of the same size (``uint16`` for BF16 and F16, ``uint8`` for F8).
+    ``kernels`` copy and make checksums faster than Python's own slices. ``writable``: it is going
+    to be scattered to.
 
     Raises:
-        ValueError: the buffer isn't contiguous or has another size.
+        TypeError: this is no memory.
+        ValueError: it isn't contiguous, has another size, shape or type, or is read-only though it
+            mustn't be.
     """
 
     def __init__(
@@ -155,16 +250,10 @@ class CanonicalBuffer(EngineConnector):
         group: LayerGroup,
         tokens: int,
         kernels: HostKernels | None = None,
+        *,
+        writable: bool = False,
     ) -> None:
-        view = memoryview(buffer)
-        if not view.c_contiguous or view.nbytes != group.chunk_bytes(tokens):
-            raise ValueError(
-                f"KV of {tokens} tokens must be a C-contiguous buffer of "
-                f"{group.chunk_bytes(tokens)} bytes; this one has {view.nbytes}"
-                + ("" if view.c_contiguous else " and isn't contiguous")
-            )
-        # Python casts no view that has a zero in its shape.
-        self._view = view.cast("B") if view.nbytes else memoryview(bytearray())
+        self._view = kv_memory(buffer, group, tokens, writable=writable)
         self._group = group
         self._tokens = tokens
         self._kernels = kernels
@@ -172,6 +261,9 @@ class CanonicalBuffer(EngineConnector):
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
         return (self._group,)
+
+    def paging(self, group: int) -> Paging:  # noqa: ARG002 - there is one group
+        return Paging(1, self._tokens)
 
     def gather_checked(
         self,
@@ -193,6 +285,7 @@ class CanonicalBuffer(EngineConnector):
         layers: range | None,
         expected: Sequence[bytes],
     ) -> list[int]:
+        self._check_writable()
         if self._kernels is None or not self._tokens:
             return super().scatter_checked(sources, spans, layers, expected)
         layout = self._layout()
@@ -220,8 +313,11 @@ class CanonicalBuffer(EngineConnector):
         into: Sequence[memoryview],
         layers: range | None = None,
     ) -> None:
-        for span, chunk in zip(spans, into, strict=True):
-            for mine, theirs in self._pieces(span, layers):
+        for chunk in into:
+            if chunk.readonly:
+                raise ValueError("a chunk that is read-only can't be filled")
+        for chunk, pieces in self._moves(spans, into, layers):
+            for mine, theirs in pieces:
                 chunk[theirs] = self._view[mine]
 
     def scatter(
@@ -230,9 +326,29 @@ class CanonicalBuffer(EngineConnector):
         spans: Sequence[BlockSpan],
         layers: range | None = None,
     ) -> None:
-        for span, chunk in zip(spans, sources, strict=True):
-            for mine, theirs in self._pieces(span, layers):
+        self._check_writable()
+        for chunk, pieces in self._moves(spans, sources, layers):
+            for mine, theirs in pieces:
                 self._view[mine] = chunk[theirs]
+
+    def _check_writable(self) -> None:
+        if self._view.readonly:
+            raise ValueError("this buffer is read-only, nothing can be scattered to it")
+
+    def _moves(
+        self, spans: Sequence[BlockSpan], chunks: Sequence[memoryview], layers: range | None
+    ) -> list[tuple[memoryview, list[tuple[slice, slice]]]]:
+        """Each chunk and its pieces: all are checked before the first is moved."""
+        moves = []
+        for span, chunk in zip(spans, chunks, strict=True):
+            size = self._group.chunk_bytes(span.chunk_tokens)
+            if chunk.nbytes != size:
+                raise ValueError(
+                    f"a chunk of {span.chunk_tokens} tokens has {size} bytes, the buffer "
+                    f"{chunk.nbytes}"
+                )
+            moves.append((chunk, self._pieces(span, layers)))
+        return moves
 
     def _pieces(self, span: BlockSpan, layers: range | None) -> list[tuple[slice, slice]]:
         """For each layer and plane: the span's bytes here and in the chunk."""
@@ -271,7 +387,7 @@ def _check(layout: PagedLayout, tensors: Sequence[torch.Tensor]) -> None:
         )
     counts = (layout.blocks, layout.block_tokens, group.heads, group.head_size)
     for tensor in tensors:
-        if tensor.element_size() != group.dtype.itemsize:
+        if not carries(tensor.dtype, group.dtype):
             raise LayoutError(f"a tensor of {tensor.dtype} doesn't hold {group.dtype.value}")
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         for plane in layout.planes:

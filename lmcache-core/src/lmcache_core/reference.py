@@ -39,8 +39,11 @@ class ReferenceKernels:
         Raises:
             IndexError: a span names a block, or ``layers`` a layer, that isn't there.
             ValueError: a span, a buffer or a tensor contradicts the layout.
+            BufferError: a buffer can't be written to.
         """
         planes = list(_planes(tensors, layout, layers))
+        if any(buffer.readonly for buffer in into):
+            raise BufferError("a chunk that is read-only can't be filled")
         moves = [_Move.of(*each, layout) for each in zip(spans, into, strict=True)]
         for layer, plane, paged in planes:
             for move in moves:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from lmcache_core.connector import BlockSpan, EngineConnector
+from lmcache_core.connector import BlockSpan, EngineConnector, Paging
 from lmcache_core.layout import AttentionKind, DType, LayerGroup
 from lmcache_core.testing.connector import EngineMemory
 
@@ -44,22 +44,41 @@ class Correct(EngineConnector):
         return self.memory.groups
 
     def gather(self, spans: Spans, into: Views, layers: range | None = None) -> None:
+        self.check_all(spans, into)
+        if any(chunk.readonly for chunk in into):
+            raise ValueError("read-only")
         for span, chunk in zip(spans, into, strict=True):
-            self.check(span, chunk)
             for layer, plane, block, offset, place in self.rows(span, layers):
                 chunk[place] = self.out(self.memory.rows[span.group][layer][plane][block][offset])
 
     def scatter(self, sources: Views, spans: Spans, layers: range | None = None) -> None:
+        self.check_all(spans, sources)
         for span, chunk in zip(spans, sources, strict=True):
-            self.check(span, chunk)
             for layer, plane, block, offset, place in self.rows(span, layers):
                 self.memory.rows[span.group][layer][plane][block][offset] = bytes(chunk[place])
 
+    def paging(self, group: int) -> Paging | None:
+        return Paging(BLOCKS, BLOCK_TOKENS)
+
+    def check_all(self, spans: Spans, chunks: Views) -> None:
+        for span, chunk in zip(spans, chunks, strict=True):
+            self.check(span, chunk)
+
     def check(self, span: BlockSpan, chunk: memoryview) -> None:
+        self.check_span(span)
         if min(span.blocks) < 0 or max(span.blocks) >= BLOCKS:
             raise IndexError("no such block")
         if chunk.nbytes != self.groups[span.group].chunk_bytes(span.chunk_tokens):
             raise ValueError("another size")
+
+    def check_span(self, span: BlockSpan) -> None:
+        if span.first < 0 or span.tokens < 1 or span.first + span.tokens > self.named(span):
+            raise ValueError("no tokens there")
+        if not 0 <= span.chunk_offset <= span.chunk_tokens - span.tokens:
+            raise ValueError("outside of its chunk")
+
+    def named(self, span: BlockSpan) -> int:
+        return len(span.blocks) * BLOCK_TOKENS
 
     def out(self, row: bytes) -> bytes:
         return row
@@ -184,16 +203,76 @@ class NegativeFromTheEnd(Correct):
 
 class TrustsTheBuffer(Correct):
     def check(self, span: BlockSpan, chunk: memoryview) -> None:
+        self.check_span(span)
         if min(span.blocks) < 0 or max(span.blocks) >= BLOCKS:
             raise IndexError("no such block")
 
     def gather(self, spans: Spans, into: Views, layers: range | None = None) -> None:
+        if any(chunk.readonly for chunk in into):
+            raise ValueError("read-only")
         rooms = [bytearray(GROUP.chunk_bytes(64)) for _ in into]
         for room, chunk in zip(rooms, into, strict=True):
             room[: chunk.nbytes] = chunk
         super().gather(spans, [memoryview(room) for room in rooms], layers)
         for room, chunk in zip(rooms, into, strict=True):
             chunk[:] = room[: chunk.nbytes]
+
+
+class MisstatesItsBlocks(Correct):
+    """Counts a block that isn't there."""
+
+    def paging(self, group: int) -> Paging | None:
+        return Paging(BLOCKS + 1, BLOCK_TOKENS)
+
+
+class TrustsSpans(Correct):
+    def check_span(self, span: BlockSpan) -> None:
+        pass
+
+
+class StartsBeforeItsBlocks(Correct):
+    """Takes a negative first token for one of the last block."""
+
+    def check_span(self, span: BlockSpan) -> None:
+        super().check_span(replace(span, first=max(span.first, 0)))
+
+
+class RepeatsTheLastBlock(Correct):
+    """Fewer blocks than the tokens need: the rest comes from the last one."""
+
+    def named(self, span: BlockSpan) -> int:
+        return span.first + span.tokens
+
+    def rows(
+        self, span: BlockSpan, layers: range | None
+    ) -> Iterator[tuple[int, int, int, int, slice]]:
+        blocks = [*span.blocks, *[span.blocks[-1]] * BLOCKS]
+        return super().rows(replace(span, blocks=blocks), layers)
+
+
+class ChecksAsItGoes(Correct):
+    """Refuses a span after it has copied those before it."""
+
+    def check_all(self, spans: Spans, chunks: Views) -> None:
+        pass
+
+    def gather(self, spans: Spans, into: Views, layers: range | None = None) -> None:
+        for span, chunk in zip(spans, into, strict=True):
+            self.check(span, chunk)
+            super().gather([span], [chunk], layers)
+
+    def scatter(self, sources: Views, spans: Spans, layers: range | None = None) -> None:
+        for span, chunk in zip(spans, sources, strict=True):
+            self.check(span, chunk)
+            super().scatter([chunk], [span], layers)
+
+
+class FillsACopy(Correct):
+    """Copies a chunk that it can't write to, fills that, and says nothing."""
+
+    def gather(self, spans: Spans, into: Views, layers: range | None = None) -> None:
+        rooms = [memoryview(bytearray(one)) if one.readonly else one for one in into]
+        super().gather(spans, rooms, layers)
 
 
 class SharesState(Correct):

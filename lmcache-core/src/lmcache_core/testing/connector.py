@@ -18,6 +18,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -235,6 +236,47 @@ class EngineConnectorTests:
             fill(engine, index)
             scatter(engine, chunk, whole(engine, index))
             assert read(engine, index) == tokens
+
+    def test_paging_is_true(self, engine: EngineMemory) -> None:
+        """Who says how its memory is divided must say what it does: callers are held to it."""
+        for index in range(len(engine.connector.groups)):
+            paging = engine.connector.paging(index)
+            if paging is not None:
+                assert (paging.blocks, paging.block_tokens) == (engine.blocks, engine.block_tokens)
+
+    @pytest.mark.parametrize("wrong", ["first", "tokens", "offset", "outside", "blocks"])
+    def test_a_span_that_makes_no_sense_raises(self, engine: EngineMemory, wrong: str) -> None:
+        """Nothing of the call is copied then, not even of the other spans."""
+        for index, group in enumerate(engine.connector.groups):
+            size = capacity(engine)
+            good = whole(engine, index)
+            bad = {
+                "first": replace(good, first=-1),
+                "tokens": replace(good, tokens=0),
+                "offset": replace(good, tokens=size - 1, chunk_offset=-1),
+                "outside": replace(good, chunk_offset=1),
+                "blocks": replace(good, blocks=good.blocks[:-1]),
+            }[wrong]
+            tokens = fill(engine, index)
+            chunks = [empty(group, size), empty(group, size)]
+            views = [memoryview(chunk) for chunk in chunks]
+            with pytest.raises((IndexError, ValueError)):
+                engine.connector.gather([good, bad], views)
+            assert chunks == [empty(group, size)] * 2
+            with pytest.raises((IndexError, ValueError)):
+                engine.connector.scatter(views, [good, bad])
+            assert read(engine, index) == tokens
+
+    def test_a_read_only_chunk_is_not_filled(self, engine: EngineMemory) -> None:
+        """It isn't written to, and no copy of it either without a word."""
+        for index, group in enumerate(engine.connector.groups):
+            fill(engine, index)
+            span = whole(engine, index)
+            for call in (engine.connector.gather, engine.connector.gather_checked):
+                chunk = bytes(empty(group, span.chunk_tokens))
+                with pytest.raises((BufferError, TypeError, ValueError)):
+                    call([span], [memoryview(chunk)])
+                assert chunk == empty(group, span.chunk_tokens)
 
     @pytest.mark.parametrize("block", ["first", "last"])
     @pytest.mark.parametrize("wrong", ["-1", "blocks"])

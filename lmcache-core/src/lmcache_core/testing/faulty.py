@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from lmcache_core.connector import BlockSpan, EngineConnector, HostKernels, PagedLayout
+from lmcache_core.connector import BlockSpan, EngineConnector, HostKernels, PagedLayout, Paging
 from lmcache_core.eviction import CachePolicy
 from lmcache_core.keys import ChunkKey
 from lmcache_core.layout import LayerGroup
@@ -152,6 +152,9 @@ class FaultyConnector(EngineConnector):
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
         return self.real.groups
+
+    def paging(self, group: int) -> Paging | None:
+        return self.real.paging(group)
 
     def gather(self, spans: Sequence[BlockSpan], into: Views, layers: range | None = None) -> None:
         call = self.faults.begin("gather")
