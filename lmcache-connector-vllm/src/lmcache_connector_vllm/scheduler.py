@@ -61,6 +61,8 @@ class _Tracked:
     lookup: PrefixLookup | None = None
     lookup_chunks: int = 0
     offered: tuple[int, int] = (0, 0)
+    loading: Sequence[int] = ()
+    """The blocks of its last load."""
     logged: bool = False
     adapter: RequestAdapter | None = None
 
@@ -202,6 +204,7 @@ class SchedulerSide:
                 adapter.use if adapter is not None else None,
             )
         )
+        tracked.loading = self._loads[-1].blocks
         memory = min(self._chunk_tokens * lookup.memory_chunks, end) - start
         self._sources[request.request_id] = (max(0, memory), external - max(0, memory))
         hold, tracked.lookup = lookup.hand_on(), None
@@ -493,10 +496,23 @@ class SchedulerSide:
                 logger.error("%s", error)
             self._refuse(meta.report)
             self._acknowledged.update(meta.report.failed_steps)
+        if output.invalid_block_ids:
+            self._note_failed_loads(output.invalid_block_ids)
         for request_id in output.finished_recving or ():
             hold = self._receiving.pop(request_id, None)
             if hold is not None:
                 hold.release()
+
+    def _note_failed_loads(self, invalid: set[int]) -> None:
+        """Offer nothing more to requests whose load failed.
+
+        vLLM asks for them again, and what a connector failed with is as good as before, so that it
+        would be offered, and fail, without end.
+        """
+        for tracked in self._requests.values():
+            if not invalid.isdisjoint(tracked.loading):
+                tracked.loads = False
+                self._end_lookup(tracked)
 
     def _refuse(self, report: Report) -> None:
         """Take for absent what workers found that isn't for them, in every shard."""
