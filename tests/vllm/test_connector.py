@@ -531,7 +531,7 @@ def test_compressed_chunks(start: Start, tmp_path: Path, serde: str) -> None:
         "LMCACHE_AESGCM_KEYS": "1 " + base64.b64encode(bytes(range(32))).decode(),
     }
     with start(environ, dtype="bfloat16") as engine:
-        raw = 12 * engine.worker.mover._namespace.layout.chunk_bytes()
+        raw = 12 * engine.worker._namespace.layout.chunk_bytes()
         first = engine.tokens(prompt())
         assert engine.worker.mover.flush(30)
         again = engine.ask(prompt())
