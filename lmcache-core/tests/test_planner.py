@@ -14,11 +14,15 @@ from lmcache_core.chunk_index import NONE, ChunkIndex, ChunkState, DictIndex
 from lmcache_core.connector import BlockSpan
 from lmcache_core.errors import LeaseError
 from lmcache_core.eviction import CachePolicy
+from lmcache_core.holds import Hold
 from lmcache_core.keys import ChunkKey
 from lmcache_core.metrics import Counters
 from lmcache_core.plan import FetchOp, Report, StoreOp
-from lmcache_core.planner import Hold, Planner
+from lmcache_core.planner import Planner
 from lmcache_core.plugins import Plugins
+from lmcache_core.testing.faults import Answer as Nonsense
+from lmcache_core.testing.faults import Faults, Raise
+from lmcache_core.testing.faulty import FaultyPolicy
 
 SPAN = BlockSpan([0], 0, 16, 16)
 
@@ -429,7 +433,14 @@ class PlannerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.plan = planner(slots=self.SLOTS, ranks=self.RANKS, index=INDEXES[self.index](4))
+        self.faults = Faults(seed=1)
+        self.plan = Planner(
+            self.SLOTS,
+            FaultyPolicy(policy(), self.faults),
+            Counters(),
+            ranks=self.RANKS,
+            index=INDEXES[self.index](self.SLOTS),
+        )
         self.results: dict[int, set[int]] = {}  # by operation, the ranks that haven't reported
         self.releases: dict[int, set[int]] = {}
         self.slot_of: dict[int, int] = {}
@@ -532,6 +543,17 @@ class PlannerMachine(RuleBasedStateMachine):
     def unpin(self, number: int) -> None:
         self.plan.unpin(_line(number))
 
+    @rule(
+        operation=st.sampled_from(["added", "touched", "removed", "victims", "victim"]),
+        kind=st.sampled_from([ValueError, SystemExit, StopIteration]),
+    )
+    def the_policy_fails(self, operation: str, kind: type[BaseException]) -> None:
+        self.faults.arm(operation, Raise(kind))
+
+    @rule(answer=st.sampled_from([-1, 99, 2**40]))
+    def the_policy_shows_nonsense(self, answer: int) -> None:
+        self.faults.arm("victim", Nonsense("a wrong slot", lambda *_: answer))
+
     @rule()
     def clear(self) -> None:
         self.plan.clear()
@@ -606,8 +628,9 @@ EXAMPLES = max(1, int(os.environ.get("LMCACHE_TEST_STEPS", "4000")) // STEPS)
 
 TestPlannerMachine = PlannerMachine.TestCase
 TestPluginPlannerMachine = PluginPlannerMachine.TestCase
-for case in (TestPlannerMachine, TestPluginPlannerMachine):
-    case.settings = settings(max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None)
+TestPlannerMachine.settings = TestPluginPlannerMachine.settings = settings(
+    max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None
+)
 
 
 @pytest.mark.parametrize("name", ["LRU", "LFU", "FIFO", "MRU"])

@@ -23,6 +23,7 @@ from lmcache_connector_vllm.settings import Settings
 from lmcache_core.connector import BlockSpan
 from lmcache_core.errors import LeaseError
 from lmcache_core.hashing import PrefixHasher
+from lmcache_core.holds import Hold
 from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.logging import init_logger
@@ -30,7 +31,7 @@ from lmcache_core.lookup import PrefixLookup
 from lmcache_core.metrics import Counters
 from lmcache_core.mover import slots_in
 from lmcache_core.plan import FetchOp, LoadOp, Report, StoreOp
-from lmcache_core.planner import Hold, Planner
+from lmcache_core.planner import Planner
 from lmcache_core.serde import Rope
 from lmcache_core.tiers import Tiers
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lmcache_core.connector import EngineConnector
 from lmcache_core.errors import ConfigError, LayoutError, LeaseError
 from lmcache_core.hashing import PrefixHasher, request_root
+from lmcache_core.holds import Hold
 from lmcache_core.host_memory import HostArena
 from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
@@ -36,7 +37,7 @@ from lmcache_core.metrics import Counters
 from lmcache_core.mover import Mover, slot_bytes, slots_in
 from lmcache_core.paged import CanonicalBuffer, Paged
 from lmcache_core.plan import FetchOp, LoadOp, StoreOp
-from lmcache_core.planner import Hold, Planner
+from lmcache_core.planner import Planner
 from lmcache_core.serde import Rope
 from lmcache_core.tiers import Tiers
 from lmcache_core.tokens import ID_BYTES, Plain, Tokens, count, plain, token_bytes

@@ -20,6 +20,9 @@ class CachePolicy(ABC):
     and only then may it be added again; all calls come from one thread at a time; after any
     other call it doesn't go on with an iterator that `victims` returned earlier.
 
+    A call that raises otherwise than it says here, and a victim that is none, are counted, and the
+    planner finds another; a policy that goes on so is replaced.
+
     What a policy owes: no call becomes slower with the number of slots, nor does the first step of
     `victims`, which changes nothing and shows every slot once.
     """

@@ -17,9 +17,10 @@ from concurrent.futures import Future
 
 from lmcache_core.chunk_index import ChunkState
 from lmcache_core.errors import LeaseError
+from lmcache_core.holds import Hold
 from lmcache_core.keys import ChunkKey
 from lmcache_core.plan import FetchOp
-from lmcache_core.planner import Hold, Planner
+from lmcache_core.planner import Planner
 
 Locate = Callable[[Sequence[ChunkKey]], "Future[list[int]]"]
 

@@ -12,68 +12,25 @@ a lock for own applications.
 
 from __future__ import annotations
 
+import logging
 import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from lmcache_core.chunk_index import NONE, ChunkIndex, ChunkState, DictIndex
 from lmcache_core.connector import BlockSpan
-from lmcache_core.errors import LeaseError
+from lmcache_core.errors import LeaseError, PluginError
 from lmcache_core.eviction import CachePolicy
+from lmcache_core.eviction_order import EvictionOrder
+from lmcache_core.guard import attempt
+from lmcache_core.holds import Hold, Operation, check_live, not_due, not_under_way
 from lmcache_core.keys import ChunkKey
-from lmcache_core.leases import Lease, Ledger
+from lmcache_core.leases import Ledger
 from lmcache_core.metrics import Counters
 from lmcache_core.plan import FetchOp, Report, StoreOp
 
-
-@dataclass(slots=True)
-class _Operation:
-    """Has a lease of its slot until every rank has reported its result and its release.
-
-    What is due are sets of ranks, as bits: who has answered can't answer for another.
-    """
-
-    key: ChunkKey
-    slot: int
-    results_due: int
-    releases_due: int
-    fetch: bool
-    failed: bool = False
-
-
-class Hold:
-    """Slots that somebody is going to read, in prefix order: not evicted until `release`.
-
-    It has one owner, who may hand it on. ``awaited`` are slots that are being fetched for it.
-    """
-
-    __slots__ = ("_lease", "awaited", "keys", "slots")
-
-    def __init__(
-        self, lease: Lease, keys: list[ChunkKey], slots: list[int], awaited: list[int]
-    ) -> None:
-        self.keys = keys
-        self.slots = slots
-        self.awaited = awaited
-        self._lease = lease
-
-    def __len__(self) -> int:
-        return len(self.slots)
-
-    @property
-    def live(self) -> bool:
-        """Whether it is still to be released."""
-        return self._lease.live
-
-    def release(self) -> None:
-        """Give the slots back.
-
-        Raises:
-            LeaseError: that was done before.
-        """
-        self._lease.release()
+logger = logging.getLogger(__name__)
 
 
 class Planner:
@@ -99,19 +56,19 @@ class Planner:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.slots = slots
-        self.index: ChunkIndex = DictIndex(slots) if index is None else index
+        self.index: ChunkIndex = DictIndex(slots) if index is None else _checked(index, slots)
         self.persist = persist
         self._every_rank = (1 << ranks) - 1
         self._keep = keep
-        self._policy = policy
         self._counters = counters
         self._clock = clock
         self._pin_timeout_s = pin_timeout_s
         self._holds = Ledger("slot", counters)
         self._leases = array("i", bytes(4 * slots))  # by slot: holds, operations and pins
+        self._order = EvictionOrder(policy, self.index, self._leases, counters)
         self._unused = 0  # slots from here on were never used
         self._free = array("I")
-        self._operations: dict[int, _Operation] = {}
+        self._operations: dict[int, Operation] = {}
         self._next_op = 1
         self._pins: dict[ChunkKey, tuple[int, float]] = {}  # slot, and until when
         self.on_ready: Callable[[ChunkKey], None] | None = None
@@ -144,7 +101,7 @@ class Planner:
         Raises:
             LeaseError: the hold was released.
         """
-        _check_live(hold)
+        check_live(hold)
         slots = self._lease_ready(keys)
         hold.keys += keys[: len(slots)]
         hold.slots += slots
@@ -191,7 +148,7 @@ class Planner:
             LeaseError: the hold was released.
             ValueError: the chunk isn't absent.
         """
-        _check_live(hold)
+        check_live(hold)
         if self.index.find(key) != NONE:
             raise ValueError(f"chunk {key.hex()} is here or on its way: `join` those who fetch it")
         slot = self._take_slot(parent)
@@ -209,7 +166,7 @@ class Planner:
             LeaseError: the hold was released.
             ValueError: the chunk is absent.
         """
-        _check_live(hold)
+        check_live(hold)
         slot = self.index.find(key)
         if slot == NONE:
             raise ValueError(f"chunk {key.hex()} is absent: nobody is having it fetched")
@@ -225,7 +182,8 @@ class Planner:
         every, planned = self._every_rank, [op.op for op in ops]
         wrong = [self._result(op, every, failed=True) for op in planned]
         wrong += [self._released(op, every) for op in planned]
-        _raise(wrong)
+        if any(wrong):
+            raise LeaseError("; ".join(filter(None, wrong)))
 
     def settle(self, report: Report) -> None:
         """Take in what movers report.
@@ -239,7 +197,8 @@ class Planner:
         wrong += [self._released(op, ranks) for op, ranks in report.released.items()]
         for key in report.unreadable:
             self.forget(key)
-        _raise(wrong)
+        if any(wrong):
+            raise LeaseError("; ".join(filter(None, wrong)))
 
     def forget(self, key: ChunkKey) -> bool:
         """Never offer ``key`` from host memory again; its slot is freed once nobody uses it.
@@ -255,7 +214,8 @@ class Planner:
     def clear(self) -> int:
         """Forget everything that is ready; answer how many chunks that were."""
         self._pins_expire(float("inf"))
-        ready = list(self._policy.victims())
+        state = self.index.state  # what is there doesn't depend on what a policy knows
+        ready = [slot for slot in range(self._unused) if state(slot) == ChunkState.READY]
         for slot in ready:
             self._drop(slot)
         for operation in self._operations.values():
@@ -306,7 +266,7 @@ class Planner:
         self._next_op += 1
         self.index.insert(key, slot, NONE if parent is None else self.index.find(parent), state)
         self._leases[slot] += 1
-        self._operations[op] = _Operation(
+        self._operations[op] = Operation(
             key, slot, self._every_rank, self._every_rank, state is ChunkState.FETCHING
         )
         return op
@@ -314,7 +274,7 @@ class Planner:
     def _lease_ready(self, keys: Sequence[ChunkKey]) -> list[int]:
         """Lease the slots of the leading ready chunks to one more user."""
         slots = self.index.ready_slots(keys)
-        self._policy.touched(slots[::-1])
+        self._order.touched(slots[::-1])
         for slot in slots:
             self._leases[slot] += 1
         return slots
@@ -331,7 +291,7 @@ class Planner:
         """Take in results of ``ranks``; answer what is wrong with that, if something is."""
         operation = self._operations.get(op)
         if operation is None:
-            return _not_under_way(op)
+            return not_under_way(op)
         due = operation.results_due & ranks
         if due:
             operation.results_due ^= due
@@ -339,35 +299,40 @@ class Planner:
             if not operation.results_due:
                 self._concluded(operation)
                 self._finish(op, operation)
-        return "" if due == ranks else _not_due(op, "result", ranks ^ due)
+        return "" if due == ranks else not_due(op, "result", ranks ^ due)
 
     def _released(self, op: int, ranks: int) -> str:
         """Take in releases of ``ranks``; answer what is wrong with that, if something is."""
         operation = self._operations.get(op)
         if operation is None:
-            return _not_under_way(op)
+            return not_under_way(op)
         due = operation.releases_due & ranks
         if due:
             operation.releases_due ^= due
             self._finish(op, operation)
-        return "" if due == ranks else _not_due(op, "release", ranks ^ due)
+        return "" if due == ranks else not_due(op, "release", ranks ^ due)
 
-    def _concluded(self, operation: _Operation) -> None:
+    def _concluded(self, operation: Operation) -> None:
         """Offer a chunk of which every rank has its part, or drop it."""
         slot, key = operation.slot, operation.key
         here = self.index.key(slot) == key  # or it was forgotten meanwhile
         if here and not operation.failed:
             self.index.set_state(slot, ChunkState.READY)
-            self._policy.added(slot)
+            self._order.added(slot)
             told = self.on_ready
         else:
             if here:
                 self._drop_with_descendants(slot)
             told = self.on_failed
         if told is not None and not operation.fetch:
-            told(key)
+            self._tell(told, key)
 
-    def _finish(self, op: int, operation: _Operation) -> None:
+    def _tell(self, listener: Callable[[ChunkKey], None], key: ChunkKey) -> None:
+        if (error := attempt(listener, key)) is not None:
+            self._counters.add("plugin_failures", kind="listener", operation="events")
+            logger.warning("A listener to the planner failed, which changes nothing: %r", error)
+
+    def _finish(self, op: int, operation: Operation) -> None:
         if operation.results_due or operation.releases_due:
             return
         del self._operations[op]
@@ -382,26 +347,12 @@ class Planner:
             return self._unused - 1
         if self._pins:
             self._pins_expire(self._clock())
-        victim = self._victim(NONE if parent is None else self.index.find(parent))
+        victim = self._order.victim(NONE if parent is None else self.index.find(parent))
         if victim is None:
             return None
         self._drop(victim)
         self._counters.add("evicted_chunks", tier="host")
         return self._free.pop()
-
-    def _victim(self, spared: int) -> int | None:
-        """The chunk to evict: the policy's choice, or rather the end of the prefix it is part of.
-
-        Leaves go first: a chunk without its parents can't be found.
-        """
-        leases, index = self._leases, self.index
-        for slot in self._policy.victims():
-            if leases[slot]:
-                continue
-            leaf = index.leaf(slot)
-            if not leases[leaf] and leaf != spared and index.state(leaf) == ChunkState.READY:
-                return leaf
-        return None
 
     def _drop_with_descendants(self, slot: int) -> None:
         """`_drop`, and what continues the chunk; what is on its way as soon as it arrives."""
@@ -424,9 +375,9 @@ class Planner:
         if self._pins.pop(key, None) is not None:
             self._leases[slot] -= 1
         if self.index.state(slot) == ChunkState.READY:
-            self._policy.removed(slot)
+            self._order.removed(slot)
             if self.on_evicted is not None:
-                self.on_evicted(key)
+                self._tell(self.on_evicted, key)
         self.index.remove(slot)
         if not self._leases[slot]:
             self._free.append(slot)
@@ -446,26 +397,11 @@ class Planner:
             self._unlease(slot)
 
 
-def _check_live(hold: Hold) -> None:
-    if not hold.live:
-        raise LeaseError("slots can't be added to a hold that was released: nobody would free them")
-
-
-def _not_under_way(op: int) -> str:
-    return (
-        f"operation {op} isn't under way: it was never planned, or every rank has reported its "
-        "end; this is a mistake in the mover that reports it"
-    )
-
-
-def _not_due(op: int, what: str, ranks: int) -> str:
-    named = [rank for rank in range(ranks.bit_length()) if ranks >> rank & 1]
-    return (
-        f"operation {op}: a {what} of ranks {named} isn't due: each of its ranks reports one, "
-        "once; this is a mistake in the mover that reports it"
-    )
-
-
-def _raise(wrong: Iterable[str]) -> None:
-    if said := "; ".join(filter(None, wrong)):
-        raise LeaseError(said)
+def _checked(index: ChunkIndex, slots: int) -> ChunkIndex:
+    if index.slots != slots or len(index):
+        raise PluginError(
+            f"{type(index).__module__}.{type(index).__qualname__} has {index.slots} slots and "
+            f"{len(index)} chunks; the planner needs {slots} empty ones. Uninstall or disable the "
+            "plugin that provides lmcache_chunk_index, and report this to its authors"
+        )
+    return index

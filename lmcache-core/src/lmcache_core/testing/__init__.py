@@ -4,6 +4,7 @@
 * `serde.SerdeTests`
 * `connector.EngineConnectorTests`
 * `transfer.TransferChannelTests`
+* `policy.CachePolicyTests`
 
 And what the kits can't ask, because it is about who calls a plugin: `faults` and `faulty`, plugins
 that fail when they are told to.

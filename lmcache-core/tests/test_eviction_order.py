@@ -1,0 +1,169 @@
+"""A cache policy may raise and answer whatever it likes: the planner goes on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from lmcache_core.chunk_index import DictIndex
+from lmcache_core.connector import BlockSpan
+from lmcache_core.errors import PluginError
+from lmcache_core.eviction import LRU
+from lmcache_core.eviction_order import MAX_FAILURES
+from lmcache_core.keys import ChunkKey
+from lmcache_core.metrics import Counters
+from lmcache_core.plan import Report
+from lmcache_core.planner import Planner
+
+SPAN = BlockSpan([0], 0, 16, 16)
+
+
+class Odd(LRU):
+    """Answers ``victims`` as it is told to."""
+
+    def __init__(self, victims: Callable[[LRU], Any]) -> None:
+        super().__init__()
+        self._victims = victims
+
+    def victims(self) -> Iterator[int]:
+        found: Iterator[int] = self._victims(super())
+        return found
+
+
+def _raises(kind: type[BaseException]) -> Callable[[Any], Any]:
+    def raising(_: Any) -> Any:
+        raise kind("from a policy")
+
+    return raising
+
+
+NONSENSE: dict[str, Callable[[Any], Any]] = {
+    "too large": lambda _: iter([99]),
+    "negative": lambda _: iter([-1]),
+    "no number": lambda _: iter(["slot"]),
+    "a float": lambda _: iter([0.0]),
+    "nothing": lambda _: iter([]),
+    "None": lambda _: None,
+    "one that is leased, for ever": lambda _: itertools.repeat(0),
+    "only one that is leased": lambda _: iter([0]),
+    "ValueError": _raises(ValueError),
+    "StopIteration": _raises(StopIteration),
+    "SystemExit": _raises(SystemExit),
+    "GeneratorExit": _raises(GeneratorExit),
+}
+
+
+def key(number: int) -> ChunkKey:
+    return ChunkKey(number.to_bytes(16, "big"))
+
+
+def store(plan: Planner, number: int) -> bool:
+    op = plan.plan_store(key(number), SPAN)
+    if op is None:
+        return False
+    plan.settle(Report(ok={op.op: 1}, released={op.op: 1}))
+    return True
+
+
+def failures(counters: Counters) -> dict[str, float]:
+    return {
+        dict(labels)["operation"]: count
+        for (name, labels), count in counters.snapshot().items()
+        if name == "plugin_failures"
+    }
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_a_wrong_victim_is_not_evicted_and_another_one_is(name: str) -> None:
+    counters = Counters()
+    plan = Planner(4, Odd(NONSENSE[name]), counters)
+    assert all(store(plan, number) for number in range(4))
+    hold = plan.acquire([key(0)])
+    assert store(plan, 9)
+    assert plan.ready_prefix([key(0)]) == 1, "somebody reads it"
+    assert failures(counters) == {"victims": 1}
+    hold.release()
+    assert plan.leases == 0
+    assert plan.chunks == 4
+
+
+def test_a_policy_that_goes_on_failing_is_replaced_with_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    counters = Counters()
+    plan = Planner(4, Odd(_raises(ValueError)), counters)
+    for number in range(4 + MAX_FAILURES + 20):
+        assert store(plan, number)
+    assert failures(counters) == {"victims": MAX_FAILURES}
+    assert sum("isn't asked any more" in line for line in caplog.messages) == 1
+    plan.acquire([key(23 + MAX_FAILURES)]).release()
+    hold = plan.acquire([key(22 + MAX_FAILURES)])
+    hold.release()
+    store(plan, 100)
+    assert plan.ready_prefix([key(22 + MAX_FAILURES)]) == 1, "LRU knows what was used"
+
+
+@pytest.mark.parametrize("operation", ["added", "touched", "removed"])
+@pytest.mark.parametrize("kind", [ValueError, SystemExit, GeneratorExit])
+def test_a_policy_that_learns_nothing_harms_nothing(
+    operation: str, kind: type[BaseException]
+) -> None:
+    class Failing(LRU):
+        pass
+
+    def fail(*_: object) -> None:
+        raise kind("from a policy")
+
+    setattr(Failing, operation, fail)
+    counters = Counters()
+    plan = Planner(4, Failing(), counters)
+    for number in range(40):
+        assert store(plan, number)
+        plan.acquire([key(number)]).release()
+    assert plan.chunks == 4
+    assert plan.leases == 0
+    assert failures(counters)[operation] >= 1
+    assert sum(failures(counters).values()) == MAX_FAILURES
+    assert plan.clear() == 4
+    assert plan.chunks == 0
+
+
+def test_clear_forgets_what_the_policy_does_not_show() -> None:
+    plan = Planner(4, Odd(lambda _: iter([])), Counters())
+    assert all(store(plan, number) for number in range(3))
+    assert plan.clear() == 3
+    assert plan.chunks == 0
+
+
+def test_policies_that_keep_their_contract_are_never_blamed() -> None:
+    """Nor where everything is leased, or what is left is spared."""
+    counters = Counters()
+    plan = Planner(2, LRU(), counters)
+    assert store(plan, 0)
+    assert store(plan, 1)
+    hold = plan.acquire([key(0)])
+    assert plan.plan_store(key(2), SPAN, key(1)) is None
+    hold.release()
+    assert failures(counters) == {}
+
+
+def test_a_listener_that_fails_keeps_nothing_back() -> None:
+    counters = Counters()
+    plan = Planner(1, LRU(), counters)
+
+    def fail(_: ChunkKey) -> None:
+        raise SystemExit("from a listener")
+
+    plan.on_ready = plan.on_evicted = plan.on_failed = fail
+    assert store(plan, 0)
+    assert store(plan, 1)
+    assert plan.leases == 0
+    assert failures(counters) == {"events": 3}
+
+
+def test_an_index_of_another_size_is_refused_at_the_start() -> None:
+    with pytest.raises(PluginError, match="has 3 slots and 0 chunks; the planner needs 4"):
+        Planner(4, LRU(), Counters(), index=DictIndex(3))
