@@ -102,6 +102,11 @@ class Content:
             yield kv[:, :, index * CHUNK_TOKENS : (index + 1) * CHUNK_TOKENS]
 
 
+def as_bytes(kv: np.ndarray) -> np.ndarray:
+    """The same memory as KV is handed over: four elements are in each word here."""
+    return kv.view(np.uint8).reshape(-1)
+
+
 @cache
 def name_of(prefix: Prefix) -> np.uint64:
     """64 bits that no other prefix has. Not made by what is tested."""
@@ -157,14 +162,14 @@ class Worker(threading.Thread):
     def _store(self, path: Prefix, tail: int) -> None:
         kv = self._content.empty(len(path) * CHUNK_TOKENS + tail)
         self._content.fill(kv, path)
-        stored = self._cache.store(tokens_of(path, tail), kv)
+        stored = self._cache.store(tokens_of(path, tail), as_bytes(kv))
         self._expect(stored <= len(path) * CHUNK_TOKENS, f"store answered {stored}", path)
         self.moved_bytes += GROUP.chunk_bytes(stored)
 
     def _load(self, path: Prefix, tail: int) -> None:
         kv = self._content.empty(len(path) * CHUNK_TOKENS + tail)
         kv[:] = UNTOUCHED
-        loaded = self._cache.load(tokens_of(path, tail), kv)
+        loaded = self._cache.load(tokens_of(path, tail), as_bytes(kv))
         chunks, rest = divmod(loaded, CHUNK_TOKENS)
         self._expect(not rest and 0 <= chunks <= len(path), f"load answered {loaded}", path)
         wrong = self._content.wrong(kv, path[:chunks])
@@ -272,12 +277,12 @@ def leftovers(cache: Cache, slots: int) -> list[str]:
     tokens = (np.arange(slots * CHUNK_TOKENS, dtype="<u4") + 1_000_000).tobytes()
     kv = content.empty(slots * CHUNK_TOKENS)
     content.fill(kv, path)
-    stored = cache.store(tokens, kv)
+    stored = cache.store(tokens, as_bytes(kv))
     problems = []
     if stored != slots * CHUNK_TOKENS:
         problems.append(f"{slots} slots took {stored // CHUNK_TOKENS} chunks: some are never freed")
     kv[:] = UNTOUCHED
-    loaded = cache.load(tokens, kv)
+    loaded = cache.load(tokens, as_bytes(kv))
     if loaded != stored or content.wrong(kv, path[: loaded // CHUNK_TOKENS]):
         problems.append(f"of {stored} tokens stored at the end {loaded} were loaded, or wrong ones")
     return problems
