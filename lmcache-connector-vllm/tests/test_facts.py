@@ -148,7 +148,8 @@ def test_a_draft_is_named_by_its_weights(model: Path, tmp_path: Path) -> None:
         ({"attention_config": {"use_non_causal": True}}, "later tokens"),
         ({"weight_transfer_config": {"backend": "nccl"}}, "weight_transfer_config"),
     ],
-    ids=str,
+    # By their names: a function's text is another one in each process, and so would be the test's.
+    ids=lambda given: given if isinstance(given, str) else "+".join(given),
 )
 def test_what_has_no_name(model: Path, arguments: dict[str, Any], says: str) -> None:
     if "load_format" in arguments:
