@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -485,11 +486,20 @@ def test_a_tier_whose_calls_hang_promises_nothing() -> None:
     run(test)
 
 
+def a_context() -> BackendContext:
+    attention = full_attention(layers=1, heads=1, head_size=1, dtype=DType.BF16)
+    return BackendContext("client", CacheNamespace("m", KVLayout(1, (attention,))), None, 4)
+
+
 class Raising(BlockingBackend):
     """Loads raise ``error`` while there is one."""
 
     error: BaseException | None = None
     capabilities = BackendCapabilities(shared=False, persistent=False, max_concurrency=1)
+
+    def close_blocking(self) -> None:
+        if self.error is not None:
+            raise self.error
 
     def contains_blocking(self, keys: Sequence[ChunkKey]) -> list[bool]:
         return [True] * len(keys)
@@ -515,10 +525,7 @@ def test_whatever_a_blocking_client_raises_the_call_ends_and_the_tier_lives(
     counters, loop, backend = Counters(), IOLoop("tier"), Raising()
     guard = Guard("client", deadline_s=LONG_S, retries=0, counters=counters)
     tier = Tier("client", backend, RawSerde(), guard=guard, counters=counters, deadline_s=LONG_S)
-    attention = full_attention(layers=1, heads=1, head_size=1, dtype=DType.BF16)
-    layout = KVLayout(1, (attention,))
-    context = BackendContext("client", CacheNamespace("m", layout), None, 4)
-    loop.run(backend.open(context), LONG_S)
+    loop.run(backend.open(a_context()), LONG_S)
     tier.opened(backend, backend.capabilities)
     try:
         backend.error = kind("from a client")
@@ -533,3 +540,18 @@ def test_whatever_a_blocking_client_raises_the_call_ends_and_the_tier_lives(
         loop.close(10.0)
     failures = {labels: n for (name, labels), n in counters.snapshot().items() if "errors" in name}
     assert sum(failures.values()) == 1
+
+
+def test_a_client_that_cannot_be_closed_leaves_no_thread() -> None:
+    async def test() -> None:
+        backend, before = Raising(), set(threading.enumerate())
+        await backend.open(a_context())
+        assert await backend.contains([key(1)]) == [True]
+        (worker,) = set(threading.enumerate()) - before
+        backend.error = OSError("from a client")
+        with pytest.raises(OSError, match="from a client"):
+            await backend.close()
+        worker.join(LONG_S)
+        assert not worker.is_alive()
+
+    run(test)

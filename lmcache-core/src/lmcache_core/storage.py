@@ -205,10 +205,13 @@ class BlockingBackend(StorageBackend):
         if self._pool is None:
             return
         pool, self._pool = self._pool, None
-        await asyncio.wrap_future(pool.submit(self.close_blocking))
+        try:
+            await asyncio.wrap_future(pool.submit(self.close_blocking))
+        finally:  # whatever it raised, and when nobody waits for it any more
+            ending = pool.shutdown()
         # Calls that were abandoned at their deadline may take for ever; so may this, within
         # core's patience.
-        for ended in pool.shutdown():
+        for ended in ending:
             await asyncio.wrap_future(ended)
         pool.join(1.0)
 
