@@ -159,12 +159,16 @@ class Disk:
         return await self._run("clear", forget(), 0)
 
     def close(self, patience_s: float) -> None:
-        """Write what waits, for ``patience_s`` at most. Not on an event loop."""
+        """Write what waits, and end, in about ``patience_s`` at most. Not on an event loop."""
         until = time.monotonic() + patience_s
         while self._writes and time.monotonic() < until:
             time.sleep(0.02)
-        self._loop.submit(self._close_all())
-        self._loop.close(patience_s)
+        try:
+            # Before the loop ends: what runs on it then is cancelled, and folders' threads stay.
+            self._loop.run(self._close_all(), max(0.1, until - time.monotonic()))
+        except (RuntimeError, TimeoutError) as error:
+            logger.warning("disk: %s wasn't closed: %s", self._config.path, error)
+        self._loop.close(max(0.1, until - time.monotonic()))
 
     # -- on the disk's own loop ------------------------------------------------------------
 
@@ -180,9 +184,14 @@ class Disk:
         return backend
 
     async def _close_all(self) -> None:
-        for task in self._spaces.values():
-            if task.done() and not task.cancelled() and task.exception() is None:
+        for space, task in list(self._spaces.items()):
+            await asyncio.wait([task])  # it may be opening
+            if task.cancelled() or task.exception() is not None:
+                continue
+            try:
                 await task.result().close()
+            except (BackendError, OSError) as error:  # the others are closed all the same
+                logger.warning("disk: folder %s wasn't closed: %s", space, error)
 
     async def _stored(self, space: str) -> None:
         """Wait for files that are being written of values that were just forgotten in memory."""

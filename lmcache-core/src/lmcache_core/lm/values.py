@@ -93,8 +93,7 @@ class Held:
     ) -> Value | StoreOutcome:
         """Memory for a value that is about to come, or why there is none.
 
-        Evicts what isn't being read. An existing value of another length was written by another
-        serde; it is replaced.
+        Evicts what isn't being read. An existing value of another length is replaced.
         """
         value = self._owner._reserve(space, key, nbytes, one_piece)
         if isinstance(value, Value):
