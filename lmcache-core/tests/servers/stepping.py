@@ -135,6 +135,7 @@ class Steps:
         self.seen: dict[Chain, int] = {}
         self.at: Chain | None = None
         self.fault: Callable[[Stepped], None] | None = None
+        self.on_wait: Callable[[Chain], None] = lambda chain: None
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Wrap what runs on ``loop`` from now on."""
@@ -151,6 +152,7 @@ class Steps:
     def _waits(self, stepped: Stepped) -> None:
         chain = self.sources.chain(stepped.inner)
         self.seen[chain] = self.seen.get(chain, 0) + 1
+        self.on_wait(chain)
         if chain == self.at and self.fault is not None:
             fault, self.fault = self.fault, None
             fault(stepped)
