@@ -117,11 +117,12 @@ class Peer:
             data += more
         return data
 
-    async def _send(self, message: bytes) -> None:
-        await self._loop.sock_sendall(self.sock, message[:10])
-        for _ in range(4):  # until the server has read that, and waits for the rest
-            await asyncio.sleep(0)
-        await self._loop.sock_sendall(self.sock, message[10:])
+    async def _send(self, message: bytes, *stops: int) -> None:
+        for start, stop in zip((0, *stops), stops, strict=False):
+            await self._loop.sock_sendall(self.sock, message[start:stop])
+            for _ in range(4):  # until the server has read that, and waits for the rest
+                await asyncio.sleep(0)
+        await self._loop.sock_sendall(self.sock, message[stops[-1] :])
 
     async def ask(
         self, op: Op, count: int = 0, meta: bytes = b"", payload: bytes = b"", announce: int = -1
@@ -129,7 +130,8 @@ class Peer:
         self.number += 1
         length = len(payload) if announce < 0 else announce
         head = protocol.header(op, self.number, count=count, meta=len(meta), payload=length)
-        sending = asyncio.ensure_future(self._send(head + meta + payload))
+        stops = (10, HEADER_BYTES + 3) if payload else (10,)
+        sending = asyncio.ensure_future(self._send(head + meta + payload, *stops))
         try:
             if op is Op.RETURN:
                 return b"", b""
@@ -187,6 +189,15 @@ async def large(peer: Peer) -> None:
     room = (1 << 20) - 4096
     meta = protocol.names([first, second]) + protocol.numbers([100, room + 4096])
     await peer.ask(Op.STORE, 2, meta, content(first, 100) + content(second, room + 4096))
+
+
+async def crowded(peer: Peer) -> None:
+    """A value gets memory as it comes, until there is no more; another one comes before it."""
+    kept, short, long = named(0, 3)
+    await store(peer, [kept])
+    with TRIALS[0].values.acquire(SPACE, [kept], [1 << 17]):
+        meta = protocol.names([short, long]) + protocol.numbers([100, 1 << 20])
+        await peer.ask(Op.STORE, 2, meta, content(short, 100) + content(long, 1 << 20))
 
 
 async def sharing(peer: Peer) -> None:
@@ -259,6 +270,7 @@ SCRIPTS: dict[str, Callable[[Peer], Any]] = {
     "ordinary": ordinary,
     "sharing": sharing,
     "large": large,
+    "crowded": crowded,
     "files": with_files,
     "files asked": ask_files,
     "files cleared": clear_files,

@@ -81,7 +81,7 @@ def test_a_value_in_one_piece_is_one_or_none() -> None:
     pages = [extents.allocate(PAGE) for _ in range(4)]
     extents.release(pages[0] or [])
     extents.release(pages[2] or [])
-    assert extents.allocate(2 * PAGE, one_piece=True) is None
+    assert extents.allocate(2 * PAGE, runs=1) is None
     assert len(extents.allocate(2 * PAGE) or []) == 2
 
 

@@ -86,6 +86,26 @@ class ValuesMachine(RuleBasedStateMachine):
         elif value is StoreOutcome.ALREADY_PRESENT:
             assert self.values.contains(space, [name]) == [True]
 
+    @rule(place=places, space=spaces, name=names, nbytes=sizes, stops=st.integers(0, 3))
+    def receive(self, place: int, space: str, name: ChunkKey, nbytes: int, stops: int) -> None:
+        """A value that gets its memory as it comes; some stop after so many parts."""
+        if (request := self.pick(place, fills=True)) is None:
+            return
+        held = request.held
+        alone = not held.values
+        value = held.expect(space, name, nbytes)
+        if not isinstance(value, Value):
+            return
+        assert alone or value.room == nbytes
+        while value.room < nbytes:
+            before = value.room
+            if not stops or not held.grow(value):
+                held.discard(value)
+                return
+            assert before < value.room <= nbytes
+            stops -= 1
+        request.contents[value] = self.fill(value)
+
     @rule(space=spaces, name=names, nbytes=sizes)
     def store(self, space: str, name: ChunkKey, nbytes: int) -> None:
         """All of it at once, so that there is always something to read and to evict."""
@@ -253,6 +273,7 @@ class ValuesMachine(RuleBasedStateMachine):
         for space in SPACES:
             self.values.clear(space)
         assert self.values.leases.out == 0
+        assert self.values.totals()["server_unsent_bytes"] == 0
         assert self.arena.extents.free_bytes == self.arena.capacity
         self.arena.close()
 

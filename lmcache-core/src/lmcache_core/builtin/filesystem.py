@@ -116,10 +116,15 @@ class FilesystemBackend(BlockingBackend):
     def contains_blocking(self, keys: Sequence[ChunkKey]) -> list[bool]:
         # Always asks the file system: other processes write and evict here too, and a stat takes
         # about two microseconds.
-        try:
-            return [self._size(key) > 0 for key in keys]
-        except OSError as error:
-            raise backend_error(error, "look into", self._folder) from error
+        return [size > 0 for size in self._sizes(keys)]
+
+    async def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        """Bytes of each key's file, 0 where there is none.
+
+        Raises:
+            BackendError: as `contains`.
+        """
+        return await self._run(self._sizes, keys)
 
     def load_blocking(self, keys: Sequence[ChunkKey], into: Sequence[memoryview]) -> list[int]:
         try:
@@ -160,6 +165,12 @@ class FilesystemBackend(BlockingBackend):
         except (FileNotFoundError, NotADirectoryError):
             return 0
         return facts.st_size if stat.S_ISREG(facts.st_mode) else 0
+
+    def _sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        try:
+            return [self._size(key) for key in keys]
+        except OSError as error:
+            raise backend_error(error, "look into", self._folder) from error
 
     def _load(self, key: ChunkKey, into: memoryview) -> int:
         size = self._files.read(Path(self._place(key)), into)

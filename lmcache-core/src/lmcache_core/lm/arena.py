@@ -41,11 +41,21 @@ class Extents:
         self.free_bytes = 0
         self._add(start, stop - start)
 
-    def allocate(self, nbytes: int, *, one_piece: bool = False) -> list[Extent] | None:
-        """Pages for ``nbytes``; ``None`` if there aren't enough in `MAX_EXTENTS` runs."""
+    def allocate(
+        self, nbytes: int, *, runs: int = MAX_EXTENTS, after: int | None = None
+    ) -> list[Extent] | None:
+        """Pages for ``nbytes``, those right behind ``after`` if they are free.
+
+        ``None`` if there aren't enough in so many ``runs``.
+        """
         need = whole_pages(nbytes)
         if need > self.free_bytes or not need:
             return None
+        if after is not None and (length := self._lengths.get(after, 0)) >= need:
+            self._take(after, length)
+            if length > need:
+                self._add(after + need, length - need)
+            return [(after, need)]
         at = bisect.bisect_left(self._by_length, (need, 0))
         if at < len(self._by_length):
             length, start = self._by_length[at]
@@ -53,7 +63,7 @@ class Extents:
             if length > need:
                 self._add(start + need, length - need)
             return [(start, need)]
-        if one_piece or sum(n for n, _ in self._by_length[-MAX_EXTENTS:]) < need:
+        if runs < 2 or sum(n for n, _ in self._by_length[-runs:]) < need:
             return None
         parts: list[Extent] = []
         while need:

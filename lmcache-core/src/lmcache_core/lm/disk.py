@@ -83,26 +83,32 @@ class Disk:
 
     async def contains(self, space: str, keys: Sequence[ChunkKey]) -> list[bool]:
         """Which of ``keys`` have a file."""
+        return [size > 0 for size in await self.sizes(space, keys)]
 
-        async def ask() -> list[bool]:
-            return await (await self._open(space)).contains(keys)
+    async def sizes(self, space: str, keys: Sequence[ChunkKey]) -> list[int]:
+        """Bytes of each key's file, 0 where there is none."""
 
-        return await self._run("contains", ask(), [False] * len(keys))
+        async def ask() -> list[int]:
+            return await (await self._open(space)).sizes(keys)
+
+        return await self._run("contains", ask(), [0] * len(keys))
 
     async def fetch(
         self,
         space: str,
         keys: Sequence[ChunkKey],
-        capacities: Sequence[int],
+        sizes: Sequence[int],
         into: Held,
         at: Sequence[int],
     ) -> None:
-        """Bring values from files into memory; those that came are in ``into`` then, at ``at``."""
+        """Bring values from files of these ``sizes`` into memory.
+
+        Those that came are in ``into`` then, at ``at``.
+        """
         with self._values.hold() as coming:
             places: list[int] = []
-            for key, capacity, place in zip(keys, capacities, at, strict=True):
-                longest = min(capacity, self._arena.capacity)
-                if isinstance(coming.reserve(space, key, longest, one_piece=True), Value):
+            for key, size, place in zip(keys, sizes, at, strict=True):
+                if isinstance(coming.reserve(space, key, size, one_piece=True), Value):
                     places.append(place)
             mine = [value for value in coming.values if value is not None]
 
@@ -113,14 +119,14 @@ class Disk:
 
             reading = asyncio.ensure_future(self._run("load", read(), [MISS] * len(mine)))
             try:
-                sizes = await asyncio.shield(reading)
+                came = await asyncio.shield(reading)
             finally:
                 # Whatever happens here, files are still read into memory that nobody else may have.
                 await _patiently(reading)
-            for size in sizes:
-                result = "miss" if size == MISS else "hit"
+            for nbytes in came:
+                result = "miss" if nbytes == MISS else "hit"
                 self._counters.add("server_disk_loads", result=result)
-            coming.settle([None if size == MISS else size for size in sizes])
+            coming.settle([None if nbytes == MISS else nbytes for nbytes in came])
             into.take_over(coming, places)
 
     def write_behind(self, space: str, keys: Sequence[ChunkKey]) -> None:

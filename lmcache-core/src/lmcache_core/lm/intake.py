@@ -1,7 +1,8 @@
 """Values on their way into the arena, of one connection: by socket, staging memory, or region.
 
-What a client announces is checked before memory is taken for it; nobody sees a value before all of
-it is there, and what came too late or not at all gives its memory back. Knows nothing about
+What a client announces is checked, and takes memory as it comes: nothing before its first byte.
+Nobody sees a value before all of it is there, and what came too late or not at all gives its memory
+back. Knows nothing about
 answers, nor about values on their way out.
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 
 from lmcache_core.keys import ChunkKey
 from lmcache_core.lm import greeting, protocol
-from lmcache_core.lm.arena import Arena
+from lmcache_core.lm.arena import Arena, trimmed
 from lmcache_core.lm.fence import fence
 from lmcache_core.lm.mapping import is_sealed
 from lmcache_core.lm.protocol import Header, Op, ProtocolError
@@ -98,10 +99,10 @@ class Intake:
             service.counters.add("server_stores", count, outcome=outcome.name.lower())
         return bytes([_CODES[outcome] for outcome in outcomes])
 
-    def _reserve(self, coming: Held, space: str, key: ChunkKey, size: int) -> Value | StoreOutcome:
+    def _expect(self, coming: Held, space: str, key: ChunkKey, size: int) -> Value | StoreOutcome:
         if size > self._service.max_value_bytes:
             return StoreOutcome.NOT_ADMITTED
-        return coming.reserve(space, key, size)
+        return coming.expect(space, key, size)
 
     # -- from the region -------------------------------------------------------------------
 
@@ -115,7 +116,9 @@ class Intake:
         outcomes: list[StoreOutcome] = []
         with self._service.values.hold() as coming:
             for key, size, offset in zip(keys, sizes, offsets, strict=True):
-                value = self._reserve(coming, space, key, size)
+                value: Value | StoreOutcome = StoreOutcome.NOT_ADMITTED
+                if size <= self._service.max_value_bytes:
+                    value = coming.reserve(space, key, size)
                 if not isinstance(value, Value):
                     outcomes.append(value)
                     continue
@@ -154,9 +157,7 @@ class Intake:
             if header.op is Op.STAGE:
                 outcomes: list[StoreOutcome] = []
                 for key, size in zip(keys, sizes, strict=True):
-                    value = self._reserve(coming, space, key, size)
-                    await self._receive_staged(header, size, value)
-                    outcomes += coming.commit() if isinstance(value, Value) else [value]
+                    outcomes.append(await self._receive_staged(header, coming, space, key, size))
             else:
                 outcomes = await self._receive(coming, space, keys, sizes)
         return sizes, outcomes
@@ -168,15 +169,18 @@ class Intake:
         outcomes: list[StoreOutcome] = []
         nbytes = 0
         for key, size in zip(keys, sizes, strict=True):
-            value = self._reserve(coming, space, key, size)
-            if value is StoreOutcome.NOT_ADMITTED and coming.values:
-                # What is still coming can't be evicted; once it is there, it can.
+            if size and not coming.values:
+                await self._wire.begun()
+            value = self._expect(coming, space, key, size)
+            if size and value is StoreOutcome.NOT_ADMITTED and coming.values:
+                # What is still coming can't be evicted, and counts as ahead of what came.
                 outcomes += await self._finish(coming)
                 nbytes = 0
-                value = self._reserve(coming, space, key, size)
+                await self._wire.begun()
+                value = self._expect(coming, space, key, size)
             if isinstance(value, Value):
                 nbytes += size
-                if nbytes >= _TOGETHER_BYTES:
+                if nbytes >= _TOGETHER_BYTES or value.room < size:
                     outcomes += await self._finish(coming)
                     nbytes = 0
             else:
@@ -187,31 +191,52 @@ class Intake:
         return outcomes + await self._finish(coming)
 
     async def _finish(self, coming: Held) -> list[StoreOutcome]:
-        """Receive and commit the values of ``coming``, which is empty then."""
-        views = [
-            view
-            for value in coming.values
-            if value is not None
-            for view in self._service.arena.views(value.parts, value.nbytes)
-        ]
+        """Receive and commit the values of ``coming``, which is empty then.
+
+        Only the last one may lack some of its memory, which it gets as it comes.
+        """
+        arena = self._service.arena
+        values = [value for value in coming.values if value is not None]
+        views = [view for value in values for view in arena.views(value.parts, value.room)]
         await self._wire.read(*views)
+        for value in values[-1:]:
+            while value.room < value.nbytes:
+                await self._wire.begun()
+                parts = coming.grow(value)
+                if not parts:
+                    coming.discard(value)
+                    outcomes = coming.commit()
+                    await self._wire.drain(value.nbytes - value.room, self._scratch)
+                    return [*outcomes, StoreOutcome.NOT_ADMITTED]
+                await self._wire.read(*arena.views(parts, value.nbytes))
         return coming.commit()
 
-    async def _receive_staged(self, header: Header, size: int, value: Value | StoreOutcome) -> None:
+    async def _receive_staged(
+        self, header: Header, coming: Held, space: str, key: ChunkKey, size: int
+    ) -> StoreOutcome:
         staged = self._staged
         if staged is None:
             raise ProtocolError("STAGE without SHARE")
         data = memoryview(bytearray(4))
         head = protocol.header(Op.ACK, header.request, meta=4)
-        parts = value.extents() if isinstance(value, Value) else []
-        target = _Target(self._service.arena, parts)
+        filling: _Filling | StoreOutcome | None = None
         for start in range(0, size, staged.piece):
             await self._wire.read(data)
             slot = protocol.parse_slot(data, staged.slots)
             length = min(staged.piece, size - start)
-            if parts:
-                target.take(staged, slot, length)
+            if filling is None:
+                value = self._expect(coming, space, key, size)
+                if isinstance(value, Value):
+                    filling = _Filling(self._service.arena, coming, value)
+                else:
+                    filling = value
+            if isinstance(filling, _Filling) and not filling.take(staged, slot, length):
+                coming.drop()
+                filling = StoreOutcome.NOT_ADMITTED
             await self._wire.write([head + data])
+        if isinstance(filling, _Filling):
+            return coming.commit()[0]
+        return filling or StoreOutcome.NOT_ADMITTED  # a value of no bytes
 
 
 class Staged:
@@ -247,21 +272,27 @@ class Staged:
         return bool(ctypes.c_uint64.from_address(self._address + at).value == request)
 
 
-class _Target:
-    """Where the next staged piece of a value goes: parts of the arena, one after the other."""
+class _Filling:
+    """A value that comes piece by piece: parts of the arena, one after the other, and then more."""
 
-    def __init__(self, arena: Arena, parts: list[protocol.Extent]) -> None:
+    def __init__(self, arena: Arena, coming: Held, value: Value) -> None:
         self._arena = arena
-        self._parts = list(reversed(parts))
+        self._coming = coming
+        self._value = value
+        self._parts = list(reversed(trimmed(value.parts, value.room)))
 
-    def take(self, staged: Staged, slot: int, length: int) -> None:
-        """Copy the first ``length`` bytes of ``slot`` to the next place."""
+    def take(self, staged: Staged, slot: int, length: int) -> bool:
+        """Copy the first ``length`` bytes of ``slot`` to the next place; whether there is one."""
         offset = 0
-        while length:
+        while offset < length:
+            if not self._parts:
+                self._parts = list(reversed(self._coming.grow(self._value)))
+                if not self._parts:
+                    return False
             start, room = self._parts.pop()
-            some = min(room, length)
+            some = min(room, length - offset)
             staged.copy(slot, offset, self._arena.address + start, some)
             if some < room:
                 self._parts.append((start + some, room - some))
             offset += some
-            length -= some
+        return True

@@ -158,7 +158,10 @@ class Session:
         if header.payload and header.op not in (Op.STORE, Op.STAGE):
             raise ProtocolError(f"values come with {header.op.name}")
         meta = memoryview(bytearray(header.meta))
-        await self.wire.read(meta)
+        if header.payload:
+            await self.wire.read_along(meta)
+        else:
+            await self.wire.read(meta)
         self._service.counters.add("server_requests", op=header.op.name.lower())
         match header.op:
             case Op.CONTAINS | Op.COUNT | Op.DELETE:
@@ -240,11 +243,12 @@ class Session:
         self, disk: Disk, keys: list[ChunkKey], capacities: tuple[int, ...], found: Held
     ) -> None:
         absent = [i for i, value in enumerate(found.values) if value is None]
-        there = await disk.contains(self._space, [keys[i] for i in absent])
-        at = [i for i, hit in zip(absent, there, strict=True) if hit]
-        if at:
-            names, room = [keys[i] for i in at], [capacities[i] for i in at]
-            await disk.fetch(self._space, names, room, found, at)
+        sizes = await disk.sizes(self._space, [keys[i] for i in absent])
+        there = zip(absent, sizes, strict=True)
+        which = {i: size for i, size in there if 0 < size <= capacities[i]}
+        if which:
+            names = [keys[i] for i in which]
+            await disk.fetch(self._space, names, list(which.values()), found, list(which))
 
     async def _lend(self, header: Header, found: Held) -> None:
         if self._epoch is None or len(self._borrowed) >= MAX_BORROWS:

@@ -2,8 +2,10 @@
 
 A value is seen by nobody before it is complete, and its memory is used again only after its last
 reader let go. Who reads or fills has a `Held`, which ends exactly once whatever becomes of the
-request. Knows nothing about connections. Thread-safe: every method takes locks for microseconds,
-and none does I/O.
+request. Memory for what is still to come is bounded: a value that was only announced evicts
+nothing, and one that has begun to come gets the rest bit by bit once too much is waited for.
+Knows nothing about connections. Thread-safe: every method takes locks for microseconds, and none
+does I/O.
 """
 
 from __future__ import annotations
@@ -14,22 +16,27 @@ from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
 
+from lmcache_core.host_memory import PAGE_BYTES
 from lmcache_core.keys import ChunkKey
 from lmcache_core.leases import Lease, Ledger
 from lmcache_core.lm.arena import Arena, trimmed, whole_pages
-from lmcache_core.lm.protocol import Extent
+from lmcache_core.lm.protocol import MAX_EXTENTS, Extent
+from lmcache_core.lm.shares import Shares
 from lmcache_core.metrics import Counters
 from lmcache_core.storage import StoreOutcome
 
 _BYTES_PER_ENTRY = 16 << 10
 """There is one entry for so many bytes of arena at most, which bounds the index's own memory, some
 600 bytes an entry, to a twentieth of it."""
+UNSENT_PART = 8
+"""At most one part in so many of the memory waits for bytes; besides, each value may have as much
+ahead of it as has come, and a page."""
 
 
 class Value:
     """One value. Only `Values` changes it."""
 
-    __slots__ = ("key", "leases", "linked", "nbytes", "parts", "space")
+    __slots__ = ("key", "leases", "linked", "nbytes", "parts", "room", "space", "unsent")
 
     def __init__(self, space: str, key: ChunkKey, nbytes: int, parts: list[Extent]) -> None:
         self.space = space
@@ -39,6 +46,10 @@ class Value:
         self.leases = 1
         """How many a `Held` has of it. Its memory is its own until there are none."""
         self.linked = False
+        self.room = nbytes
+        """So many of its bytes have memory: fewer than all only while it comes."""
+        self.unsent = 0
+        """Those of them that weren't there when the memory was taken."""
 
     def extents(self) -> list[Extent]:
         """Where its bytes lie in the arena."""
@@ -91,7 +102,7 @@ class Held:
     def reserve(
         self, space: str, key: ChunkKey, nbytes: int, *, one_piece: bool = False
     ) -> Value | StoreOutcome:
-        """Memory for a value that is about to come, or why there is none.
+        """Memory for a value that is there, to be copied at once, or why there is none.
 
         Evicts what isn't being read. An existing value of another length is replaced.
         """
@@ -99,6 +110,26 @@ class Held:
         if isinstance(value, Value):
             self.values.append(value)
         return value
+
+    def expect(self, space: str, key: ChunkKey, nbytes: int) -> Value | StoreOutcome:
+        """Memory for a value of which a byte came, and for which nobody knows whether more will.
+
+        It may have `Value.room` for the first of its bytes only; when those are there, `grow` it.
+        Where this fills others already, there is all of its memory or none: fill those first.
+        """
+        value = self._owner._expect(space, key, nbytes, alone=not self.values)
+        if isinstance(value, Value):
+            self.values.append(value)
+        return value
+
+    def grow(self, value: Value) -> list[Extent]:
+        """More memory for a value whose `Value.room` is full; nothing: there is none."""
+        return self._owner._grow(value)
+
+    def discard(self, value: Value) -> None:
+        """Let go of one that it fills."""
+        self.values.remove(value)
+        self._owner._end([value])
 
     def commit(self) -> list[StoreOutcome]:
         """Let everybody see the values that it fills, which are complete; it has nothing then."""
@@ -139,6 +170,7 @@ class Values:
         self._spaces: dict[str, dict[ChunkKey, Value]] = {}
         self._bytes: dict[str, int] = {}
         self._used: OrderedDict[Value, None] = OrderedDict()
+        self._unsent = Shares(arena.capacity // UNSENT_PART)
         self._lock = threading.Lock()
 
     # -- reading ---------------------------------------------------------------------------
@@ -211,6 +243,7 @@ class Values:
                 "server_memory_used_bytes": self._arena.capacity - free,
                 "server_namespaces": len(self._spaces),
                 "server_leases": self.leases.out,
+                "server_unsent_bytes": self._unsent.taken,
             }
 
     # -- for `Held` ------------------------------------------------------------------------
@@ -229,22 +262,38 @@ class Values:
         self, space: str, key: ChunkKey, nbytes: int, one_piece: bool
     ) -> Value | StoreOutcome:
         with self._lock:
-            held = self._spaces.get(space, {}).get(key)
-            if held is not None and held.nbytes == nbytes:
-                self._used.move_to_end(held)
-                return StoreOutcome.ALREADY_PRESENT
-            if not 0 < nbytes <= self._arena.capacity:
-                return StoreOutcome.NOT_ADMITTED
-            parts = self._allocate(nbytes, one_piece)
+            refused = self._refused(space, key, nbytes)
+            if refused is not None:
+                return refused
+            parts = self._allocate(nbytes, 1 if one_piece else MAX_EXTENTS)
             if parts is None:
                 return StoreOutcome.NOT_ADMITTED
             return Value(space, key, nbytes, parts)
+
+    def _expect(
+        self, space: str, key: ChunkKey, nbytes: int, *, alone: bool
+    ) -> Value | StoreOutcome:
+        with self._lock:
+            refused = self._refused(space, key, nbytes)
+            if refused is not None:
+                return refused
+            value = Value(space, key, nbytes, [])
+            value.room = 0
+            if not self._extend(value, partly=alone):
+                return StoreOutcome.NOT_ADMITTED
+            return value
+
+    def _grow(self, value: Value) -> list[Extent]:
+        with self._lock:
+            self._came(value)
+            return self._extend(value, partly=True)
 
     def _commit(self, values: list[Value | None]) -> list[StoreOutcome]:
         outcomes: list[StoreOutcome] = []
         with self._lock:
             for value in values:
                 if value is not None:
+                    self._came(value)
                     outcomes.append(self._link(value))
                     self._let_go(value)
         values.clear()
@@ -287,12 +336,54 @@ class Values:
             value.parts = [(start, used)]
             self._arena.extents.release([(start + used, length - used)])
 
-    def _allocate(self, nbytes: int, one_piece: bool) -> list[Extent] | None:
+    def _refused(self, space: str, key: ChunkKey, nbytes: int) -> StoreOutcome | None:
+        """Why a value gets no memory, whatever there is."""
+        held = self._spaces.get(space, {}).get(key)
+        if held is not None and held.nbytes == nbytes:
+            self._used.move_to_end(held)
+            return StoreOutcome.ALREADY_PRESENT
+        if not 0 < nbytes <= self._arena.capacity:
+            return StoreOutcome.NOT_ADMITTED
+        return None
+
+    def _extend(self, value: Value, *, partly: bool) -> list[Extent]:
+        """Memory for what follows `Value.room`, all of which came: as much as may be ahead."""
+        rest = value.nbytes - value.room
+        left = MAX_EXTENTS - len(value.parts)
+        some = max(self._unsent.left(value.space), value.room, PAGE_BYTES)
+        if some < rest:
+            if not partly:
+                return []
+            some -= some % PAGE_BYTES
+            left //= 2  # the others are for what comes after that
+        else:
+            some = rest
+        last = sum(value.parts[-1]) if value.parts else None
+        parts = self._allocate(some, left, last) if left else None
+        if parts is None:
+            return []
+        more = parts
+        if parts[0][0] == last:
+            start, length = value.parts.pop()
+            more = [(start, length + parts[0][1]), *parts[1:]]
+        value.parts += more
+        value.room += some
+        value.unsent = some
+        self._unsent.take(value.space, some)
+        return trimmed(parts, some)
+
+    def _came(self, value: Value) -> None:
+        """All of a value's memory is filled, or nobody waits for it any more."""
+        if value.unsent:
+            self._unsent.give(value.space, value.unsent)
+            value.unsent = 0
+
+    def _allocate(self, nbytes: int, runs: int, after: int | None = None) -> list[Extent] | None:
         extents = self._arena.extents
         evicted = 0
         # In one piece, whole runs of values may have to go; that has to end somewhere.
-        bound = 4 * nbytes if one_piece else self._arena.capacity
-        while (parts := extents.allocate(nbytes, one_piece=one_piece)) is None:
+        bound = 4 * nbytes if runs == 1 else self._arena.capacity
+        while (parts := extents.allocate(nbytes, runs=runs, after=after)) is None:
             if evicted > bound or not (freed := self._evict_one()):
                 return None
             evicted += freed
@@ -324,5 +415,6 @@ class Values:
             self._free(value)
 
     def _free(self, value: Value) -> None:
+        self._came(value)
         self._arena.extents.release(value.parts)
         value.parts = []

@@ -23,6 +23,7 @@ MIN_PROGRESS_BYTES = 64 << 10
 then could hold memory for ever."""
 _YIELD_BYTES = 4 << 20
 _RECORDS_BYTES = 256 << 10
+_WANTS = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Wire:
@@ -44,6 +45,8 @@ class Wire:
         self._reading = False
         self._moved = 0
         self._since_turn = 0
+        self._next = memoryview(bytearray(1))
+        self._begun = False
         self._mark = (self._loop.time(), 0)
 
     async def handshake(self) -> None:
@@ -69,6 +72,10 @@ class Wire:
             OSError: the connection broke.
         """
         left = last_first(views)
+        if self._begun and left:
+            left[-1][0] = self._next[0]
+            take_out(left, 1)
+            self._begun = False
         while left:
             try:
                 got = self._receive_some(left)
@@ -79,6 +86,33 @@ class Wire:
                 await self._wanted(wants)
                 continue
             await self.took(got)  # a fast peer may never let the socket run dry
+
+    async def read_along(self, view: memoryview) -> None:
+        """Fill ``view``; if the first byte of what follows is there, `begun` doesn't wait for it.
+
+        Raises:
+            EOFError, OSError: as `read`.
+        """
+        got = 0
+        if view.nbytes and not self._tls:
+            with contextlib.suppress(*_WANTS):
+                got = self.sock.recvmsg_into([view, self._next])[0]
+                if not got:
+                    raise EOFError
+            self._moved += got
+        self._begun = got > view.nbytes
+        if got < view.nbytes:
+            await self.read(view[got:])
+
+    async def begun(self) -> None:
+        """Wait for the first byte of what comes next, which `read` puts where it belongs.
+
+        Raises:
+            EOFError, OSError: as `read`.
+        """
+        if not self._begun:
+            await self.read(self._next)
+            self._begun = True
 
     async def drain(self, nbytes: int, scratch: memoryview) -> None:
         """Read ``nbytes`` that nobody wants.
@@ -284,5 +318,5 @@ def _now(call: Callable[[], int]) -> int | OSError:
     """What ``call`` answers, or what it waits for."""
     try:
         return call()
-    except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as wants:
+    except _WANTS as wants:
         return wants

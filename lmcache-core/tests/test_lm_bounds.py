@@ -1,0 +1,330 @@
+"""What a client can make the server spend: it follows bytes that came, not what was announced."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from lmcache_core.keys import ChunkKey
+from lmcache_core.lm import greeting, protocol
+from lmcache_core.lm.arena import LEASE_BYTES, Arena, whole_pages
+from lmcache_core.lm.disk import Disk
+from lmcache_core.lm.protocol import HEADER_BYTES, Op, Status
+from lmcache_core.lm.service import Epochs, Regions, Service
+from lmcache_core.lm.session import SCRATCH_BYTES, Session
+from lmcache_core.lm.shares import Shares
+from lmcache_core.lm.values import UNSENT_PART, Value, Values
+from lmcache_core.lm.wire import Wire
+from lmcache_core.metrics import Counters
+from lmcache_core.storage import StoreOutcome
+
+PAGE = 4096
+MIB = 1 << 20
+SPACE = "5" * 16
+OTHERS = "6" * 16
+
+
+def key(number: int) -> ChunkKey:
+    return ChunkKey(number.to_bytes(16, "little"))
+
+
+def content(number: int, nbytes: int) -> bytes:
+    return (number.to_bytes(4, "little") * (nbytes // 4 + 1))[:nbytes]
+
+
+class Served:
+    """The sessions of a server, on this event loop."""
+
+    def __init__(self, nbytes: int, folder: Path | None = None) -> None:
+        self.counters = Counters()
+        self.arena = Arena(nbytes)
+        self.values = Values(self.arena, self.counters)
+        self.epochs = Epochs(self.arena, LEASE_BYTES, self.counters)
+        self.service = Service(
+            self.arena,
+            self.values,
+            self.counters,
+            self.epochs,
+            Regions(self.counters),
+            instance=bytes(16),
+            max_value_bytes=self.arena.capacity,
+        )
+        if folder is not None:
+            self.service.disk = Disk(
+                folder, None, values=self.values, arena=self.arena, counters=self.counters
+            )
+        self.scratch = memoryview(bytearray(SCRATCH_BYTES))
+        self._open: list[tuple[asyncio.Task[None], Peer]] = []
+
+    async def peer(self, space: str = SPACE) -> Peer:
+        """A client that was greeted."""
+        ours, theirs = socket.socketpair()
+        session = Session(self.service, Wire(ours, passes_descriptors=True), "a test", self.scratch)
+        peer = Peer(theirs)
+        self._open.append((asyncio.get_running_loop().create_task(session.run()), peer))
+        await peer.ask(Op.HELLO, meta=greeting.hello(space, b""))
+        return peer
+
+    def fill(self, nbytes: int, space: str = SPACE) -> list[ChunkKey]:
+        """Values of so many bytes until the memory is full."""
+        keys = [key(1000 + i) for i in range(self.arena.capacity // whole_pages(nbytes))]
+        for one in keys:
+            with self.values.hold() as filling:
+                assert isinstance(filling.reserve(space, one, nbytes), Value)
+                filling.commit()
+        return keys
+
+    def counted(self, name: str, **labels: str) -> float:
+        wanted = set(labels.items())
+        series = self.counters.snapshot().items()
+        return sum(n for (one, has), n in series if one == name and wanted <= set(has))
+
+    @property
+    def evicted(self) -> float:
+        return self.counted("evicted_chunks")
+
+    async def until(self, true: Callable[[], bool]) -> None:
+        """Let sessions run until that is so."""
+        for _ in range(20_000):
+            if true():
+                return
+            await asyncio.sleep(0.001)
+        raise AssertionError("it never came to that")
+
+    async def end(self) -> None:
+        for task, peer in self._open:
+            peer.sock.close()
+            await asyncio.wait([task])
+
+
+class Peer:
+    """A client that says what it is told."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self._loop = asyncio.get_running_loop()
+
+    async def say(self, data: bytes) -> None:
+        await self._loop.sock_sendall(self.sock, data)
+
+    async def receive(self, nbytes: int) -> bytes:
+        data = b""
+        while len(data) < nbytes:
+            more = await self._loop.sock_recv(self.sock, nbytes - len(data))
+            if not more:
+                raise EOFError
+            data += more
+        return data
+
+    async def answer(self) -> tuple[protocol.Header, bytes, bytes]:
+        head = protocol.parse_header(await self.receive(HEADER_BYTES))
+        return head, await self.receive(head.meta), await self.receive(head.payload)
+
+    async def ask(self, op: Op, count: int = 0, meta: bytes = b"", payload: bytes = b"") -> bytes:
+        sending = asyncio.ensure_future(self.say(message(op, count, meta, len(payload)) + payload))
+        head, meta, payload = await self.answer()
+        await sending
+        assert head.status is Status.OK, meta
+        return meta + payload
+
+    async def store(self, numbers: Sequence[int], nbytes: int) -> list[int]:
+        payload = b"".join(content(number, nbytes) for number in numbers)
+        meta = stored([key(number) for number in numbers], [nbytes] * len(numbers))
+        return list((await self.ask(Op.STORE, len(numbers), meta, payload))[16:])
+
+
+def message(op: Op, count: int = 0, meta: bytes = b"", payload: int = 0) -> bytes:
+    return protocol.header(op, 1, count=count, meta=len(meta), payload=payload) + meta
+
+
+def stored(keys: Sequence[ChunkKey], sizes: Sequence[int]) -> bytes:
+    return protocol.names(keys) + protocol.numbers(sizes)
+
+
+def announced(numbers: Sequence[int], nbytes: int) -> bytes:
+    meta = stored([key(number) for number in numbers], [nbytes] * len(numbers))
+    return message(Op.STORE, len(numbers), meta, nbytes * len(numbers))
+
+
+def served(
+    nbytes: int, work: Callable[[Served], Awaitable[None]], folder: Path | None = None
+) -> None:
+    """Do ``work`` with a server; at the end nothing is held."""
+
+    async def run() -> None:
+        server = Served(nbytes, folder)
+        try:
+            await work(server)
+            await server.end()
+            assert server.values.leases.out == 0
+            assert server.values.totals()["server_unsent_bytes"] == 0
+            used = sum(whole_pages(value.nbytes) for value in server.values._used)
+            assert server.arena.extents.free_bytes + used == server.arena.capacity
+        finally:
+            if server.service.disk is not None:
+                await asyncio.get_running_loop().run_in_executor(
+                    None, server.service.disk.close, 5.0
+                )
+            server.epochs.close()
+            server.arena.close()
+
+    asyncio.run(run())
+
+
+# -- stores that are announced ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("numbers", [[1], list(range(1, 40))], ids=["one", "many"])
+def test_stores_that_are_only_announced_evict_nothing(numbers: list[int]) -> None:
+    async def work(server: Served) -> None:
+        there = server.fill(64 << 10)
+        used = server.values.totals()["server_memory_used_bytes"]
+        for i in range(32):
+            peer = await server.peer(OTHERS)
+            await peer.say(announced([n + 100 * i for n in numbers], MIB))
+        await server.until(lambda: server.counted("server_requests", op="store") == 32)
+        await asyncio.sleep(0.01)
+        assert server.evicted == 0
+        assert all(server.values.contains(SPACE, there))
+        assert server.values.totals()["server_memory_used_bytes"] == used
+        assert server.values.totals()["server_unsent_bytes"] == 0
+
+    served(16 * MIB, work)
+
+
+def test_a_byte_of_each_store_evicts_a_part_at_most() -> None:
+    """And whoever stores all that it announces does so meanwhile, and gets it back."""
+
+    async def work(server: Served) -> None:
+        there = server.fill(64 << 10)
+        peers = [await server.peer(OTHERS) for _ in range(32)]
+        for i, peer in enumerate(peers):
+            await peer.say(announced([i], MIB) + content(i, MIB)[:1])
+        await server.until(lambda: server.values.leases.out == 32)
+        unsent = server.values.totals()["server_unsent_bytes"]
+        bound = server.arena.capacity // UNSENT_PART + 32 * PAGE
+        assert 0 < unsent <= bound
+        assert server.evicted * (64 << 10) <= bound + (64 << 10)
+        assert sum(server.values.contains(SPACE, there)) >= len(there) * 3 // 4
+        good = await server.peer()
+        assert await good.store([5000, 5001], MIB + 5) == [0, 0]
+        loaded = await good.ask(Op.LOAD, 2, stored([key(5000), key(5001)], [2 * MIB] * 2))
+        assert loaded[16:] == content(5000, MIB + 5) + content(5001, MIB + 5)
+        # Those that go on in the end are stored as well, in the parts that they got.
+        for i, peer in enumerate(peers[:8]):
+            await peer.say(content(i, MIB)[1:])
+            assert (await peer.answer())[1][16:] == b"\0"
+        loaded = await peers[0].ask(Op.LOAD, 8, stored([key(i) for i in range(8)], [MIB] * 8))
+        assert loaded[64:] == b"".join(content(i, MIB) for i in range(8))
+
+    served(16 * MIB, work)
+
+
+def test_a_value_of_the_usual_size_lies_in_one_piece() -> None:
+    """Also where the memory is full, and several come at once."""
+
+    async def work(server: Served) -> None:
+        server.fill(256 << 10)
+        peers = [await server.peer(OTHERS) for _ in range(3)]
+        for i, peer in enumerate(peers):
+            await peer.say(announced([i], 256 << 10) + b"x")
+        await server.until(lambda: server.values.leases.out == 3)
+        for i, peer in enumerate(peers):
+            await peer.say(content(i, 256 << 10)[1:])
+            await peer.answer()
+        with server.values.acquire(OTHERS, [key(i) for i in range(3)], [MIB] * 3) as held:
+            assert [len(value.extents()) for value in held.values if value] == [1, 1, 1]
+        assert server.evicted == 3
+
+    served(16 * MIB, work)
+
+
+def test_a_value_that_finds_no_more_room_half_way_is_not_admitted() -> None:
+    async def work(server: Served) -> None:
+        there = server.fill(64 << 10)
+        peer = await server.peer(OTHERS)
+        size = server.arena.capacity
+        await peer.say(announced([1], size) + content(1, MIB))
+        await server.until(lambda: server.values.leases.out == 1)
+        with server.values.acquire(SPACE, there[-8:], [MIB] * 8):  # which may not go then
+            for _ in range(size // MIB - 1):
+                await peer.say(bytes(MIB))
+            assert (await peer.answer())[1][16:] == b"\2"
+        assert await peer.store([2], MIB) == [0]  # the next message is understood
+
+    served(16 * MIB, work)
+
+
+def test_a_value_as_long_as_the_memory() -> None:
+    async def work(server: Served) -> None:
+        server.fill(64 << 10)
+        peer = await server.peer()
+        assert await peer.store([1, 2], server.arena.capacity // 2 - 1) == [0, 0]
+        assert await peer.store([3], server.arena.capacity) == [0]
+
+    served(4 * MIB, work)
+
+
+def test_memory_grows_with_what_came() -> None:
+    """Twice as much each time where nothing may be ahead; in one piece if there is one."""
+    arena = Arena(16 * MIB)
+    values = Values(arena, Counters())
+    try:
+        others = values._unsent.bound
+        values._unsent.take(OTHERS, others)
+        with values.hold() as coming:
+            value = coming.expect(SPACE, key(1), 5 * MIB + 3)
+            assert isinstance(value, Value)
+            assert value.room == PAGE
+            steps = 0
+            while value.room < value.nbytes:
+                before = value.room
+                assert coming.grow(value)
+                assert value.room <= 2 * before
+                steps += 1
+            assert steps <= 12
+            assert [length for _, length in value.extents()] == [5 * MIB + 3]
+            assert coming.commit() == [StoreOutcome.STORED]
+        values._unsent.give(OTHERS, others)
+        assert values.totals()["server_unsent_bytes"] == 0
+    finally:
+        arena.close()
+
+
+def test_nobody_takes_all_of_what_is_shared() -> None:
+    shares = Shares(100)
+    shares.take("a", 50)
+    assert (shares.left("a"), shares.left("b")) == (0, 50)
+    shares.take("b", 25)
+    assert (shares.left("a"), shares.left("b"), shares.left("c")) == (-25, 0, 25)
+    shares.give("a", 50)
+    assert (shares.taken, shares.left("a"), shares.left("b")) == (25, 75, 50)
+
+
+# -- loads from files --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capacity", [16 * MIB, 1 << 40])
+def test_a_capacity_evicts_nothing(tmp_path: Path, capacity: int) -> None:
+    """What comes from a file takes as much memory as the file has bytes."""
+
+    async def work(server: Served) -> None:
+        peer = await server.peer()
+        await peer.store([1, 2], 5000)
+        await server.until(lambda: server.counted("server_disk_stores") == 2)
+        server.values.clear(SPACE)
+        there = server.fill(64 << 10, OTHERS)
+        loaded = await peer.ask(Op.LOAD, 3, stored(list(map(key, (1, 2, 3))), [capacity] * 3))
+        assert loaded[24:] == content(1, 5000) + content(2, 5000)
+        assert server.evicted == 1
+        assert sum(server.values.contains(OTHERS, there)) == len(there) - 1
+        server.values.clear(SPACE)
+        loaded = await peer.ask(Op.LOAD, 1, stored([key(1)], [4999]))  # longer than that
+        assert loaded == protocol.number(protocol.MISSING)
+
+    served(16 * MIB, work, tmp_path)
