@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
+import tracemalloc
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from lm_server import RunningServer
 
 from lmcache_core.keys import ChunkKey
 from lmcache_core.lm import greeting, protocol
 from lmcache_core.lm.arena import LEASE_BYTES, Arena, whole_pages
 from lmcache_core.lm.disk import Disk
-from lmcache_core.lm.protocol import HEADER_BYTES, Op, Status
+from lmcache_core.lm.protocol import HEADER_BYTES, MAX_KEYS, MAX_META_BYTES, Op, Status
 from lmcache_core.lm.service import Epochs, Regions, Service
-from lmcache_core.lm.session import SCRATCH_BYTES, Session
-from lmcache_core.lm.shares import Shares
+from lmcache_core.lm.session import META_BYTES, SCRATCH_BYTES, Session
+from lmcache_core.lm.shares import Budget, Shares
 from lmcache_core.lm.values import UNSENT_PART, Value, Values
 from lmcache_core.lm.wire import Wire
 from lmcache_core.metrics import Counters
@@ -58,13 +62,16 @@ class Served:
                 folder, None, values=self.values, arena=self.arena, counters=self.counters
             )
         self.scratch = memoryview(bytearray(SCRATCH_BYTES))
+        self.sessions: list[Session] = []
         self._open: list[tuple[asyncio.Task[None], Peer]] = []
 
-    async def peer(self, space: str = SPACE) -> Peer:
+    async def peer(self, space: str = SPACE, client: str = "a") -> Peer:
         """A client that was greeted."""
         ours, theirs = socket.socketpair()
-        session = Session(self.service, Wire(ours, passes_descriptors=True), "a test", self.scratch)
+        wire = Wire(ours, passes_descriptors=True)
+        session = Session(self.service, wire, "a test", self.scratch, client)
         peer = Peer(theirs)
+        self.sessions.append(session)
         self._open.append((asyncio.get_running_loop().create_task(session.run()), peer))
         await peer.ask(Op.HELLO, meta=greeting.hello(space, b""))
         return peer
@@ -304,6 +311,86 @@ def test_nobody_takes_all_of_what_is_shared() -> None:
     assert (shares.left("a"), shares.left("b"), shares.left("c")) == (-25, 0, 25)
     shares.give("a", 50)
     assert (shares.taken, shares.left("a"), shares.left("b")) == (25, 75, 50)
+
+
+# -- requests that are announced -------------------------------------------------------------
+
+
+def test_a_header_takes_no_memory_for_what_it_announces() -> None:
+    count = 64
+
+    async def work(server: Served) -> None:
+        peers = [await server.peer() for _ in range(count)]
+        head = protocol.header(Op.CONTAINS, 1, count=MAX_KEYS, meta=MAX_META_BYTES)
+        before = tracemalloc.get_traced_memory()[0]
+        for peer in peers:
+            await peer.say(head)
+        await server.until(lambda: not any(one.wire.idle for one in server.sessions))
+        assert tracemalloc.get_traced_memory()[0] - before < count * (META_BYTES + (4 << 10))
+        await peers[0].say(bytes(3 * META_BYTES))
+        await server.until(lambda: server.service.requests.taken > 0)
+        # As much as came is awaited, from each.
+        assert server.service.requests.taken <= 8 * META_BYTES
+
+    tracemalloc.start()
+    try:
+        served(MIB, work)
+    finally:
+        tracemalloc.stop()
+
+
+def test_long_requests_share_what_there_is_between_clients() -> None:
+    keys = [key(i) for i in range(1000)]
+    names = protocol.names(keys)
+
+    async def work(server: Served) -> None:
+        server.service.requests = Budget(2 * len(names))
+        peer = await server.peer(client="a")
+        assert await peer.ask(Op.CONTAINS, len(keys), names) == bytes(len(keys))
+        assert server.service.requests.taken == 0
+        greedy = [await server.peer(client="a") for _ in range(2)]
+        for one in greedy:  # neither ends
+            await one.say(message(Op.CONTAINS, len(keys), names)[:-1])
+        head, text, _ = await greedy[1].answer()
+        assert (head.status, text) == (Status.BUSY, b"too many long requests are under way")
+        assert server.counted("server_refused", reason="busy") == 1
+        other = await server.peer(client="b")
+        assert await other.ask(Op.CONTAINS, 100, protocol.names(keys[:100])) == bytes(100)
+        some = protocol.names(keys[:500])
+        assert await other.ask(Op.CONTAINS, 500, some) == bytes(500)
+
+    served(MIB, work)
+
+
+def test_two_thousand_connections_take_little() -> None:
+    """Each was greeted, and announces the longest request that there is."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = min(2000, limits[1] - 200)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    server = RunningServer("--memory-gib", "0.1", "--unix", "none")
+    try:
+        with ExitStack() as stack:
+            hello = message(Op.HELLO, meta=greeting.hello(SPACE, b""))
+            head = protocol.header(Op.CONTAINS, 1, count=MAX_KEYS, meta=MAX_META_BYTES)
+            before = resident(server)
+            for _ in range(count):
+                sock = socket.create_connection(("127.0.0.1", server.port))
+                stack.enter_context(sock).sendall(hello)
+                assert sock.recv(HEADER_BYTES)
+                sock.sendall(head + b"x")
+            last = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            last.sendall(hello)
+            assert last.recv(HEADER_BYTES)
+            assert resident(server) - before < 64 * MIB
+    finally:
+        server.stop()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def resident(server: RunningServer) -> int:
+    """Bytes of memory that the server's process has."""
+    pages = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
 
 
 # -- loads from files --------------------------------------------------------------------------

@@ -178,6 +178,7 @@ async def ordinary(peer: Peer) -> None:
     for op in (Op.CONTAINS, Op.COUNT):
         await peer.ask(op, 1, protocol.names(named(9, 1)))
         await peer.ask(op, len(keys), protocol.names(keys))
+    await peer.ask(Op.CONTAINS, 12, protocol.names(named(0, 12)))  # in parts
     await peer.ask(Op.USAGE)
     await peer.ask(Op.DELETE, 1, protocol.names(keys[:1]))
     await peer.ask(Op.CLEAR)
@@ -407,6 +408,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Turns and batches so small that tests reach what comes after them."""
     for module, name, number in (
         (wire, "_YIELD_BYTES", 8192),
+        (session, "META_BYTES", 160),
         (intake, "_TURN_BYTES", 2048),
         (intake, "_TOGETHER_BYTES", 60_000),
     ):

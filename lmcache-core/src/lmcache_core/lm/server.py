@@ -196,9 +196,10 @@ class Server:
                 )
                 sock.close()
                 continue
-            peer = f"{address[0]}:{address[1]}" if address else "a Unix socket's client"
+            client = address[0] if address else "a Unix socket's client"
+            peer = f"{client}:{address[1]}" if address else client
             worker = min(self._workers, key=lambda worker: worker.sessions)
-            worker.take(sock, peer, tls)
+            worker.take(sock, client, peer, tls)
 
     def _close(self) -> None:
         for worker in self._workers:
@@ -232,10 +233,10 @@ class _Worker:
         )
         self._thread.start()
 
-    def take(self, sock: socket.socket, peer: str, tls: ssl.SSLContext | None) -> None:
+    def take(self, sock: socket.socket, client: str, peer: str, tls: ssl.SSLContext | None) -> None:
         """Serve a connection. From the accepting thread."""
         self.sessions += 1
-        self._loop.call_soon_threadsafe(self._begin, sock, peer, tls)
+        self._loop.call_soon_threadsafe(self._begin, sock, client, peer, tls)
 
     def stop(self) -> None:
         """Let sessions finish what they are at, and end."""
@@ -254,7 +255,9 @@ class _Worker:
             self._loop.run_until_complete(checking)
         self._loop.close()
 
-    def _begin(self, sock: socket.socket, peer: str, tls: ssl.SSLContext | None) -> None:
+    def _begin(
+        self, sock: socket.socket, client: str, peer: str, tls: ssl.SSLContext | None
+    ) -> None:
         try:
             sock.setblocking(False)
             if sock.family != socket.AF_UNIX:
@@ -268,7 +271,7 @@ class _Worker:
             sock.close()
             self.sessions -= 1
             return
-        session = Session(self._service, wire, peer, self._scratch)
+        session = Session(self._service, wire, peer, self._scratch, client)
         task = self._loop.create_task(session.run())
         self._open[task] = session
         task.add_done_callback(self._ended)

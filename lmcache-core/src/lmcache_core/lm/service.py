@@ -17,6 +17,7 @@ from lmcache_core.leases import Lease, Ledger, Shared
 from lmcache_core.lm.arena import Arena
 from lmcache_core.lm.fence import fence
 from lmcache_core.lm.mapping import ReadOnlyMapping
+from lmcache_core.lm.shares import Budget
 from lmcache_core.lm.values import Values
 from lmcache_core.metrics import Counters
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from lmcache_core.lm.disk import Disk
 
 logger = logging.getLogger(__name__)
+
+LONG_REQUESTS_BYTES = 8 << 20
+"""Meta of requests that have much of it, all that are under way together. What is made of it, keys
+above all, takes about four times as much."""
 
 
 class Epoch:
@@ -154,6 +159,8 @@ class Service:
     unix_path: str = ""
     stall_s: float = 30.0
     disk: Disk | None = None
+    requests: Budget = field(default_factory=lambda: Budget(LONG_REQUESTS_BYTES))
+    """Bytes of meta beyond what every request may have, by client."""
     log_times: dict[str, float] = field(default_factory=dict)
 
     def log(self, kind: str, text: str, *arguments: object) -> None:

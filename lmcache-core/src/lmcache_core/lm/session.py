@@ -41,15 +41,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCRATCH_BYTES = 256 << 10
+META_BYTES = 4 << 10
+"""So much meta every request may have: 160 keys to load. What is more is shared between clients."""
 HELLO_S = 10.0
 MAX_BORROWS = 64
 
 
 class Session:
-    """One client."""
+    """One connection. ``client``: what all connections of one client have in common."""
 
-    def __init__(self, service: Service, wire: Wire, peer: str, scratch: memoryview) -> None:
+    def __init__(
+        self, service: Service, wire: Wire, peer: str, scratch: memoryview, client: str = ""
+    ) -> None:
         self.peer = peer
+        self._client = client
         self.is_unix = wire.sock.family == socket.AF_UNIX
         self.wire = wire
         self.stopping = False
@@ -157,11 +162,35 @@ class Session:
             raise ProtocolError(f"a request that makes no sense: {header}")
         if header.payload and header.op not in (Op.STORE, Op.STAGE):
             raise ProtocolError(f"values come with {header.op.name}")
-        meta = memoryview(bytearray(header.meta))
-        if header.payload:
+        meta = memoryview(bytearray(min(header.meta, META_BYTES)))
+        if header.payload and header.meta <= META_BYTES:
             await self.wire.read_along(meta)
         else:
             await self.wire.read(meta)
+        if header.meta <= META_BYTES:
+            await self._do(header, meta)
+        else:
+            await self._do_long(header, meta)
+
+    async def _do_long(self, header: Header, begin: memoryview) -> None:
+        """The same for a request with much meta, of which as much is awaited as came."""
+        budget, taken = self._service.requests, 0
+        parts = [begin]
+        try:
+            while (left := header.meta - META_BYTES - taken) > 0:
+                some = min(META_BYTES + taken, left)
+                if not budget.take(self._client, some):
+                    raise ProtocolError("too many long requests are under way", Status.BUSY)
+                taken += some
+                parts.append(memoryview(bytearray(some)))
+                await self.wire.read(parts[-1])
+            meta = memoryview(b"".join(parts))
+            parts.clear()
+            await self._do(header, meta)
+        finally:
+            budget.give(self._client, taken)
+
+    async def _do(self, header: Header, meta: memoryview) -> None:
         self._service.counters.add("server_requests", op=header.op.name.lower())
         match header.op:
             case Op.CONTAINS | Op.COUNT | Op.DELETE:
