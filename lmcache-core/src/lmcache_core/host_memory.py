@@ -31,6 +31,7 @@ _MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235}
 # these names (conda's and uv's do), while the libc that they run on has the function.
 _MFD_CLOEXEC, _MFD_ALLOW_SEALING, _MFD_HUGETLB_2MB = 1, 2, 4 | 21 << 26
 _F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1, 2, 4
+_F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1
 _OFF = ("never", "deny")
 _SHARED_HUGEPAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
@@ -167,6 +168,51 @@ def attach(fd: int, nbytes: int) -> HostRegion:
     return mapping.region()
 
 
+def memfd(name: str, nbytes: int, *, reserved: bool = False) -> int:
+    """The descriptor of a file of ``nbytes`` that only exists in memory.
+
+    Nobody can make it longer or shorter. Its mode lets its owner read it and nobody write it: what
+    this descriptor can, none can that is opened from another process's copy of it. ``reserved``:
+    of 2 MiB pages.
+
+    Raises:
+        OSError: the system doesn't give it.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = _MFD_CLOEXEC | _MFD_ALLOW_SEALING | (_MFD_HUGETLB_2MB if reserved else 0)
+    fd = int(libc.memfd_create(name.encode(), ctypes.c_uint(flags)))
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    try:
+        os.ftruncate(fd, nbytes)
+        os.fchmod(fd, 0o400)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def keep_writers_out(fd: int) -> None:
+    """Let nobody write what `memfd` gave but by mappings that there are; nor undo this.
+
+    Raises:
+        OSError: the kernel is older than Linux 5.1, or it is no such file.
+    """
+    fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | _F_SEAL_SEAL)
+
+
+def reader_of(fd: int) -> int | None:
+    """Another descriptor of the same file, by which it can be read and mapped but not written.
+
+    ``None``: the system doesn't give one, as without ``/proc``.
+    """
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Memory that this process could still take without swapping or being killed for it.
 
@@ -258,15 +304,9 @@ def _private_mapping(nbytes: int, *, reserved: bool = False) -> _Mapping:
 
 
 def _shared_mapping(nbytes: int, *, reserved: bool = False) -> _Mapping:
-    """A mapped memfd, sealed: a process that got it can't shrink it under the others' feet."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    flags = _MFD_CLOEXEC | _MFD_ALLOW_SEALING | (_MFD_HUGETLB_2MB if reserved else 0)
-    fd = libc.memfd_create(b"lmcache", ctypes.c_uint(flags))
-    if fd < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    """A mapped memfd: a process that got it can't shrink it under the others' feet."""
+    fd = memfd("lmcache", nbytes, reserved=reserved)
     try:
-        os.ftruncate(fd, nbytes)
-        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW)
         mapping = _Mapping(fd, nbytes, flags=mmap.MAP_SHARED)
     except OSError:
         os.close(fd)

@@ -8,6 +8,7 @@ business; which chunks go where is decided by the planner.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from lmcache_core.errors import (
 )
 from lmcache_core.frame import HEADER_BYTES, VERSION
 from lmcache_core.guard import Answer, Guard, attempted
+from lmcache_core.host_memory import keep_writers_out
 from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import KVLayout
@@ -115,6 +117,11 @@ class Tiers:
             ConfigError: a backend refused its options or credentials.
             PluginError: a plugin is missing, lacks what it needs, or is broken.
         """
+        fd = None if region is None else region.fd
+        if fd is not None and not any(section.isolated for section in sections):
+            # Nobody but isolated backends' processes, which may be replaced at any time, writes it.
+            with contextlib.suppress(OSError):  # an old kernel, or a plugin's own kind of file
+                keep_writers_out(fd)
         openings = []
         facts = SerdeFacts(namespace.fingerprint, rope, weights)
         for section in sections:

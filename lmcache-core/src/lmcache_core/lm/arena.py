@@ -16,17 +16,21 @@ from __future__ import annotations
 import bisect
 import contextlib
 import ctypes
-import fcntl
 import mmap
 import os
 
 from lmcache_core.errors import ConfigError
-from lmcache_core.host_memory import PAGE_BYTES, available_bytes
+from lmcache_core.host_memory import (
+    PAGE_BYTES,
+    available_bytes,
+    keep_writers_out,
+    memfd,
+    reader_of,
+)
 from lmcache_core.lm.protocol import MAX_EXTENTS, Extent
 
 LEASE_BYTES = 64 << 10
 """The arena's first pages: a u64 for each client that reads it directly."""
-_F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; Python has no name for it
 _POPULATE_STEP = 64 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 
@@ -123,17 +127,14 @@ class Arena:
                 f"{available / 2**30:.2f} GiB are available; ask for less"
             )
         self.nbytes = LEASE_BYTES + whole_pages(nbytes)
-        self._fd = os.memfd_create("lmcache-server", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._fd, self.nbytes)
+        self._fd = memfd("lmcache-server", self.nbytes)
         self._map = mmap.mmap(self._fd, self.nbytes)
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-        try:
-            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, seals | _F_SEAL_FUTURE_WRITE)
-            self.reader: int | None = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY)
-        except OSError:  # an old kernel, or no /proc: nobody gets the memory then
-            self.reader = None
+        self.reader: int | None = None
+        with contextlib.suppress(OSError):  # an old kernel: nobody gets the memory then
+            keep_writers_out(self._fd)
+            self.reader = reader_of(self._fd)
         with contextlib.suppress(OSError):  # decided by the kernel's shmem_enabled
             self._map.madvise(mmap.MADV_HUGEPAGE)
         if populate:

@@ -44,6 +44,7 @@ class LmBackend(StorageBackend):
         self._max_value_bytes: int | None = None
         self._context: BackendContext | None = None
         self._token = b""
+        self._noticed: set[str] = set()
 
     @property
     def capabilities(self) -> BackendCapabilities:
@@ -185,8 +186,16 @@ class LmBackend(StorageBackend):
                 self._token,
                 f"lmcache-{context.name}",
                 context.region,
+                self._notice,
             )
         return connection
+
+    def _notice(self, text: str) -> None:
+        """Say it once, however many connections find it. From their threads."""
+        if text not in self._noticed:
+            self._noticed.add(text)
+            name = "lm" if self._context is None else self._context.name
+            logger.warning("%s: %s: %s", name, self._config.address, text)
 
 
 def _usage_call() -> Call:

@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -46,14 +46,15 @@ class Connection:
         fingerprint: str,
         token: bytes,
         name: str,
-        region: HostRegion | None = None,
+        region: HostRegion | None,
+        notice: Callable[[str], None],
     ) -> None:
         self.address = config.address
         self.welcome: Welcome | None = None
         self.waiting_bytes = 0
         """Of values in calls that aren't over: a measure of how busy this connection is."""
         self._line = Line(config, lambda: bool(self._pending))
-        self._handshake = Handshake(config, self._line, fingerprint, token, region)
+        self._handshake = Handshake(config, self._line, fingerprint, token, region, notice)
         self._shared: SharedMemory | None = None
         self._queue: SimpleQueue[Call | None] = SimpleQueue()
         self._pending: dict[int, Call] = {}

@@ -10,13 +10,14 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 
 from lmcache_core.errors import BackendError
 from lmcache_core.lm import greeting, protocol
 from lmcache_core.lm.config import LmConfig
 from lmcache_core.lm.greeting import Welcome
 from lmcache_core.lm.line import Line
-from lmcache_core.lm.mapping import ReadOnlyMapping
+from lmcache_core.lm.mapping import ReadOnlyMapping, is_sealed, may_share
 from lmcache_core.lm.protocol import HEADER_BYTES, Op, ProtocolError, Status
 from lmcache_core.lm.shared import (
     PIECE_BYTES,
@@ -31,9 +32,17 @@ from lmcache_core.tls import client_context
 
 logger = logging.getLogger(__name__)
 
+_ANOTHER_USER = (
+    "its server runs as another user, so no memory is shared with it and values go through the "
+    "socket; run it as this engine's user, or set same_host: false"
+)
+
 
 class Handshake:
-    """Says hello for the namespace ``fingerprint``, with ``token``. ``region``: memory to share."""
+    """Says hello for the namespace ``fingerprint``, with ``token``. ``region``: memory to share.
+
+    ``notice`` is told what the user should know about the way that was found.
+    """
 
     def __init__(
         self,
@@ -42,7 +51,9 @@ class Handshake:
         fingerprint: str,
         token: bytes,
         region: HostRegion | None,
+        notice: Callable[[str], None],
     ) -> None:
+        self._notice = notice
         self._config = config
         self._line = line
         self._hello = greeting.hello(fingerprint, token)
@@ -68,7 +79,10 @@ class Handshake:
             stream, welcome = self._nearer(stream, welcome)
         shared: SharedMemory | None = None
         if config.same_host and welcome.shares_memory and isinstance(stream, Plain):
-            shared = self._share(stream)
+            if may_share(stream.sock):
+                shared = self._share(stream)
+            else:
+                self._notice(_ANOTHER_USER)
         return welcome, shared
 
     def _encrypted(self, sock: socket.socket) -> Stream:
@@ -109,6 +123,10 @@ class Handshake:
             nearer = Plain(dial_unix(welcome.unix_path, self._config.connect_timeout_s))
         except OSError as error:
             logger.debug("%s: stays on TCP: %s: %s", line.address, welcome.unix_path, error)
+            return stream, welcome
+        if not may_share(nearer.sock):
+            nearer.close()
+            self._notice(_ANOTHER_USER)
             return stream, welcome
         try:
             line.use(nearer, keep_other=True)
@@ -163,6 +181,8 @@ class Handshake:
             data = memoryview(bytearray(16))
             self._line.fill(data, until=until)
             nbytes, epoch_at = greeting.parse_shared(data)
+            if not is_sealed(fds[0]):  # reading behind its end would end this process
+                raise ProtocolError("the server's memory can still shrink; it must be sealed")
             return ReadOnlyMapping(fds[0], nbytes), epoch_at
         finally:
             for fd in fds:

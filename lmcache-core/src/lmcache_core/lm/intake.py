@@ -9,7 +9,6 @@ answers, nor about values on their way out.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from lmcache_core.keys import ChunkKey
 from lmcache_core.lm import greeting, protocol
 from lmcache_core.lm.arena import Arena, trimmed
 from lmcache_core.lm.fence import fence
-from lmcache_core.lm.mapping import is_sealed
+from lmcache_core.lm.mapping import ReadOnlyMapping, is_sealed
 from lmcache_core.lm.protocol import Header, Op, ProtocolError
 from lmcache_core.lm.service import Region, Service
 from lmcache_core.lm.values import Held, Value
@@ -252,8 +251,8 @@ class Staged:
             raise ProtocolError("the staging memory is smaller than announced")
         self.piece = piece
         self.slots = nbytes // piece
-        self._map = mmap.mmap(fd, nbytes)
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._map = ReadOnlyMapping(fd, nbytes)
+        self._address = self._map.address
         self._vouchers = nbytes % piece // 8
 
     def copy(self, slot: int, offset: int, target: int, nbytes: int) -> None:

@@ -1,6 +1,7 @@
-"""Memory of another process, mapped for reading, and what to ask of it before.
+"""Memory of another process, mapped for reading, and what to ask of it and its owner before.
 
-Knows descriptors, addresses and seals. Knows nothing about what lies there.
+Knows descriptors, addresses, seals and who is at the other end of a Unix socket. Knows nothing
+about what lies there.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ import ctypes
 import fcntl
 import mmap
 import os
+import socket
+import struct
 
 from lmcache_core.lm.protocol import Extent
 
+_CREDENTIALS = struct.Struct("=iII")
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -59,3 +63,14 @@ def is_sealed(fd: int) -> bool:
         return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
     except OSError:
         return False
+
+
+def may_share(sock: socket.socket) -> bool:
+    """Whether memory may be handed to, and taken from, the other end of a connected Unix socket.
+
+    That is this process's user, who can look into it anyway, or root. Of a listener's process,
+    it is the user at the time when it began to listen.
+    """
+    size = _CREDENTIALS.size
+    _, user, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return user in (0, os.geteuid())

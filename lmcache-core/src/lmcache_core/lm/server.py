@@ -27,6 +27,7 @@ from lmcache_core.lm.config import is_loopback
 from lmcache_core.lm.disk import Disk
 from lmcache_core.lm.http import MetricsServer
 from lmcache_core.lm.listening import listen, listen_unix, unix_path
+from lmcache_core.lm.mapping import may_share
 from lmcache_core.lm.service import Epochs, Regions, Service
 from lmcache_core.lm.session import SCRATCH_BYTES, Session
 from lmcache_core.lm.values import Values
@@ -260,12 +261,13 @@ class _Worker:
     ) -> None:
         try:
             sock.setblocking(False)
-            if sock.family != socket.AF_UNIX:
+            is_unix = sock.family == socket.AF_UNIX
+            if not is_unix:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if tls is not None:
                 sock = tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-            wire = Wire(sock, passes_descriptors=sock.family == socket.AF_UNIX)
+            wire = Wire(sock, passes_descriptors=is_unix and may_share(sock))
         except OSError as error:
             logger.debug("%s: %s", peer, error)
             sock.close()

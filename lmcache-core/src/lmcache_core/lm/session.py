@@ -21,6 +21,7 @@ from lmcache_core.keys import ChunkKey
 from lmcache_core.lm import greeting, protocol
 from lmcache_core.lm.greeting import Welcome
 from lmcache_core.lm.intake import Intake
+from lmcache_core.lm.mapping import may_share
 from lmcache_core.lm.protocol import (
     HEADER_BYTES,
     MAX_HELLO_BYTES,
@@ -56,6 +57,7 @@ class Session:
         self.peer = peer
         self._client = client
         self.is_unix = wire.sock.family == socket.AF_UNIX
+        self._shares = self.is_unix and may_share(wire.sock) and service.arena.reader is not None
         self.wire = wire
         self.stopping = False
         self._service = service
@@ -131,7 +133,7 @@ class Session:
         self._space = hello.fingerprint
         reply = Welcome(
             service.instance,
-            self.is_unix and service.arena.reader is not None,
+            self._shares,
             service.max_value_bytes,
             service.values.usage(self._space),
             "" if self.is_unix else service.unix_path,
@@ -302,8 +304,8 @@ class Session:
         service = self._service
         fds, self.wire.received_fds = self.wire.received_fds, []
         try:
-            if service.arena.reader is None:
-                raise ProtocolError("the memory of this server can't be shared")
+            if not self._shares or service.arena.reader is None:
+                raise ProtocolError("the memory of this server isn't shared here", Status.DENIED)
             self._intake.share(meta, fds)
         finally:
             for fd in fds:

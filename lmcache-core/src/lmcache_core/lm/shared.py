@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import mmap
 import os
 from collections.abc import Sequence
 from queue import SimpleQueue
 
-from lmcache_core.host_memory import address_of
+from lmcache_core.host_memory import address_of, keep_writers_out, memfd, reader_of
 from lmcache_core.lm.fence import fence
 from lmcache_core.lm.mapping import ReadOnlyMapping
 from lmcache_core.storage import HostRegion
@@ -28,20 +27,25 @@ STAGING_BYTES = _SLOTS * PIECE_BYTES + 8 * _VOUCHERS
 class Staging:
     """Memory of ours that the server maps: slots of `PIECE_BYTES`, and vouchers behind them.
 
+    ``fd`` is for the server, who can't write by it.
+
     A voucher is the number of an OFFER for as long as the offered buffers don't change. Two numbers
     that share a place can only cost the earlier one its store.
     """
 
     def __init__(self) -> None:
-        self.fd = os.memfd_create("lmcache-staging", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.fd = memfd("lmcache-staging", STAGING_BYTES)
         try:
-            os.ftruncate(self.fd, STAGING_BYTES)
-            # Without this seal, a server that maps it could be made to die by truncating it.
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             self._map = mmap.mmap(self.fd, STAGING_BYTES)
         except BaseException:
             os.close(self.fd)
             raise
+        with contextlib.suppress(OSError):  # an old kernel: then the next line has to do
+            keep_writers_out(self.fd)
+        reader = reader_of(self.fd)
+        if reader is not None:
+            os.close(self.fd)
+            self.fd = reader
         self._view = memoryview(self._map)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._vouchers = self._view[_SLOTS * PIECE_BYTES :].cast("Q")
@@ -139,9 +143,4 @@ class SharedMemory:
 
 def open_for_reading(region: HostRegion) -> int | None:
     """A descriptor that others can map ``region`` by, but not write it; ``None``: there is none."""
-    if region.fd is None:
-        return None
-    try:
-        return os.open(f"/proc/self/fd/{region.fd}", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # no /proc
-        return None
+    return None if region.fd is None else reader_of(region.fd)
