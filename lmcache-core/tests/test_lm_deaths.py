@@ -30,6 +30,7 @@ from lmcache_core.lm import disk as disk_module
 from lmcache_core.lm import greeting, intake, protocol, session, wire
 from lmcache_core.lm.arena import LEASE_BYTES, Arena, whole_pages
 from lmcache_core.lm.disk import Disk
+from lmcache_core.lm.proof import Side, Transcript
 from lmcache_core.lm.protocol import HEADER_BYTES, Op
 from lmcache_core.lm.service import Epochs, Regions, Service
 from lmcache_core.lm.session import SCRATCH_BYTES, Session
@@ -153,8 +154,13 @@ def named(first: int, count: int = len(SIZES)) -> list[Any]:
 
 
 async def hello(peer: Peer) -> None:
-    meta = greeting.hello(SPACE, b"")
-    await peer.ask(Op.HELLO, meta=meta)
+    token = TRIALS[0].service.token
+    meta = greeting.hello(SPACE, bytes(32), proves=bool(token))
+    challenge, _ = await peer.ask(Op.HELLO, meta=meta)
+    if token:
+        proof = Transcript(meta, challenge, b"unix").proof(token, Side.CLIENT)
+        welcome, _ = await peer.ask(Op.PROVE, meta=proof)
+        assert greeting.parse_welcome(memoryview(welcome)).instance == bytes(16)
 
 
 async def store(peer: Peer, keys: Sequence[Any]) -> None:
@@ -267,7 +273,13 @@ async def rude(peer: Peer) -> None:
     await peer.ask(Op.LOAD, 1, protocol.names(named(0, 1)), announce=70_000, payload=bytes(70_000))
 
 
+async def proven(peer: Peer) -> None:
+    """After a greeting with a token, which `hello` did."""
+    await peer.ask(Op.USAGE)
+
+
 SCRIPTS: dict[str, Callable[[Peer], Any]] = {
+    "token": proven,
     "ordinary": ordinary,
     "sharing": sharing,
     "large": large,
@@ -287,7 +299,7 @@ TRIALS: list[Trial] = []
 class Trial:
     """One server with one client, and what must hold when both are gone."""
 
-    def __init__(self, steps: Steps, folder: Path | None) -> None:
+    def __init__(self, steps: Steps, folder: Path | None, token: bytes) -> None:
         self.counters = Counters()
         self.arena = Arena(1 << 20)
         self.values = Values(self.arena, self.counters)
@@ -299,6 +311,7 @@ class Trial:
             self.epochs,
             Regions(self.counters),
             instance=bytes(16),
+            token=token,
             max_value_bytes=self.arena.capacity,
         )
         self.steps = steps
@@ -418,7 +431,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def tried(steps: Steps, name: str, way: str, at: Chain | None, fault: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    trial = Trial(steps, folder if name.startswith("files") else None)
+    token = b"a token" if name == "token" else b""
+    trial = Trial(steps, folder if name.startswith("files") else None, token)
     steps.at, steps.fault = at, None
     loop = asyncio.new_event_loop()
     steps.watch(loop)

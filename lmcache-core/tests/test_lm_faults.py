@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import xxhash
-from lm_server import RunningServer
+from lm_server import RunningServer, certificate
 from system_packages import need
 
 from lmcache_core import Cache, ConfigError, DType, KVLayout, Plugins, full_attention, load_config
@@ -346,24 +346,13 @@ def test_redis_on_the_port(run: Loop) -> None:
 def test_another_version_of_the_protocol(
     server: RunningServer, run: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def later(fingerprint: str, token: bytes) -> bytes:
-        return original(fingerprint, token, version=2)
+    def later(fingerprint: str, nonce: bytes, *, proves: bool) -> bytes:
+        return original(fingerprint, nonce, proves=proves, version=3)
 
     original = greeting.hello
     monkeypatch.setattr(greeting, "hello", later)
-    with pytest.raises(BackendRejected, match=r"speaks version 2 .* speaks version 1"):
+    with pytest.raises(BackendRejected, match=r"speaks version 3 .* speaks version 2"):
         open_backend(run, port=server.port)
-
-
-def certificate(folder: Path) -> tuple[Path, Path]:
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
-    subprocess.run(
-        [*command.split(), "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", cert],
-        check=True,
-        capture_output=True,
-    )
-    return cert, key
 
 
 def test_tls(start: Callable[..., RunningServer], run: Loop, tmp_path: Path) -> None:

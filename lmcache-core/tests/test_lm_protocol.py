@@ -8,6 +8,8 @@ runs so many cases that hypothesis makes up, and so many changes of valid messag
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import random
 import struct
 import sys
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 from lmcache_core.keys import ChunkKey
 from lmcache_core.lm import greeting, protocol
 from lmcache_core.lm.greeting import Welcome
+from lmcache_core.lm.proof import PROOF_BYTES, Side, Transcript
 from lmcache_core.lm.protocol import HEADER_BYTES, MISSING, Op, ProtocolError, Status
 
 CASES = 300
@@ -70,7 +73,12 @@ HEADERS = st.builds(
     st.integers(0, MISSING),
 )
 HELLOS = st.builds(
-    greeting.hello, st.just("0123456789abcdef"), st.binary(max_size=40), st.integers(0, 3)
+    lambda nonce, proves, version: greeting.hello(
+        "0123456789abcdef", nonce, proves=proves, version=version
+    ),
+    st.binary(max_size=32),
+    st.booleans(),
+    st.integers(0, 3),
 )
 WELCOMES = st.builds(
     lambda instance, shares, longest, path: greeting.welcome(
@@ -99,6 +107,11 @@ PARSERS: dict[str, tuple[st.SearchStrategy[bytes], Callable[[memoryview, int], A
         st.one_of(damaged(WELCOMES), st.binary(max_size=120)),
         lambda data, n: greeting.parse_welcome(data),
     ),
+    "challenge": (
+        st.one_of(damaged(st.binary(max_size=32).map(greeting.challenge)), damaged(WELCOMES)),
+        lambda data, n: greeting.is_challenge(data),
+    ),
+    "proof": (st.binary(max_size=40), lambda data, n: greeting.parse_proof(data)),
     "names": (
         st.one_of(damaged(KEYS.map(protocol.names)), st.binary(max_size=300)),
         lambda data, n: protocol.parse_names(data, n),
@@ -174,15 +187,54 @@ def test_absurd_lengths_are_refused(change: dict[str, int], said: str) -> None:
 
 
 def test_a_hello_and_a_welcome_come_back() -> None:
-    hello = greeting.parse_hello(memoryview(greeting.hello("0123456789abcdef", b"secret")))
-    assert hello == (protocol.VERSION, "0123456789abcdef", b"secret")
-    reply = Welcome(bytes(16), True, 1 << 33, (3, 4), "/run/lm.sock")
-    assert greeting.parse_welcome(memoryview(greeting.welcome(reply))) == reply
+    for proves in (False, True):
+        hello = greeting.hello("0123456789abcdef", bytes(32), proves=proves)
+        assert greeting.parse_hello(memoryview(hello)) == ("0123456789abcdef", proves)
+    reply = Welcome(bytes(16), True, 1 << 33, (3, 4), "/run/lm.sock", bytes(range(32)))
+    packed = memoryview(greeting.welcome(reply))
+    assert greeting.parse_welcome(packed) == reply
+    assert not greeting.is_challenge(packed)
+    assert greeting.is_challenge(memoryview(greeting.challenge(bytes(32))))
+
+
+def test_the_greeting_is_these_bytes() -> None:
+    """Two builds that say version 2 understand each other."""
+    nonce, name = bytes(range(32)), "0123456789abcdef"
+    assert greeting.hello(name, nonce, proves=True) == b"\2\0\1\0" + name.encode() + nonce
+    assert greeting.challenge(nonce) == b"\2\0\2\0" + nonce
+    reply = Welcome(nonce[:16], True, 3, (1, 2), "/s", nonce)
+    expected = b"\2\0\1\0" + nonce[:16] + struct.pack("<QQQ", 3, 1, 2) + nonce + b"\2\0/s"
+    assert greeting.welcome(reply) == expected
+
+
+def test_a_proof_holds_for_one_side_of_one_connection() -> None:
+    name, nonces = "0123456789abcdef", (bytes(32), bytes([1]) * 32)
+    spoken = {
+        Transcript(hello, greeting.challenge(theirs), binding)
+        for ours in nonces
+        for hello in (
+            greeting.hello(name, ours, proves=True),
+            greeting.hello(name, ours, proves=True, version=3),
+            greeting.hello("f" * 16, ours, proves=True),
+        )
+        for theirs in nonces
+        for binding in (b"tcp", b"unix", b"tls" + bytes(48), b"tls" + bytes([1]) * 48)
+    }
+    proofs = {one.proof(token, side) for one in spoken for token in (b"t", b"u") for side in Side}
+    assert len(proofs) == len(spoken) * 4 == 2 * 3 * 2 * 4 * 4
+    assert {len(proof) for proof in proofs} == {PROOF_BYTES}
+    one = next(iter(spoken))
+    assert one.proves(one.proof(b"t", Side.CLIENT), b"t", Side.CLIENT)
+    assert not one.proves(one.proof(b"t", Side.CLIENT), b"t", Side.SERVER)
+    assert not one.proves(b"", b"t", Side.CLIENT)
+    known = Transcript(b"hello", b"challenge", b"tcp").proof(b"token", Side.SERVER)
+    text = b"lmcache lm:// serverhellochallengetcp"
+    assert known == hmac.new(b"token", text, hashlib.sha256).digest()
 
 
 def test_a_namespace_cannot_name_another_folder() -> None:
     with pytest.raises(ProtocolError, match="no namespace"):
-        greeting.parse_hello(memoryview(greeting.hello("../../etc/passwd", b"")))
+        greeting.parse_hello(memoryview(greeting.hello("../../etc/passwd", bytes(32))))
 
 
 def _fuzz(name: str, cases: int) -> int:
@@ -206,7 +258,9 @@ def _fuzz(name: str, cases: int) -> int:
 
 SEEDS: dict[str, list[bytes]] = {
     "header": [protocol.header(op, 7, count=3, meta=64, payload=4096) for op in Op],
-    "hello": [greeting.hello("0123456789abcdef", token) for token in (b"", b"secret")],
+    "hello": [greeting.hello("0123456789abcdef", bytes(32), proves=one) for one in (False, True)],
+    "challenge": [greeting.challenge(bytes(range(32)))],
+    "proof": [bytes(range(32))],
     "welcome": [
         greeting.welcome(Welcome(bytes(16), True, 1 << 33, (3, 4), path)) for path in ("", "/run/s")
     ],

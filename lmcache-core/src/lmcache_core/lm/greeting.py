@@ -1,4 +1,4 @@
-"""What opens a ``lm://`` connection: the meta of HELLO and SHARE, and of their answers.
+"""What opens a ``lm://`` connection: the meta of HELLO, PROVE and SHARE, and of their answers.
 
 Knows their bytes and bounds, which `protocol` describes along with everything else. Knows nothing
 about sockets, nor about what a greeting is good for.
@@ -9,19 +9,25 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
+from lmcache_core.lm.proof import NONCE_BYTES, PROOF_BYTES
 from lmcache_core.lm.protocol import (
     MAX_PATH_BYTES,
     MAX_REGION_BYTES,
-    MAX_TOKEN_BYTES,
     VERSION,
     ProtocolError,
     Status,
 )
 
+PROVES = 1
+"""The flag of a client that has a token: it proves it, and goes on only if the server does."""
 SHARES_MEMORY = 1
 """The flag of a server that understands SHARE."""
-_HELLO = struct.Struct("<HH16sH")
-_WELCOME = struct.Struct("<HH16sQQQH")
+CHALLENGES = 2
+"""The flag of a server that has a token: PROVE comes next."""
+_HELLO = struct.Struct(f"<HH16s{NONCE_BYTES}s")
+_CHALLENGE = struct.Struct(f"<HH{NONCE_BYTES}s")
+_WELCOME = struct.Struct(f"<HH16sQQQ{PROOF_BYTES}sH")
+_FLAGS = struct.Struct("<HH")
 _VERSION = struct.Struct("<H")
 _SHARE = struct.Struct("<QIQ")
 _SHARED = struct.Struct("<QQ")
@@ -30,9 +36,8 @@ _SHARED = struct.Struct("<QQ")
 class Hello(NamedTuple):
     """What a client says first."""
 
-    version: int
     fingerprint: str
-    token: bytes
+    proves: bool
 
 
 class Welcome(NamedTuple):
@@ -43,14 +48,17 @@ class Welcome(NamedTuple):
     max_value_bytes: int
     usage: tuple[int, int]
     unix_path: str
+    proof: bytes = bytes(PROOF_BYTES)
+    """Of the token; zeros if there is none."""
 
 
 # -- hello -------------------------------------------------------------------------------------
 
 
-def hello(fingerprint: str, token: bytes, version: int = VERSION) -> bytes:
+def hello(fingerprint: str, nonce: bytes, *, proves: bool = False, version: int = VERSION) -> bytes:
     """A client's first meta."""
-    return _HELLO.pack(version, 0, fingerprint.encode("ascii"), len(token)) + token
+    flags = PROVES if proves else 0
+    return _HELLO.pack(version, flags, fingerprint.encode("ascii"), nonce)
 
 
 def parse_hello(data: memoryview) -> Hello:
@@ -60,12 +68,9 @@ def parse_hello(data: memoryview) -> Hello:
         ProtocolError: it isn't a hello, or one of another version.
     """
     _check_version(data, "this server")
-    if len(data) < _HELLO.size:
-        raise ProtocolError(f"{len(data)} bytes are too few for a hello")
-    version, _, name, length = _HELLO.unpack_from(data)
-    token = bytes(data[_HELLO.size : _HELLO.size + length])
-    if len(data) != _HELLO.size + length or length > MAX_TOKEN_BYTES:
-        raise ProtocolError("the hello's length doesn't match its token")
+    if len(data) != _HELLO.size:
+        raise ProtocolError(f"a hello has {_HELLO.size} bytes, not {len(data)}")
+    _, flags, name, _ = _HELLO.unpack(data)
     try:
         fingerprint = name.decode("ascii")
     except UnicodeDecodeError:
@@ -73,36 +78,73 @@ def parse_hello(data: memoryview) -> Hello:
     # It becomes the name of a folder.
     if len(fingerprint) != 16 or not set(fingerprint) <= set("0123456789abcdef"):
         raise ProtocolError(f"{name!r} is no namespace: it has 16 hexadecimal digits")
-    return Hello(version, fingerprint, token)
+    return Hello(fingerprint, bool(flags & PROVES))
+
+
+def challenge(nonce: bytes) -> bytes:
+    """The answer to a hello of a server that has a token."""
+    return _CHALLENGE.pack(VERSION, CHALLENGES, nonce)
+
+
+def is_challenge(data: memoryview) -> bool:
+    """Whether an answer to a hello is that, and not a welcome.
+
+    Raises:
+        ProtocolError: it is one of another version, or neither.
+    """
+    _check_version(data, "this client")
+    if len(data) < _FLAGS.size or not _FLAGS.unpack_from(data)[1] & CHALLENGES:
+        return False
+    if len(data) != _CHALLENGE.size:
+        raise ProtocolError(f"a challenge has {_CHALLENGE.size} bytes, not {len(data)}")
+    return True
+
+
+def parse_proof(data: memoryview) -> bytes:
+    """What a client says in PROVE.
+
+    Raises:
+        ProtocolError: it is longer or shorter.
+    """
+    if len(data) != PROOF_BYTES:
+        raise ProtocolError(f"a proof has {PROOF_BYTES} bytes, not {len(data)}")
+    return bytes(data)
 
 
 def welcome(reply: Welcome) -> bytes:
-    """A server's answer to a hello."""
+    """A server's answer to a hello, or to the proof of a token."""
     path = reply.unix_path.encode()
     flags = SHARES_MEMORY if reply.shares_memory else 0
     head = _WELCOME.pack(
-        VERSION, flags, reply.instance, reply.max_value_bytes, *reply.usage, len(path)
+        VERSION,
+        flags,
+        reply.instance,
+        reply.max_value_bytes,
+        *reply.usage,
+        reply.proof,
+        len(path),
     )
     return head + path
 
 
 def parse_welcome(data: memoryview) -> Welcome:
-    """A server's answer to a hello.
+    """What `welcome` made.
 
     Raises:
-        ProtocolError: it isn't one, or one of another version.
+        ProtocolError: it is something else, or of another version.
     """
     _check_version(data, "this client")
     if len(data) < _WELCOME.size:
         raise ProtocolError(f"{len(data)} bytes are too few for an answer to a hello")
-    _, flags, instance, longest, values, nbytes, length = _WELCOME.unpack_from(data)
+    _, flags, instance, longest, values, nbytes, proof, length = _WELCOME.unpack_from(data)
     try:
         path = bytes(data[_WELCOME.size :]).decode()
     except UnicodeDecodeError:
         path = ""
     if len(data) != _WELCOME.size + length or length > MAX_PATH_BYTES or (length and not path):
         raise ProtocolError("the answer's length doesn't match the path in it")
-    return Welcome(instance, bool(flags & SHARES_MEMORY), longest, (values, nbytes), path)
+    shares = bool(flags & SHARES_MEMORY)
+    return Welcome(instance, shares, longest, (values, nbytes), path, proof)
 
 
 # -- shared memory -----------------------------------------------------------------------------

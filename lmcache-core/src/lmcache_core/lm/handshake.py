@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable
 
-from lmcache_core.errors import BackendError
+from lmcache_core.errors import BackendError, BackendRejected
 from lmcache_core.lm import greeting, protocol
 from lmcache_core.lm.config import LmConfig
 from lmcache_core.lm.greeting import Welcome
 from lmcache_core.lm.line import Line
 from lmcache_core.lm.mapping import ReadOnlyMapping, is_sealed, may_share
+from lmcache_core.lm.proof import NONCE_BYTES, Side, Transcript
 from lmcache_core.lm.protocol import HEADER_BYTES, Op, ProtocolError, Status
 from lmcache_core.lm.shared import (
     PIECE_BYTES,
@@ -56,7 +58,8 @@ class Handshake:
         self._notice = notice
         self._config = config
         self._line = line
-        self._hello = greeting.hello(fingerprint, token)
+        self._fingerprint = fingerprint
+        self._token = token
         self._region = region
 
     def run(self) -> tuple[Welcome, SharedMemory | None]:
@@ -74,7 +77,7 @@ class Handshake:
             sock = dial(config.host, config.port, config.connect_timeout_s)
             stream = self._encrypted(sock) if config.tls else Plain(sock)
         self._line.use(stream)
-        welcome = self._greet()
+        welcome = self._greet(stream)
         if config.same_host and config.path is None and stream.same_host and welcome.unix_path:
             stream, welcome = self._nearer(stream, welcome)
         shared: SharedMemory | None = None
@@ -96,22 +99,38 @@ class Handshake:
 
     # -- hello -----------------------------------------------------------------------------
 
-    def _greet(self) -> Welcome:
-        """Say hello on the stream in use."""
-        head = protocol.header(Op.HELLO, 0, meta=len(self._hello))
-        self._line.send([memoryview(head + self._hello)])
-        return greeting.parse_welcome(self._told())
+    def _greet(self, stream: Stream) -> Welcome:
+        """Say hello on the stream in use; with a token, both sides prove it."""
+        token = self._token
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        hello = greeting.hello(self._fingerprint, nonce, proves=bool(token))
+        told = self._ask(Op.HELLO, hello)
+        challenges = greeting.is_challenge(told)
+        if not token and not challenges:
+            return greeting.parse_welcome(told)
+        if not token or not challenges:
+            raise ProtocolError("it doesn't say whether there is a token")
+        spoken = Transcript(hello, bytes(told), stream.binding)
+        told = self._ask(Op.PROVE, spoken.proof(token, Side.CLIENT))
+        welcome = greeting.parse_welcome(told)
+        if not spoken.proves(welcome.proof, token, Side.SERVER):
+            raise BackendRejected(
+                f"{self._line.address}: whoever listens there doesn't know the token; it was sent "
+                "neither that nor values"
+            )
+        return welcome
 
-    def _told(self) -> memoryview:
-        """The meta of the answer to HELLO."""
+    def _ask(self, op: Op, said: bytes) -> memoryview:
+        """The meta of the answer to HELLO or PROVE."""
+        self._line.send([memoryview(protocol.header(op, 0, meta=len(said)) + said)])
         until = time.monotonic() + self._config.connect_timeout_s
         head = memoryview(bytearray(HEADER_BYTES))
         self._line.fill(head, until=until)
         answer = protocol.parse_header(head)
         if answer.status is not Status.OK:
             raise self._line.refusal(answer)
-        if answer.op is not Op.HELLO or answer.meta > protocol.MAX_HELLO_BYTES or answer.payload:
-            raise ProtocolError(f"HELLO was answered with {answer}")
+        if answer.op is not op or answer.meta > protocol.MAX_HELLO_BYTES or answer.payload:
+            raise ProtocolError(f"{op.name} was answered with {answer}")
         meta = memoryview(bytearray(answer.meta))
         self._line.fill(meta, until=until)
         return meta
@@ -130,7 +149,7 @@ class Handshake:
             return stream, welcome
         try:
             line.use(nearer, keep_other=True)
-            again = self._greet()
+            again = self._greet(nearer)
         except (BackendError, ProtocolError, OSError, EOFError) as error:
             again = None
             logger.debug("%s: stays on TCP: %s: %s", line.address, welcome.unix_path, error)

@@ -1,4 +1,4 @@
-"""The ``lm://`` wire format, version 1. Knows bytes and their bounds; does no I/O.
+"""The ``lm://`` wire format, version 2. Knows bytes and their bounds; does no I/O.
 
 What is said here is all of it; `greeting` has the code for what opens a connection.
 
@@ -23,6 +23,7 @@ payload.
 
     op        meta of the request            payload   meta of the answer            payload
     HELLO     see below                      -         see below                     -
+    PROVE     32 bytes proof                 -         as HELLO                      -
     CONTAINS  names                          -         count x u8, 1: there          -
     COUNT     names                          -         u64 leading hits              -
     LOAD      names, count x u64 capacities  -         count x u64 sizes, MISSING    values there
@@ -43,12 +44,23 @@ payload.
     outcome   0 stored, 1 already present, 2 not admitted
 
 HELLO comes first and once, and decides the namespace of everything that follows on this
-connection. Its first two bytes are the version in every version to come:
+connection. Its first two bytes are the version in every version to come, and another version than
+one's own is refused:
 
-    request   u16 version, u16 zero, 16 bytes fingerprint, u16 n, n bytes token
-    answer    u16 version, u16 flags, 16 bytes instance, u64 longest value, usage, u16 n, n bytes
+    request   u16 version, u16 flags, 16 bytes fingerprint, 32 bytes nonce
+    challenge u16 version, u16 flags, 32 bytes nonce
+    welcome   u16 version, u16 flags, 16 bytes instance, u64 longest value, usage, 32 bytes proof,
+              u16 n, n bytes
 
-``instance`` is made anew when a server starts. Flag 1: SHARE is
+Without a token on either side, the answer is the welcome. A client with a token says so in its flag
+1, and a server refuses who has none, or has one that it lacks itself. Otherwise its answer has flag
+2 and is the challenge. The client answers that with PROVE and gets the welcome if its proof is
+right; it goes on only if the server's proof is, too. A proof is HMAC-SHA256, the token being the
+key, of ``lmcache lm:// client`` or ``lmcache lm:// server``, the meta of HELLO, the challenge, and
+what binds it to the connection: ``tcp``, ``unix``, or ``tls`` and the connection's ``tls-unique``
+(RFC 5929, as OpenSSL has it with TLS 1.3: the client's Finished). Nobody sends the token.
+
+``instance`` is made anew when a server starts. The welcome's flag 1: SHARE is
 understood here. The last field is the path of a Unix socket where the same server answers; empty:
 there is none.
 
@@ -82,7 +94,7 @@ from typing import NamedTuple
 
 from lmcache_core.keys import ChunkKey
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"LM\r\n"
 HEADER_BYTES = 32
 MISSING = (1 << 64) - 1
@@ -127,6 +139,7 @@ class Op(IntEnum):
     STAGE = 12
     ACK = 13
     OFFER = 14
+    PROVE = 15
 
 
 class Status(IntEnum):

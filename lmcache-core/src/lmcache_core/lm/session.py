@@ -9,9 +9,9 @@ client waits. Knows nothing about listening, nor about other sessions.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import os
+import secrets
 import socket
 import time
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from lmcache_core.lm import greeting, protocol
 from lmcache_core.lm.greeting import Welcome
 from lmcache_core.lm.intake import Intake
 from lmcache_core.lm.mapping import may_share
+from lmcache_core.lm.proof import NONCE_BYTES, PROOF_BYTES, Side, Transcript, binding_of
 from lmcache_core.lm.protocol import (
     HEADER_BYTES,
     MAX_HELLO_BYTES,
@@ -119,26 +120,51 @@ class Session:
 
     async def _greet(self) -> None:
         await self.wire.handshake()
-        await self.wire.read_first(self._head)
-        header = protocol.parse_header(self._head)
-        if header.op is not Op.HELLO or header.payload or header.meta > MAX_HELLO_BYTES:
-            raise ProtocolError("the first message isn't a hello")
-        meta = memoryview(bytearray(header.meta))
-        await self.wire.read(meta)
+        header, meta = await self._opening(Op.HELLO)
         hello = greeting.parse_hello(meta)
         service = self._service
-        if not hmac.compare_digest(hello.token, service.token):
-            what = "the token is wrong" if hello.token else "a token is needed"
-            raise ProtocolError(f"{what}; set token_file to the server's", Status.DENIED)
+        if service.token and not hello.proves:
+            raise ProtocolError("a token is needed; set token_file to the server's", Status.DENIED)
+        if hello.proves and not service.token:
+            raise ProtocolError(
+                "the client has a token and this server has none; start it with --token-file, or "
+                "remove the client's token",
+                Status.DENIED,
+            )
         self._space = hello.fingerprint
+        proof = bytes(PROOF_BYTES)
+        if service.token:
+            header, proof = await self._prove(header, bytes(meta))
         reply = Welcome(
             service.instance,
             self._shares,
             service.max_value_bytes,
             service.values.usage(self._space),
             "" if self.is_unix else service.unix_path,
+            proof,
         )
         await self._answer(header, greeting.welcome(reply))
+
+    async def _opening(self, op: Op) -> tuple[Header, memoryview]:
+        await self.wire.read_first(self._head)
+        header = protocol.parse_header(self._head)
+        if header.op is not op or header.payload or header.meta > MAX_HELLO_BYTES:
+            raise ProtocolError(f"this message isn't a {op.name}, which comes first")
+        meta = memoryview(bytearray(header.meta))
+        await self.wire.read(meta)
+        return header, meta
+
+    async def _prove(self, header: Header, hello: bytes) -> tuple[Header, bytes]:
+        """Let the client prove the token; the request to answer, and our own proof for that."""
+        token = self._service.token
+        challenge = greeting.challenge(secrets.token_bytes(NONCE_BYTES))
+        spoken = Transcript(hello, challenge, binding_of(self.wire.sock))
+        await self._answer(header, challenge)
+        header, said = await self._opening(Op.PROVE)
+        if not spoken.proves(greeting.parse_proof(said), token, Side.CLIENT):
+            what = "the token is wrong; set token_file to the server's"
+            raise ProtocolError(what, Status.DENIED)
+        return header, spoken.proof(token, Side.SERVER)
 
     async def _refuse(self, error: ProtocolError) -> None:
         text = str(error).encode()[: protocol.MAX_MESSAGE_BYTES]

@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from lmcache_core.lm.proof import binding_of
+
 TICK_S = 0.5
 WAKE_BYTES = 1 << 20
 """Whoever waits for more than twice as many bytes is woken when so many are there, not for each
@@ -32,6 +34,10 @@ class Stream(Protocol):
 
     same_host: bool
     """The other end is on this machine."""
+
+    @property
+    def binding(self) -> bytes:
+        """What a proof for this connection covers; see `proof.binding_of`, which may raise."""
 
     def receive(self, views: Sequence[memoryview]) -> int:
         """Fill the beginning of ``views``, at most `views.IOV_MAX`; how many bytes, 0 at the end.
@@ -62,6 +68,10 @@ class Plain:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
         self.same_host = _is_same_host(sock)
+
+    @property
+    def binding(self) -> bytes:
+        return binding_of(self.sock)
 
     def receive(self, views: Sequence[memoryview]) -> int:
         early = _all_but_last(views, WAKE_BYTES)
@@ -106,6 +116,10 @@ class Tls:
         self._tls.settimeout(0)
         self._lock = threading.Lock()
         self._closed = False
+
+    @property
+    def binding(self) -> bytes:
+        return binding_of(self._tls)
 
     def receive(self, views: Sequence[memoryview]) -> int:
         return self._attempt(self._tls.recv_into, views[0])
