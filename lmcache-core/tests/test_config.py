@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from lmcache_core.config import BackendSection, Config, CoreConfig, load_config
 from lmcache_core.errors import ConfigError, PluginLoadError
 from lmcache_core.plugins import Plugins
+from lmcache_core.redaction import without_passwords_in
 
 MakeDistribution = Callable[..., str]
 
@@ -336,6 +337,43 @@ def test_secrets_are_in_no_message(plugins: Plugins) -> None:
     )
     assert "hunter2" not in message
     assert "did you mean 'password'?" in message
+
+
+URLS = (
+    "lm://{}@cache:1",
+    "lm://{}:x@cache:1",
+    "lm://x:{}@cache:1",
+    "lm://x:a/{}@cache:1",
+    "lm://cache:1?token={}",
+    "lm://cache:1?connections=4&token={}",
+    "lm://cache:1?connections=4&tokn={}",
+    "lm://cache:1/path?tokn={}",
+    "lm://cache:1?connections=no&x=a@{}@",
+    "lm+unix:///run/s?token={}&same_host=perhaps",
+    "toy://me:{}@h",
+    "toy://me:x {}@h",
+    "other://me:{}@h?password={}",
+    "{}@h",
+)
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_token_in_an_address_is_in_no_message(plugins: Plugins, url: str) -> None:
+    """Whatever is wrong with it, and whichever backend says so."""
+    message = refusal(plugins, f"remote_url={url.format('hunter2', 'hunter2')}", "chunk_size=0")
+    assert "remote" in message or "chunk_size" in message
+    assert "hunter2" not in message
+
+
+def test_a_quoted_part_of_an_address_is_hidden_too() -> None:
+    said = (
+        "'me:hunter2@h:1' isn't HOST:PORT; see redis://me:hunter2@h/0?auth=hunter2 and 'lm://h:1'"
+    )
+    hidden = without_passwords_in(said)
+    assert hidden == "'***@h:1' isn't HOST:PORT; see redis://***@h/0?auth=*** and 'lm://h:1'"
+    assert without_passwords_in("a token is needed; lm://h:1 says so") == (
+        "a token is needed; lm://h:1 says so"
+    )
 
 
 def test_secrets_are_hidden_in_rows(plugins: Plugins) -> None:

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from lmcache_core.errors import BackendRejected, ConfigError, LMCacheError, PluginLoadError
 from lmcache_core.guard import attempt
+from lmcache_core.redaction import without_passwords_in
 
 _T = TypeVar("_T")
 
@@ -38,7 +39,7 @@ def created(
     if error is None and isinstance(made[0], kind):
         return made[0]
     if isinstance(error, (ConfigError, BackendRejected)):
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{where}: {without_passwords_in(str(error))}") from error
     distribution = _distribution(source)
     if error is None:
         raise PluginLoadError(
@@ -50,8 +51,8 @@ def created(
             f"{where}: {error}. Install what it needs: pip install {distribution}"
         ) from error
     raise PluginLoadError(
-        f"{where} can't be created: {type(error).__name__}: {error}; correct its options or "
-        f"report this to the authors of {distribution}"
+        f"{where} can't be created: {type(error).__name__}: {without_passwords_in(str(error))}; "
+        f"correct its options or report this to the authors of {distribution}"
     ) from error
 
 

@@ -31,6 +31,7 @@ from lmcache_core.errors import (
     contained,
 )
 from lmcache_core.metrics import Counters
+from lmcache_core.redaction import without_passwords_in
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -441,4 +442,5 @@ _KINDS: dict[str, tuple[type[BaseException], ...]] = {
 
 def _said(error: BaseException | None) -> str:
     """An error as one sentence; its class too where that is all there is to go by."""
-    return str(error) if isinstance(error, BackendError) else f"{type(error).__name__}: {error}"
+    said = str(error) if isinstance(error, BackendError) else f"{type(error).__name__}: {error}"
+    return without_passwords_in(said)

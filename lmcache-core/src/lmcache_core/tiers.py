@@ -33,6 +33,7 @@ from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import KVLayout
 from lmcache_core.metrics import Counters
+from lmcache_core.redaction import without_passwords_in
 from lmcache_core.serde import Rope, Serde, SerdeDescriptor, SerdeFacts
 from lmcache_core.serde_chain import chain
 from lmcache_core.storage import (
@@ -156,7 +157,7 @@ class Tiers:
             ) from None
         if problems:
             tiers.close()
-            raise type(problems[0])("\n".join(map(str, problems)))
+            raise type(problems[0])(without_passwords_in("\n".join(map(str, problems))))
         return tiers
 
     async def locate(self, keys: Sequence[ChunkKey], deadline_s: float | None = None) -> list[int]:
@@ -245,7 +246,7 @@ class _Opening:
             logger.warning(
                 "%s isn't available: %s. Going on without it; %s",
                 where,
-                error,
+                without_passwords_in(str(error)),
                 f"trying again every {self._again_after_s:g} s"
                 if self._slow is None
                 else "it joins when it is open",
@@ -271,7 +272,8 @@ class _Opening:
                 error = made.error if made.value is None else await self._try(made.value)
             if error is not None and str(error) != told:
                 told = str(error)
-                logger.info("backends.%s still isn't available: %s", self._context.name, error)
+                said = without_passwords_in(told)
+                logger.info("backends.%s still isn't available: %s", self._context.name, said)
         logger.info("backends.%s is available now", self._context.name)
 
     async def _try(self, backend: StorageBackend) -> BaseException | None:

@@ -28,7 +28,7 @@ from lmcache_core.config.lmcache_table import (
     Fate,
     Key,
 )
-from lmcache_core.config.problem import describe, without_password
+from lmcache_core.config.problem import describe
 from lmcache_core.errors import PluginError
 from lmcache_core.plugins import Plugins
 
@@ -255,7 +255,7 @@ class _Upgrade:
                 return
             options = self.plugins.options_from_url(descriptor, url)
         except PluginError as error:
-            self._problem(("remote_url",), url, without_password(str(error)))
+            self._problem(("remote_url",), url, str(error))
             return
         made = self._section(REMOTE, "remote_url", {"type": descriptor.name, **options})
         if made and serde is not None:

@@ -20,7 +20,7 @@ from pydantic import (
     field_validator,
 )
 
-from lmcache_core.config.problem import HIDDEN, without_password
+from lmcache_core.redaction import HIDDEN, without_password
 
 
 class CoreConfig(BaseModel):

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any, Final
+from typing import Any
 
-HIDDEN: Final = "***"
-_PASSWORD = re.compile(r"(://)[^/@\s]*@")
-
-
-def without_password(text: str) -> str:
-    """``text`` with the user and password of any address in it hidden."""
-    return _PASSWORD.sub(rf"\1{HIDDEN}@", text)
+from lmcache_core.redaction import without_password, without_passwords_in
 
 
 def describe(path: Iterable[str], value: Any, origin: str, text: str) -> str:
     """One problem. ``None``, lists and mappings aren't shown: the origin says where to look."""
     shown = ""
     if isinstance(value, (str, bool, int, float)):
-        shown = f" = {without_password(repr(value))}"
-    return f"{'.'.join(path)}{shown} ({origin})\n      {text}"
+        plain = without_password(value) if isinstance(value, str) else value
+        shown = f" = {without_passwords_in(repr(plain))}"
+    return f"{'.'.join(path)}{shown} ({origin})\n      {without_passwords_in(text)}"
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from lmcache_core.errors import BackendRejected
 from lmcache_core.lm.protocol import MAX_TOKEN_BYTES
@@ -52,6 +52,13 @@ class LmConfig(BaseModel):
         gt=0,
         description="Give a connection up where nothing moves for so long while answers are due.",
     )
+
+    @field_validator("host")
+    @classmethod
+    def _only_a_host(cls, host: str) -> str:
+        if "@" in host or "/" in host:
+            raise ValueError("isn't a name or an address; a token belongs into token_file")
+        return host
 
     @model_validator(mode="after")
     def _consistent(self) -> LmConfig:
