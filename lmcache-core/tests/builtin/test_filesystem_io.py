@@ -6,6 +6,7 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,51 @@ def test_fsync_before_and_after_the_name(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(os, "replace", record_replace)
     files, folder = chunk_files(fsync=True), tmp_path / "a" / "b"
-    files.make_folder(folder, tmp_path)
+    files.make_folder(folder)
+    assert order == [str(tmp_path), str(tmp_path / "a")]  # the folders' own names
     files.write(folder / "chunk", memoryview(b"abc"))
-    assert order[:2] == [str(tmp_path), str(tmp_path / "a")]  # the folders' own names
     assert order[2].endswith(".tmp")
     assert order[3:] == ["rename", str(folder)]
+    order.clear()
+    files.write(folder / "other", memoryview(b"abc"))
+    assert order[1:] == ["rename", str(folder)]
+    order.clear()
+    again = chunk_files(fsync=True)  # whoever made the folders may not have come to sync them
+    again.settle_all(folder)
+    assert order[:2] == [str(tmp_path / "a"), str(tmp_path)]
+
+
+def test_a_folder_that_is_made_again_is_synced_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, folder, synced = chunk_files(fsync=True), tmp_path / "a", list[str]()
+    files.make_folder(folder)
+    folder.rmdir()
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    files.make_folder(folder)
+    assert synced == [str(tmp_path)]
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o077])
+@pytest.mark.parametrize("shared", [False, True])
+def test_modes_follow_the_folder_and_not_the_umask(
+    tmp_path: Path, umask: int, shared: bool
+) -> None:
+    """For this user only, unless the folder gives its group all that is new in it."""
+    top = tmp_path / "top"
+    top.mkdir()
+    top.chmod(0o2770 if shared else 0o755)
+    old = os.umask(umask)
+    try:
+        files = chunk_files()
+        files.follow(top)
+        files.make_folder(top / "a" / "b")
+        files.write(top / "a" / "b" / "chunk", memoryview(b"abc"))
+    finally:
+        os.umask(old)
+    modes = [stat.S_IMODE(os.stat(top / one).st_mode) for one in ("", "a", "a/b", "a/b/chunk")]
+    folder = 0o2770 if shared else 0o700
+    assert modes == [0o2770 if shared else 0o755, folder, folder, 0o660 if shared else 0o600]
 
 
 def test_no_fsync_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,8 +98,10 @@ class FilesystemBackend(BlockingBackend):
                 if self._top.exists() and not self._top.is_dir():
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
                 return
-            self._top.mkdir(parents=True, exist_ok=True)
-            self._files.make_folder(self._folder, self._top)
+            self._files.make_folder(self._top)
+            self._files.follow(self._top)
+            self._files.make_folder(self._folder)
+            self._files.settle_all(self._folder)
             self._probe()
             self._remove(self._index.fill(self._scan()))
         except FileExistsError:
@@ -227,7 +229,7 @@ class FilesystemBackend(BlockingBackend):
             try:
                 self._files.write(path, source)
             except FileNotFoundError:
-                self._files.make_folder(path.parent, self._top)
+                self._files.make_folder(path.parent)
                 self._files.write(path, source)
         except OSError as error:
             if error.errno in _FULL:

@@ -16,6 +16,7 @@ import secrets
 import socket
 import stat
 import time
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -29,11 +30,15 @@ ALIGNMENT = 4096
 """What O_DIRECT asks of addresses, offsets and lengths. Devices with 512-byte sectors accept it
 too; a file system that wants more refuses, and is used without O_DIRECT."""
 BOUNCE_BYTES = 1 << 20
+HEAD_BYTES = 128
 ABANDONED_AFTER_S = 600.0
 """A temporary file that nobody wrote to for so long has no writer, whatever its name says."""
 
 _DIRECT: int = getattr(os, "O_DIRECT", 0)  # not every system has it
 _REJECTED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+_UNSYNCED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP}
+_GROUPED = stat.S_ISGID | stat.S_IWGRP
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _TIMED_OUT = {errno.ETIMEDOUT, errno.ETIME}
 
 
@@ -59,6 +64,17 @@ class ChunkFiles:
         self._host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
         # Two backends in one process, or two containers that both are pid 1 of one host name.
         self._token = secrets.token_hex(4)
+        self._file_mode, self._folder_mode = 0o600, 0o700
+        self._grouped = False
+        self._settled: set[Path] = set()
+
+    def follow(self, top: Path) -> None:
+        """Give files and folders to the group as well, where ``top`` does so with what is new there.
+
+        That is a folder with the bits that ``chmod g+ws`` sets. The umask has no say in it.
+        """
+        if os.stat(top).st_mode & _GROUPED == _GROUPED:
+            self._file_mode, self._folder_mode, self._grouped = 0o660, 0o2770, True
 
     def read(self, path: Path, into: memoryview) -> int:
         """Copy the file to the start of ``into``; answer its length.
@@ -81,8 +97,23 @@ class ChunkFiles:
         finally:
             os.close(fd)
 
-    def write(self, path: Path, source: memoryview) -> None:
+    def open_shared(self, path: Path) -> int:
+        """Open a file that all who write here read and write; it is made if it isn't there."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            fd = os.open(path, flags, self._file_mode)
+        except FileNotFoundError:
+            self.make_folder(path.parent)
+            fd = os.open(path, flags, self._file_mode)
+        if self._grouped:
+            with suppress(PermissionError):  # another user's, who did this
+                os.fchmod(fd, self._file_mode)
+        return fd
+
+    def write(self, path: Path, source: memoryview) -> int:
         """Publish ``source`` as ``path``: nobody ever sees a part of it.
+
+        Answers how many bytes the file had that it replaced.
 
         Raises:
             OSError: nothing was published and nothing is left behind. FileNotFoundError: the
@@ -92,17 +123,43 @@ class ChunkFiles:
         try:
             fd = self._open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             try:
+                if self._grouped:
+                    os.fchmod(fd, self._file_mode)
                 self._write_all(fd, temporary, source)
                 if self._fsync:
                     os.fsync(fd)
             finally:
                 os.close(fd)
+            replaced = size_of(path)
             os.replace(temporary, path)
         except BaseException:
             remove(temporary)
             raise
         if self._fsync:
             sync_folder(path.parent)
+            self._settle(path.parent)
+        return replaced
+
+    def look(self, path: Path) -> bytes | None:
+        """The first bytes of a file, `HEAD_BYTES` at most; ``None`` if there is none.
+
+        If durability was asked for, the file survives a power cut then: whoever wrote it may not
+        have seen to that.
+        """
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            head = os.pread(fd, HEAD_BYTES, 0)
+            if self._fsync:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        if self._fsync:
+            sync_folder(path.parent)
+            self._settle(path.parent)
+        return head
 
     def probe(self, folder: Path) -> None:
         """Find out whether files can be created in ``folder``.
@@ -112,18 +169,50 @@ class ChunkFiles:
         """
         temporary = self._temporary(folder / "probe")
         try:
-            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, self._file_mode))
         finally:
             remove(temporary)
 
-    def make_folder(self, path: Path, top: Path) -> None:
-        """Create ``path`` and what lacks above it, down from the existing folder ``top``."""
-        if path == top or path.is_dir():
+    def make_folder(self, path: Path) -> None:
+        """Create ``path`` and what lacks above it; who else may enter is `follow`'s business.
+
+        Raises:
+            OSError: it can't be made. FileExistsError: a file has this name.
+        """
+        try:
+            os.mkdir(path, self._folder_mode)
+        except FileNotFoundError:
+            self.make_folder(path.parent)
+            self.make_folder(path)
             return
-        self.make_folder(path.parent, top)
-        path.mkdir(exist_ok=True)
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+            return
+        if self._grouped:
+            os.chmod(path, self._folder_mode)
         if self._fsync:
-            sync_folder(path.parent)
+            self._settled.discard(path)  # somebody deleted the one that was there
+            self._settle(path)
+
+    def settle_all(self, path: Path) -> None:
+        """If durability was asked for, make the names of all folders down to ``path`` durable.
+
+        They may be there because a process made them that died before it could do so.
+        """
+        if not self._fsync:
+            return
+        self._settle(path)
+        device = os.stat(path).st_dev
+        for folder in path.parent.parents:
+            if os.stat(folder).st_dev != device or not _synced(folder):
+                return
+
+    def _settle(self, folder: Path) -> None:
+        """Make the name of ``folder`` durable, once."""
+        if folder not in self._settled:
+            sync_folder(folder.parent)
+            self._settled.add(folder)
 
     def is_abandoned(self, path: Path, modified_s: float) -> bool:
         """Whether the writer of the temporary file ``path`` is gone.
@@ -152,12 +241,12 @@ class ChunkFiles:
     def _open(self, path: Path, flags: int) -> int:
         if self._direct:
             try:
-                return os.open(path, flags | _DIRECT | os.O_CLOEXEC, 0o666)
+                return os.open(path, flags | _DIRECT | os.O_CLOEXEC, self._file_mode)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
                 self._give_up_direct(path)
-        return os.open(path, flags | os.O_CLOEXEC, 0o666)
+        return os.open(path, flags | os.O_CLOEXEC, self._file_mode)
 
     def _give_up_direct(self, path: Path) -> None:
         if self._direct:
@@ -258,6 +347,15 @@ def remove(path: Path) -> bool:
     return True
 
 
+def size_of(path: Path | str) -> int:
+    """Bytes of a regular file, 0 if there is none."""
+    try:
+        facts = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    return facts.st_size if stat.S_ISREG(facts.st_mode) else 0
+
+
 def sync_folder(path: Path) -> None:
     """Make the names in ``path`` durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -265,6 +363,17 @@ def sync_folder(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _synced(path: Path) -> bool:
+    """Sync a folder that somebody else made, if this user and its file system can."""
+    try:
+        sync_folder(path)
+    except OSError as error:
+        if error.errno not in _UNSYNCED:
+            raise
+        return False
+    return True
 
 
 def free_bytes(path: Path) -> int:
