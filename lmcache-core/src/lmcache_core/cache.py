@@ -19,7 +19,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,6 +38,7 @@ from lmcache_core.mover import Mover, slot_bytes, slots_in
 from lmcache_core.paged import CanonicalBuffer, Paged
 from lmcache_core.plan import FetchOp, LoadOp, StoreOp
 from lmcache_core.planner import Planner
+from lmcache_core.prefetches import Prefetches
 from lmcache_core.serde import Rope
 from lmcache_core.tiers import Tiers
 from lmcache_core.tokens import ID_BYTES, Plain, Tokens, count, plain, token_bytes
@@ -52,8 +53,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_LATE_S = 1.0
-"""How late the I/O loop may be, above a deadline that it keeps itself."""
+_LATE = 1.05
+"""Of a deadline that the I/O loop keeps itself, how much is waited for it to say so."""
 
 
 class Session:
@@ -85,6 +86,11 @@ class Cache:
     elements, or a `Paged`; `paged.CanonicalBuffer` says what the elements may be. Only whole chunks
     are stored and loaded. ``salt`` separates tenants: equal tokens under different salts never
     share. What is wrong in a call is raised before anything is planned or moved.
+
+    No call waits for slow tiers longer than its deadline, however many tiers, steps and tries there
+    are: `lookup` has ``lookup_timeout_ms``; `load`, `prefetch`, `clear` and `close` have
+    ``blocking_timeout_secs``, the last two unless the call says otherwise; `flush` has what the
+    call says; `store`, `pin` and `unpin` wait for nothing. ``clock`` is what that is measured by.
     """
 
     def __init__(
@@ -140,6 +146,7 @@ class Cache:
                 rope=rope,
                 weights=weights,
             )
+        self._clock = clock
         self._news = threading.Condition()
         slots = slots_in(arena_bytes, namespace)
         self._planner = Planner(
@@ -164,7 +171,7 @@ class Cache:
             queue_chunks=core.store_queue_chunks,
             on_news=self._hear,
         )
-        self._prefetcher = ThreadPoolExecutor(2, thread_name_prefix="lmcache-prefetch")
+        self._prefetches = Prefetches(self._news)
         self._closed = False
 
     @classmethod
@@ -203,7 +210,10 @@ class Cache:
     # -- the calls -------------------------------------------------------------------------
 
     def lookup(self, tokens: Tokens | Session, *, salt: str = "") -> int:
-        """How many leading tokens a `load` would fill now. Moves nothing."""
+        """How many leading tokens a `load` would fill now. Moves nothing.
+
+        What slow tiers haven't said within ``lookup_timeout_ms`` isn't counted.
+        """
         hasher, sequence = self._sequence(tokens, salt)
         with self._news:
             self._settle()
@@ -257,9 +267,9 @@ class Cache:
     def load(self, tokens: Tokens | Session, into: Buffer | Paged, *, salt: str = "") -> int:
         """Fill ``into`` with the KV of as many leading tokens as there are; answer how many.
 
-        Waits for slow tiers up to their deadline. What lies beyond the answer is unchanged, unless
-        chunks turned out to be damaged while they were copied: they aren't counted, and what was
-        written for them means nothing.
+        Waits for slow tiers for ``blocking_timeout_secs`` at most, asking and reading together.
+        What lies beyond the answer is unchanged, unless chunks turned out to be damaged while they
+        were copied: they aren't counted, and what was written for them means nothing.
 
         Raises:
             TypeError, ValueError, IndexError, OverflowError: as `store` does, and where ``into`` is
@@ -279,9 +289,16 @@ class Cache:
             return good * self._chunk_tokens
 
     def prefetch(self, tokens: Tokens | Session, *, salt: str = "") -> Future[int]:
-        """Bring a prefix from slow tiers into host memory; the future says how many tokens are."""
+        """Bring a prefix from slow tiers into host memory; the future says how many tokens are.
+
+        It does so within ``blocking_timeout_secs`` of this call, with what has come by then. Those
+        that want the same chunks share one fetch. Cancelling the future ends it.
+
+        Raises:
+            RuntimeError: the cache is closed.
+        """
         keys = self._keys(tokens, salt)
-        return self._prefetcher.submit(self._prefetch, keys)
+        return self._prefetches.add(_Search(self, keys))
 
     def pin(self, tokens: Tokens | Session, *, salt: str = "") -> int:
         """Keep a prefix in host memory for ``pin_timeout_sec``; answer how many tokens of it."""
@@ -296,14 +313,20 @@ class Cache:
         with self._news:
             return self._planner.unpin(keys) * self._chunk_tokens
 
-    def clear(self) -> int:
-        """Forget everything, in host memory and in tiers that can; answer chunks in memory."""
-        self.flush()
+    def clear(self, timeout_s: float | None = None) -> int:
+        """Forget everything, in host memory and in tiers that can; answer chunks in memory.
+
+        ``timeout_s`` is for writing out what is queued and clearing together;
+        ``blocking_timeout_secs`` if not said.
+        """
+        left_s = self._budget(timeout_s)
+        self.flush(0.5 * left_s())
         with self._news:
             self._settle()
             count = self._planner.clear()
         if self._tiers is not None and self._loop is not None:
-            self._in_time(self._tiers.clear(), self._deadline_s, 0)
+            left = left_s()
+            self._in_time(self._tiers.clear(left), left, 0)
         return count
 
     def flush(self, timeout_s: float = 60.0) -> bool:
@@ -314,18 +337,24 @@ class Cache:
         """An empty sequence that will grow turn by turn."""
         return Session(self._hasher(salt))
 
-    def close(self) -> None:
-        """Write out what is queued and let go of everything. Idempotent."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """Write out what is queued and let go of everything. Idempotent.
+
+        ``timeout_s`` is for all of it; ``blocking_timeout_secs`` if not said. What isn't written in
+        three quarters of it is lost: `flush` before, where that matters.
+        """
         if self._closed:
             return
         self._closed = True
-        self._prefetcher.shutdown(wait=True, cancel_futures=True)
-        self.flush()
+        left_s = self._budget(timeout_s)
+        self._prefetches.close(left_s())
+        if not self.flush(0.75 * left_s()):
+            logger.warning("Closed before everything was written to the slow tiers")
         if self._tiers is not None:
-            self._tiers.close()
+            self._tiers.close(0.5 * left_s())
         if self._loop is not None:
-            self._loop.close(5.0)
-        self._mover.close()
+            self._loop.close(0.5 * left_s())
+        self._mover.close(left_s())
 
     def __enter__(self) -> Cache:
         return self
@@ -363,12 +392,17 @@ class Cache:
         buffer = CanonicalBuffer(kv, self._group, tokens, self._kernels, writable=writable)
         return Paged(buffer, [0], max(tokens, 1))
 
+    def _budget(self, timeout_s: float | None = None) -> Callable[[], float]:
+        """What is left of ``timeout_s`` from now on: for each step of a call in turn."""
+        until = self._clock() + (self._deadline_s if timeout_s is None else timeout_s)
+        return lambda: max(0.0, until - self._clock())
+
     def _in_time(self, asked: Coroutine[Any, Any, T], deadline_s: float, otherwise: T) -> T:
         """What the tiers answer. They keep their deadline; if the loop itself is late, not that."""
         if self._loop is None:
             raise RuntimeError("no slow tiers to ask")
         try:
-            return self._loop.run(asked, deadline_s + _LATE_S)
+            return self._loop.run(asked, _LATE * deadline_s)
         except TimeoutError as error:
             logger.warning("Slow tiers didn't answer: %s", error)
             return otherwise
@@ -376,43 +410,24 @@ class Cache:
     @contextmanager
     def _held(self, keys: list[ChunkKey]) -> Iterator[Hold]:
         """What can be read of ``keys``: finds it, going down the tiers, and leases it within."""
-        fetches: list[FetchOp] = []
         with self._news:
-            self._settle()
-            lookup = PrefixLookup(
-                self._planner,
-                lambda: keys,
-                [self._chunk_tokens] * len(keys),
-                locate=self._locate if self._tiers is not None else None,
-                submit=fetches.extend,
-                deadline_s=self._deadline_s,
-            )
+            search = _Search(self, keys)
         try:
             with self._news:
-                while lookup.poll() is None:
-                    if fetches:
-                        given = fetches[:]
-                        fetches.clear()
-                        self._mover.fetch(given)
-                        continue
-                    self._news.wait(self._deadline_s)
-                    self._settle()
-            yield lookup.hold
+                while search.advance() is None:
+                    self._news.wait(search.left_s)
+            yield search.lookup.hold
         finally:
             with self._news:
-                self._planner.withdraw(fetches)  # of a lookup that was late, or interrupted
-                lookup.close()
+                search.end()
 
     def _locate(self, keys: Sequence[ChunkKey]) -> Future[list[int]]:
         if self._tiers is None or self._loop is None:
             raise RuntimeError("no slow tiers to ask")
-        future = self._loop.submit(self._tiers.locate(keys, self._lookup_deadline_s))
+        deadline_s = min(self._lookup_deadline_s, self._deadline_s)
+        future = self._loop.submit(self._tiers.locate(keys, deadline_s))
         future.add_done_callback(lambda _: self._hear())
         return future
-
-    def _prefetch(self, keys: list[ChunkKey]) -> int:
-        with self._held(keys) as hold:
-            return len(hold) * self._chunk_tokens
 
     def _settle(self) -> None:
         try:
@@ -430,6 +445,48 @@ class Cache:
         self.counters.add("lookup_tokens", asked)
         if hit:
             self.counters.add("lookup_hit_tokens", hit, tier="any")
+
+
+class _Search:
+    """What can be read of ``keys``, leased until `end`. The cache's lock is held for all of it."""
+
+    def __init__(self, cache: Cache, keys: list[ChunkKey]) -> None:
+        self._cache = cache
+        self._fetches: list[FetchOp] = []
+        with cache._news:
+            cache._settle()
+            self.lookup = PrefixLookup(
+                cache._planner,
+                lambda: keys,
+                [cache._chunk_tokens] * len(keys),
+                locate=cache._locate if cache._tiers is not None else None,
+                submit=self._fetches.extend,
+                deadline_s=cache._deadline_s,
+                clock=cache._clock,
+            )
+
+    @property
+    def left_s(self) -> float:
+        return self.lookup.left_s
+
+    def advance(self) -> int | None:
+        """Tokens that can be read, once that is known."""
+        cache = self._cache
+        cache._settle()
+        while (chunks := self.lookup.poll()) is None and self._fetches:
+            given = self._fetches[:]
+            self._fetches.clear()
+            cache._mover.fetch(given)
+            cache._settle()
+        return None if chunks is None else chunks * cache._chunk_tokens
+
+    def give_up(self) -> int:
+        return self.lookup.give_up() * self._cache._chunk_tokens
+
+    def end(self) -> None:
+        self._cache._planner.withdraw(self._fetches)  # if it was interrupted
+        self._fetches.clear()
+        self.lookup.close()
 
 
 def _engine(name: str | None, plugins: Plugins) -> EngineConnector | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -84,9 +85,10 @@ class DaemonPool:
             return [ended for _, ended in self._threads]
 
     def join(self, timeout_s: float) -> bool:
-        """After `shutdown`: wait for the threads; False if some are still busy."""
+        """After `shutdown`: wait for all threads together; False if some are still busy."""
+        until = time.monotonic() + timeout_s
         for thread, _ in self._threads:
-            thread.join(timeout_s)
+            thread.join(max(0.0, until - time.monotonic()))
         return not any(thread.is_alive() for thread, _ in self._threads)
 
     def _put(self, item: _Call) -> None:

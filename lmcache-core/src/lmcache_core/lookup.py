@@ -69,21 +69,34 @@ class PrefixLookup:
                 raise
             self._done = False
 
+    @property
+    def left_s(self) -> float:
+        """Seconds until it settles for what is there; whoever waits for it waits no longer."""
+        return max(0.0, self._until - self._clock())
+
     def poll(self) -> int | None:
         """Chunks that can be loaded now, or ``None``: ask again."""
         if self._done:
             # Others may have stored more while the request waited for its turn.
             self._extend()
             return len(self.hold)
-        late = self._clock() >= self._until
+        if self._clock() >= self._until:  # nothing is begun any more that nobody waits for
+            return self.give_up()
         if self._located is not None:
             if not self._located.done():
-                return self._finish() if late else None
+                return None
             found, self._located = self._located, None
             self._plan(found)
-        if late or all(self._planner.state(k) is not ChunkState.FETCHING for k in self._wanted):
-            return self._finish()
+        if all(self._planner.state(k) is not ChunkState.FETCHING for k in self._wanted):
+            return self.give_up()
         return None
+
+    def give_up(self) -> int:
+        """Settle for what is in host memory now; answer how many chunks can be loaded."""
+        self._forget_question()
+        self._extend()
+        self._done = True
+        return len(self.hold)
 
     def close(self) -> None:
         """Give the leases back.
@@ -138,12 +151,6 @@ class PrefixLookup:
         if self._located is not None:
             self._located.cancel()
             self._located = None
-
-    def _finish(self) -> int:
-        self._forget_question()
-        self._extend()
-        self._done = True
-        return len(self.hold)
 
     def _extend(self) -> None:
         self._planner.extend(self.hold, self._find()[len(self.hold) :])

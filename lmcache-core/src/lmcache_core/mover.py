@@ -276,10 +276,10 @@ class Mover:
         """What happened since the last call."""
         return self._reports.take()
 
-    def close(self) -> None:
+    def close(self, timeout_s: float = 5.0) -> None:
         """Let go of the threads. Close the tiers and the loop before."""
         if self._tier_moves is not None:
-            self._tier_moves.close()
+            self._tier_moves.close(timeout_s)
 
     def _chosen(self, engine: EngineConnector | None) -> EngineConnector:
         chosen = engine or self._engine

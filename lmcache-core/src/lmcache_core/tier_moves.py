@@ -18,9 +18,10 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from lmcache_core.daemon_pool import DaemonPool
 from lmcache_core.errors import FrameError
 from lmcache_core.frame import DAMAGE
 from lmcache_core.guard import attempted
@@ -86,7 +87,7 @@ class TierMoves:
         self._ledger = Ledger("slots of tiers", counters)
         self._idle = threading.Condition()
         self._queued = 0
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="lmcache-seal")
+        self._threads = DaemonPool(2, "lmcache-seal")
 
     @property
     def leases(self) -> int:
@@ -98,9 +99,14 @@ class TierMoves:
         with self._idle:
             return self._idle.wait_for(lambda: not self._queued, timeout_s)
 
-    def close(self) -> None:
-        """Let go of the threads. Close the tiers and the loop before."""
-        self._threads.shutdown(wait=True)
+    def close(self, timeout_s: float) -> None:
+        """Let go of the threads. Close the tiers and the loop before.
+
+        A serde that isn't done within ``timeout_s`` keeps its thread, which is a daemon.
+        """
+        self._threads.shutdown()
+        if not self._threads.join(timeout_s):
+            logger.warning("A serde didn't end within %g s; its thread is left behind", timeout_s)
 
     # -- arena -> slow tiers ---------------------------------------------------------------
 
@@ -314,7 +320,7 @@ class TierMoves:
 
     async def _on_thread(self, call: Callable[..., T], *args: object) -> T:
         """What ``call`` answers. Over only when the call is, even if the caller is cancelled."""
-        running = asyncio.wrap_future(self._threads.submit(call, *args))
+        running = self._threads.run(call, *args)
         try:
             return await asyncio.shield(running)
         finally:

@@ -49,6 +49,8 @@ __all__ = ["LoadAnswer", "StoreAnswer", "Tier", "Tiers"]
 
 logger = logging.getLogger(__name__)
 
+_LATE = 1.05
+"""Of a deadline that the I/O loop keeps itself, how much is waited for it to say so."""
 _IDENTITY = re.compile(r"[!-~]{1,500}")
 
 
@@ -183,12 +185,12 @@ class Tiers:
         return sum(count or 0 for count in counts)
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Close every backend. Idempotent; never raises and never takes much longer than that."""
+        """Close every backend, within ``timeout_s`` in all. Idempotent; never raises."""
         if self._closed:
             return
         self._closed = True
         try:
-            self._loop.run(self._close_all(timeout_s), timeout_s + 1.0)
+            self._loop.run(self._close_all(timeout_s), _LATE * timeout_s)
         except (TimeoutError, RuntimeError) as error:
             logger.warning("The storage backends couldn't be closed: %s", error)
 
@@ -201,15 +203,18 @@ class Tiers:
         return found
 
     async def _close_all(self, deadline_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + deadline_s
         for task in self._reopening:
             task.cancel()
         if self._reopening:
-            await asyncio.wait(self._reopening, timeout=deadline_s)
+            await asyncio.wait(self._reopening, timeout=0.5 * deadline_s)
         closing = [tier for tier in self.tiers if tier.ready]
         for tier in closing:
             tier.closing()
+        left_s = until - loop.time()
         answers: list[Answer[None]] = await asyncio.gather(
-            *(t.guard.once("close", t.backend.close, deadline_s=deadline_s) for t in closing)
+            *(t.guard.once("close", t.backend.close, deadline_s=left_s) for t in closing)
         )
         for tier, answer in zip(closing, answers, strict=True):
             if answer.error is not None:

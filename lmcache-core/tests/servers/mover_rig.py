@@ -6,7 +6,8 @@ import asyncio
 import random
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from lmcache_core import (
 )
 from lmcache_core.connector import BlockSpan
 from lmcache_core.frame import HEADER_BYTES
-from lmcache_core.keys import ChunkKey
+from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import LayerGroup
 from lmcache_core.paged import CanonicalBuffer
 from lmcache_core.serde import Serde, SerdeDescriptor
@@ -52,6 +53,9 @@ class Store:
         self.deleted: list[ChunkKey] = []
         self.may_store = threading.Event()
         self.may_store.set()
+        self.before: dict[str, Callable[[], Awaitable[object]]] = {}
+        """What is awaited, on the I/O loop, when a call of this name begins."""
+        self.calls: list[str] = []
 
 
 class Remembers(StorageBackend):
@@ -71,10 +75,17 @@ class Remembers(StorageBackend):
     async def close(self) -> None:
         pass
 
+    async def _begin(self, call: str) -> None:
+        self._store.calls.append(call)
+        if (before := self._store.before.get(call)) is not None:
+            await before()
+
     async def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        await self._begin("contains")
         return [(self._space, key) in self._store.values for key in keys]
 
     async def load(self, keys: Sequence[ChunkKey], into: Sequence[memoryview]) -> list[int]:
+        await self._begin("load")
         sizes = []
         for key, buffer in zip(keys, into, strict=True):
             value = self._store.values.get((self._space, key))
@@ -86,6 +97,7 @@ class Remembers(StorageBackend):
     async def store(
         self, keys: Sequence[ChunkKey], sources: Sequence[memoryview]
     ) -> list[StoreOutcome]:
+        await self._begin("store")
         while not self._store.may_store.is_set():
             await asyncio.sleep(0)
         for key, source in zip(keys, sources, strict=True):
@@ -93,8 +105,26 @@ class Remembers(StorageBackend):
         return [StoreOutcome.STORED] * len(keys)
 
     async def delete(self, keys: Sequence[ChunkKey]) -> int:
+        await self._begin("delete")
         self._store.deleted += keys
         return sum(self._store.values.pop((self._space, key), None) is not None for key in keys)
+
+    async def clear(self) -> int:
+        await self._begin("clear")
+        here = [name for name in self._store.values if name[0] == self._space]
+        for name in here:
+            del self._store.values[name]
+        return len(here)
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class Odd(Serde):
@@ -179,8 +209,15 @@ class Rig:
         monkeypatch.setitem(sys.modules, "mover_parts", Plugged)  # type: ignore[arg-type]
         self.plugins = Plugins()
 
-    def open(self, *tiers: str, slots: int = 8, keep: bool = False) -> Cache:
-        """A cache with ``tiers``, each ``STORE`` or ``STORE:SERDE``."""
+    def open(
+        self,
+        *tiers: str,
+        slots: int = 8,
+        keep: bool = False,
+        more: Sequence[str] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Cache:
+        """A cache with ``tiers``, each ``STORE`` or ``STORE:SERDE``, and ``more`` configuration."""
         assignments = [
             f"chunk_size={CHUNK}",
             f"max_local_cpu_size={slots * SLOT / 2**30 + 1e-9}",
@@ -192,8 +229,8 @@ class Rig:
                 f"backends.{name}.type={name}",
                 f"backends.{name}.serde={serde or 'raw'}",
             ]
-        config = load_config(self.plugins, environ={}, assignments=assignments)
-        return Cache.open(model="m", layout=LAYOUT, config=config, plugins=self.plugins)
+        config = load_config(self.plugins, environ={}, assignments=[*assignments, *more])
+        return Cache(CacheNamespace("m", LAYOUT), config, self.plugins, clock=clock)
 
 
 ERRORS = [ValueError("bad"), MemoryError(), SystemExit(1), KeyboardInterrupt(), StopIteration()]

@@ -73,7 +73,9 @@ class CoreConfig(BaseModel):
         None, description="Store only requests whose priority is at most this."
     )
     blocking_timeout_secs: float = Field(
-        10.0, gt=0, description="Deadline in seconds for one load from a slow tier."
+        10.0,
+        gt=0,
+        description="Deadline in seconds for one load, all slow tiers together, and for closing.",
     )
     lookup_timeout_ms: PositiveInt = Field(
         3000, description="Deadline in milliseconds for asking slow tiers what they have."
