@@ -30,7 +30,7 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
 
 def opened(rig: Rig, clock: Clock, *tiers: str, lookup_s: float = DEADLINE_S) -> Cache:
     more = [f"blocking_timeout_secs={DEADLINE_S}", f"lookup_timeout_ms={int(1000 * lookup_s)}"]
-    return rig.open(*(tiers or ("one",)), more=more, clock=clock)
+    return rig.open(*(tiers or ("one",)), slots=64, more=more, clock=clock)
 
 
 class Waits(threading.Condition):

@@ -329,6 +329,141 @@ def test_hanging_calls_hold_a_bounded_number_of_buffers() -> None:
     run(test)
 
 
+def test_hanging_calls_hold_a_bounded_number_of_bytes() -> None:
+    """By operation, and while the circuit is closed and no number of calls is reached."""
+
+    async def test() -> None:
+        rig, release = Rig(breaker_threshold=100), asyncio.Event()
+        rig.guard.max_bytes = 100
+        late = await rig.guard.call(
+            "store", release.wait, deadline_s=SHORT_S, owns_buffers=True, nbytes=60
+        )
+        assert late.unsettled is not None
+
+        async def good(operation: str, nbytes: int) -> bool:
+            made = rig.raising()
+            answer = await rig.guard.call(operation, made, owns_buffers=True, nbytes=nbytes)
+            return answer.ok
+
+        assert not await good("store", 60)
+        assert rig.calls == 0
+        assert rig.count("backend_errors", operation="store", kind="saturated") == 1
+        assert await good("store", 40)
+        assert await good("load", 100)
+        assert not rig.guard.is_full("store")
+        release.set()
+        await asyncio.wait([late.unsettled])
+        assert await good("store", 100)
+
+    run(test)
+
+
+def test_calls_wait_for_room_and_go_on_in_their_order() -> None:
+    async def test() -> None:
+        rig, begun = Rig(), list[int]()
+        rig.guard.max_bytes = 100
+        releases = [asyncio.Event() for _ in range(4)]
+
+        def call(number: int) -> Callable[[], Awaitable[bool]]:
+            async def made() -> bool:
+                begun.append(number)
+                return await releases[number].wait()
+
+            return made
+
+        sizes = (60, 300, 60, 40)  # what is longer than the room is let in alone
+        calls = [
+            asyncio.ensure_future(
+                rig.guard.call("store", call(i), owns_buffers=True, nbytes=nbytes)
+            )
+            for i, nbytes in enumerate(sizes)
+        ]
+        for number, expected in enumerate(([0], [0, 1], [0, 1, 2, 3], [0, 1, 2, 3])):
+            await steps()
+            assert begun == expected
+            releases[number].set()
+        assert all(answer.ok for answer in await asyncio.gather(*calls))
+
+    run(test)
+
+
+def test_who_waits_for_room_that_is_lost_is_refused_at_once() -> None:
+    async def test() -> None:
+        rig, release = Rig(breaker_threshold=100), asyncio.Event()
+        rig.guard.max_bytes = 100
+        first = asyncio.ensure_future(
+            rig.guard.call("store", release.wait, deadline_s=SHORT_S, owns_buffers=True, nbytes=60)
+        )
+        await steps()
+        waiting = [
+            rig.guard.call("store", rig.raising(), owns_buffers=True, nbytes=nbytes)
+            for nbytes in (60, 40)
+        ]
+        refused, good = await asyncio.wait_for(asyncio.gather(*waiting), LONG_S)
+        assert "never came back" in str(refused.error)
+        assert good.ok
+        task = (await first).unsettled
+        assert task is not None
+        release.set()
+        await asyncio.wait([task])
+
+    run(test)
+
+
+def test_waiting_for_room_ends_at_the_deadline_and_loses_none() -> None:
+    async def test() -> None:
+        rig, release = Rig(breaker_threshold=1), asyncio.Event()
+        rig.guard.max_bytes = 100
+        store = {"owns_buffers": True, "nbytes": 60}
+        first = asyncio.ensure_future(rig.guard.call("store", release.wait, **store))
+        await steps()
+        late = await rig.guard.call("store", rig.raising(), deadline_s=SHORT_S, **store)
+        assert isinstance(late.error, BackendTimeout)
+        assert rig.guard.state is BreakerState.CLOSED
+        cancelled = asyncio.ensure_future(rig.guard.call("store", rig.raising(), **store))
+        await steps()
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
+        assert rig.calls == 0
+        release.set()
+        assert (await first).ok
+        assert (await rig.guard.call("store", rig.raising(), owns_buffers=True, nbytes=100)).ok
+
+    run(test)
+
+
+def test_a_call_that_can_be_cancelled_is_unsettled_until_it_has_ended() -> None:
+    async def test() -> None:
+        rig, cancelled, let_go = Rig(breaker_threshold=100), asyncio.Event(), asyncio.Event()
+        rig.guard.max_bytes = 100
+        rig.guard.cancels = True
+
+        async def hang() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.set()
+                await let_go.wait()
+
+        store = {"owns_buffers": True, "nbytes": 100}
+        answer = await rig.guard.call("store", hang, deadline_s=SHORT_S, **store)
+        assert answer.unsettled is not None
+        await asyncio.wait_for(cancelled.wait(), LONG_S)
+        assert not answer.unsettled.done()
+        assert not (await rig.guard.call("store", rig.raising(), **store)).ok
+        let_go.set()
+        await asyncio.wait([answer.unsettled])
+        assert (await rig.guard.call("store", rig.raising(), **store)).ok
+
+    run(test)
+
+
+async def steps(count: int = 10) -> None:
+    """Let others go on."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 # -- concurrency ---------------------------------------------------------------------------
 
 

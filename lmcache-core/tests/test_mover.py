@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import threading
@@ -106,6 +107,33 @@ def test_encoded_chunks_need_no_slots_while_they_are_sent(rig: Rig) -> None:
         cache.lookup(prompt(3))
         assert cache.store(*content(2, 2)) == 2 * CHUNK
         rig.stores["one"].may_store.set()
+
+
+@pytest.mark.parametrize("serde", ["raw", "odd"])
+def test_a_store_that_hangs_keeps_a_part_of_host_memory(rig: Rig, serde: str) -> None:
+    """Its tier is offered no more than that; host memory and the other tier go on."""
+
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    rig.stores["one"].before["store"] = hang
+    value_bytes = HEADER_BYTES + GROUP.chunk_bytes(CHUNK)
+    room = 80 * SLOT // 8  # a quarter of host memory, half of it for each tier
+    most = 4 * (room // 4 // value_bytes)  # in four calls
+    with rig.open(f"one:{serde}", "two", slots=80, more=["backends.one.deadline_s=0.05"]) as cache:
+        stored = 0
+        for turn in range(3):
+            tokens, kv = content(79, turn)
+            new = cache.store(tokens, kv) // CHUNK
+            assert new >= 80 - most - 1
+            assert cache.flush(WAIT_S)  # what hangs was dropped, and nobody waits for it
+            stored += new
+        assert counted(cache, "tier_store_chunks") == {("two",): stored}
+        dropped = counted(cache, "store_dropped")
+        assert dropped["timeout", "one"] == most
+        assert dropped["saturated", "one"] == stored - most
+        assert cache._mover.leases == (most if serde == "raw" else 0)
+        assert rig.stores["one"].calls.count("store") == 4
 
 
 # -- serdes that fail ----------------------------------------------------------------------

@@ -32,6 +32,7 @@ from lmcache_core.errors import (
 )
 from lmcache_core.metrics import Counters
 from lmcache_core.redaction import without_passwords_in
+from lmcache_core.room import Room, Share
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -129,6 +130,11 @@ class Guard:
     says that the process of an isolated backend is being replaced: calls are misses until then, and
     the first one afterwards is let through. Set ``max_concurrency`` to bound the calls that run at
     one time; waiting for a turn counts against a call's deadline but not against the backend.
+
+    Set ``max_bytes`` to bound the bytes of the buffers that the calls of one operation have at one
+    time, and so what those that never come back can keep: once they have so much that a further
+    call's can't be had, it is refused at once, as saturated. Set ``cancels`` where a call that is
+    cancelled ends, and has let go of its buffers when it has.
     """
 
     def __init__(
@@ -146,6 +152,8 @@ class Guard:
         self.name = name
         self.deadline_s = deadline_s
         self.max_concurrency: int | None = None
+        self.max_bytes: int | None = None
+        self.cancels = False
         self._retries = retries
         self._threshold = breaker_threshold
         self._cooldown_s = breaker_cooldown_s
@@ -157,6 +165,7 @@ class Guard:
         self._opened_at = 0.0
         self._running = 0
         self._turns: deque[asyncio.Future[None]] = deque()
+        self._rooms: dict[str, Room] = {}
         self._unsettled: set[asyncio.Task[Any]] = set()
         self._abandoned: set[asyncio.Task[Any]] = set()
         self._logged: dict[str, tuple[float, int]] = {}
@@ -171,6 +180,10 @@ class Guard:
         """Whether so many calls hang and hold buffers that no more buffers are risked."""
         return len(self._unsettled) >= self._threshold
 
+    def is_full(self, operation: str) -> bool:
+        """Whether calls of ``operation`` that hang hold as many bytes as they may."""
+        return self._room(operation).full
+
     async def call(
         self,
         operation: str,
@@ -178,26 +191,20 @@ class Guard:
         *,
         deadline_s: float | None = None,
         owns_buffers: bool = False,
+        nbytes: int = 0,
     ) -> Answer[T]:
         """Await what ``make`` makes, which is called once for each try, for ``deadline_s`` at most.
 
-        ``owns_buffers``: the call reads or writes its caller's buffers, perhaps on a thread that
-        can't be stopped. At its deadline it is then left running and handed back as ``unsettled``;
-        otherwise it is cancelled. Raises nothing but ``CancelledError``; a caller that is cancelled
-        learns nothing about its buffers and must not use them again.
+        ``owns_buffers``: the call reads or writes its caller's buffers, ``nbytes`` of them, perhaps
+        on a thread that can't be stopped. At its deadline it is then handed back as ``unsettled``,
+        and left running unless the backend ``cancels``; otherwise it is cancelled. Raises nothing
+        but ``CancelledError``; a caller that is cancelled learns nothing about its buffers and must
+        not use them again.
         """
-        loop = asyncio.get_running_loop()
         deadline_s = self.deadline_s if deadline_s is None else deadline_s
-        until = loop.time() + deadline_s
-        refusal: BackendError | None = self._refusal(owns_buffers)
-        if refusal is None:
-            if await self._take_turn(until):
-                refusal = self._refusal(owns_buffers)  # again: things may have changed meanwhile
-                if refusal is not None:
-                    self._end_turn()
-            else:
-                refusal = self._late(operation, deadline_s, ", all of it waiting for its turn")
-                self.log(operation, refusal)
+        until = asyncio.get_running_loop().time() + deadline_s
+        call = _Call(operation, deadline_s, until, owns_buffers, nbytes)
+        refusal = await self._admit(call)
         if refusal is not None:
             self._count(operation, refusal)
             return Answer(error=refusal)
@@ -206,12 +213,14 @@ class Guard:
         tried = 0
         try:
             while True:
-                answer = await self._once(operation, make, until, deadline_s, owns_buffers)
+                answer = await self._once(call, make)
                 tried += 1
                 if not await self._may_retry(answer, tried, until):
                     return answer
         finally:
             self._end_turn()
+            if call.share is not None:
+                call.share.end()
             self._learn(operation, answer, probe)
 
     async def once(
@@ -224,7 +233,7 @@ class Guard:
     ) -> Answer[T]:
         """Like `call`, but one try, beside the breaker, and unlogged: for opening and closing."""
         until = asyncio.get_running_loop().time() + deadline_s
-        return await self._once(operation, make, until, deadline_s, owns_buffers)
+        return await self._once(_Call(operation, deadline_s, until, owns_buffers), make)
 
     def now(self, operation: str, call: Callable[[], T]) -> Answer[T]:
         """Call something that doesn't block; for the few synchronous methods of plugins."""
@@ -236,43 +245,39 @@ class Guard:
 
     # -- one try ---------------------------------------------------------------------------
 
-    async def _once(
-        self,
-        operation: str,
-        make: Callable[[], Awaitable[T]],
-        until: float,
-        deadline_s: float,
-        owns_buffers: bool,
-    ) -> Answer[T]:
+    async def _once(self, call: _Call, make: Callable[[], Awaitable[T]]) -> Answer[T]:
         async def awaited() -> T:
             return await contain(make())
 
         loop = asyncio.get_running_loop()
         task = loop.create_task(awaited())
-        left = until - loop.time()
+        left = call.until - loop.time()
         try:
             await asyncio.wait([task], timeout=max(0.0, left))
         except asyncio.CancelledError:
-            self._leave(task, owns_buffers)
+            self._leave(task, call)
             raise
         if not task.done():
-            late = self._late(operation, deadline_s)
-            self._count(operation, late)
-            self._leave(task, owns_buffers)
-            return Answer(error=late, unsettled=task if owns_buffers else None)
+            late = self._late(call)
+            self._count(call.operation, late)
+            self._leave(task, call)
+            return Answer(error=late, unsettled=task if call.owns_buffers else None)
         if task.cancelled():
-            error: BaseException = BackendUnavailable(f"{self.name}: {operation} was cancelled")
+            what = f"{self.name}: {call.operation} was cancelled"
+            error: BaseException = BackendUnavailable(what)
         elif (raised := task.exception()) is None:
             return Answer(task.result())
         else:
-            error = self._translated(operation, raised)
-        self._count(operation, error)
+            error = self._translated(call.operation, raised)
+        self._count(call.operation, error)
         return Answer(error=error)
 
-    def _leave(self, task: asyncio.Task[Any], owns_buffers: bool) -> None:
+    def _leave(self, task: asyncio.Task[Any], call: _Call) -> None:
         """Let go of a task that isn't done. The loop itself holds tasks only weakly."""
-        group = self._unsettled if owns_buffers else self._abandoned
+        group = self._unsettled if call.owns_buffers else self._abandoned
         group.add(task)
+        if call.share is not None:
+            call.share.leave_to(task)
 
         def ended(task: asyncio.Task[Any]) -> None:
             group.discard(task)
@@ -280,11 +285,13 @@ class Guard:
                 task.exception()  # retrieved, or asyncio logs that nobody did
 
         task.add_done_callback(ended)
-        if not owns_buffers:
+        if self.cancels or not call.owns_buffers:
             task.cancel()
 
-    def _late(self, operation: str, deadline_s: float, doing: str = "") -> BackendTimeout:
-        return BackendTimeout(f"{self.name}: {operation} took longer than {deadline_s:g} s{doing}")
+    def _late(self, call: _Call, doing: str = "") -> BackendTimeout:
+        return BackendTimeout(
+            f"{self.name}: {call.operation} took longer than {call.deadline_s:g} s{doing}"
+        )
 
     def _translated(self, operation: str, raised: BaseException) -> BaseException:
         """Give what sloppy clients let through the class that it should have had."""
@@ -314,6 +321,42 @@ class Guard:
         return True
 
     # -- turns -----------------------------------------------------------------------------
+
+    async def _admit(self, call: _Call) -> BackendError | None:
+        """Wait for room and for a turn; why there is none."""
+        refusal: BackendError | None = self._refusal(call)
+        if refusal is not None:
+            return refusal
+        if call.nbytes:
+            left_s = call.until - asyncio.get_running_loop().time()
+            call.share = await self._room(call.operation).take(call.nbytes, left_s)
+            if call.share is None:
+                refusal = self._refusal(call) or self._late(call, ", all of it waiting for room")
+                if isinstance(refusal, BackendTimeout):
+                    self.log(call.operation, refusal)
+                return refusal
+        turn = False
+        try:
+            turn = await self._take_turn(call.until)
+            if turn:
+                refusal = self._refusal(call)  # again: things may have changed meanwhile
+            else:
+                refusal = self._late(call, ", all of it waiting for its turn")
+                self.log(call.operation, refusal)
+        finally:
+            if call.share is not None and (refusal is not None or not turn):
+                call.share.end()
+        if turn and refusal is not None:
+            self._end_turn()
+        return refusal
+
+    def _room(self, operation: str) -> Room:
+        """What the calls of one operation have: a store that hangs is in no load's way."""
+        room = self._rooms.get(operation)
+        if room is None:
+            room = self._rooms[operation] = Room()
+        room.limit = self.max_bytes
+        return room
 
     async def _take_turn(self, until: float) -> bool:
         left = until - asyncio.get_running_loop().time()
@@ -345,15 +388,21 @@ class Guard:
 
     # -- breaker ---------------------------------------------------------------------------
 
-    def _refusal(self, owns_buffers: bool) -> BackendUnavailable | None:
+    def _refusal(self, call: _Call) -> BackendUnavailable | None:
         if self._state is not BreakerState.CLOSED:
             left = self._opened_at + self._cooldown_s - self._clock()
             if left > 0 or self._state is BreakerState.HALF_OPEN:
                 return _CircuitOpen(f"{self.name}: circuit open for {max(0.0, left):.0f} s more")
-        if owns_buffers and self.saturated:
-            return _Saturated(
-                f"{self.name}: {len(self._unsettled)} calls never came back and hold their buffers"
+        if not call.owns_buffers:
+            return None
+        denied = call.share is None and self._room(call.operation).denies(call.nbytes)
+        if denied or self.saturated:
+            hanging = len(self._unsettled)
+            refusal = _Saturated(
+                f"{self.name}: {hanging} calls never came back and hold their buffers"
             )
+            self.log(f"{call.operation} (saturated)", refusal)
+            return refusal
         return None
 
     def _begin(self) -> bool:
@@ -419,6 +468,18 @@ class Guard:
         more = f" ({suppressed} more since the last such line)" if suppressed else ""
         logger.warning("%s: %s failed: %s%s", self.name, operation, _said(error), more)
         logger.debug("%s: %s failed", self.name, operation, exc_info=error)
+
+
+@dataclass(slots=True)
+class _Call:
+    """What is asked of the backend, and what the call has of its ``max_bytes``."""
+
+    operation: str
+    deadline_s: float
+    until: float
+    owns_buffers: bool
+    nbytes: int = 0
+    share: Share | None = None
 
 
 class _CircuitOpen(BackendUnavailable):

@@ -46,6 +46,10 @@ class BackendCapabilities:
     """A longer value is never offered. ``None``: no limit."""
     preferred_batch: int = 64
     max_concurrency: int = 8
+    cancellable: bool = False
+    """A load or store that is cancelled ends soon, and nobody touches its buffers afterwards. Core
+    cancels those that miss their deadline. Where this isn't so, as where a thread does it, they are
+    left to run, and keep their buffers."""
 
 
 @dataclass(frozen=True)

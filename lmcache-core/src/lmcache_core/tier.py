@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lmcache_core.errors import BackendError
@@ -32,29 +32,34 @@ from lmcache_core.storage import (
 REFUSED_S = 300.0
 """How long a value that isn't for us is taken for absent; then it is tried once more."""
 MAX_REFUSED = 1 << 16
+_CALLS = 4
+"""One call has at most one part in so many of the bytes that calls may have: others go on."""
 
 
 @dataclass(frozen=True)
 class LoadAnswer:
     """For each key the bytes loaded, or `MISS`.
 
-    Until ``unsettled`` is done, the backend may still write into buffers that say `MISS`.
+    Until ``hanging[position]`` is done, the backend may still write into the buffer there;
+    ``unsettled`` is done when all of them are.
     """
 
     sizes: list[int]
     unsettled: asyncio.Task[Any] | None = None
+    hanging: Mapping[int, asyncio.Task[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StoreAnswer:
     """For each key what became of it.
 
-    Until ``unsettled`` is done, the backend may still read sources that say ``NOT_ADMITTED``, and
-    may even have stored them.
+    Until ``hanging[position]`` is done, the backend may still read the source there, which says
+    ``NOT_ADMITTED``, and may even store it; ``unsettled`` is done when all of them are.
     """
 
     outcomes: list[StoreOutcome]
     unsettled: asyncio.Task[Any] | None = None
+    hanging: Mapping[int, asyncio.Task[Any]] = field(default_factory=dict)
 
 
 class Tier:
@@ -62,7 +67,9 @@ class Tier:
 
     Nothing raises but for ``CancelledError``. While the backend isn't open, everything is a miss.
     ``deadline_s`` is what a call without a deadline of its own gets. ``exact``: the serde gives
-    back every bit. ``fingerprint`` is that of the namespace, with this tier's place in it.
+    back every bit. ``fingerprint`` is that of the namespace, with this tier's place in it. Stores
+    have ``max_bytes`` of buffers at one time at most, and so have loads; ``None``: any number. One
+    that hangs keeps its part, and what finds no room for that reason is refused at once.
     """
 
     def __init__(
@@ -76,12 +83,14 @@ class Tier:
         deadline_s: float,
         exact: bool = True,
         fingerprint: str = "",
+        max_bytes: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
         self.backend = backend
         self.serde = serde
         self.guard = guard
+        self.guard.max_bytes = max_bytes
         self.deadline_s = deadline_s
         self.exact = exact
         self.fingerprint = fingerprint
@@ -107,6 +116,7 @@ class Tier:
         self.backend = backend
         self._prefix_lookup = backend if isinstance(backend, SupportsPrefixLookup) else None
         self.guard.max_concurrency = max(1, capabilities.max_concurrency)
+        self.guard.cancels = capabilities.cancellable
         self._capabilities = capabilities
 
     def closing(self) -> None:
@@ -123,7 +133,7 @@ class Tier:
         """
         count = len(keys)
         nothing = [False] * count
-        if not count or not self.ready or self.guard.saturated:
+        if not count or not self.ready or self.guard.saturated or self.guard.is_full("load"):
             return nothing
         backend, prefix = self.backend, self._prefix_lookup
         if leading and prefix is not None:
@@ -171,7 +181,13 @@ class Tier:
                 found = await backend.load(names, buffers)
                 return self._checked("load", found, len(names), _is_size)
 
-            answer = await self.guard.call("load", read, deadline_s=deadline_s, owns_buffers=True)
+            answer = await self.guard.call(
+                "load",
+                read,
+                deadline_s=deadline_s,
+                owns_buffers=True,
+                nbytes=sum(buffer.nbytes for buffer in buffers),
+            )
             if answer.value is None:
                 self._failed_loads(stop - start, _reason(answer.error))
                 return answer.unsettled
@@ -184,8 +200,9 @@ class Tier:
                     sizes[start + position] = size
             return None
 
-        unsettled = await self._in_batches(batch, len(keys), capabilities.preferred_batch)
-        return LoadAnswer(sizes, unsettled)
+        lengths = [buffer.nbytes for buffer in into]
+        unsettled, hanging = await self._in_batches(batch, lengths, capabilities.preferred_batch)
+        return LoadAnswer(sizes, unsettled, hanging)
 
     async def store(
         self,
@@ -222,7 +239,11 @@ class Tier:
             self._storing.update(names)
             try:
                 answer = await self.guard.call(
-                    "store", write, deadline_s=deadline_s, owns_buffers=True
+                    "store",
+                    write,
+                    deadline_s=deadline_s,
+                    owns_buffers=True,
+                    nbytes=sum(value.nbytes for value in values),
                 )
             finally:
                 over = True
@@ -240,8 +261,9 @@ class Tier:
                     self._counters.add("tier_store_bytes", sources[i].nbytes, tier=self.name)
             return None
 
-        unsettled = await self._in_batches(batch, len(offered), capabilities.preferred_batch)
-        return StoreAnswer(outcomes, unsettled)
+        lengths = [sources[i].nbytes for i in offered]
+        unsettled, hanging = await self._in_batches(batch, lengths, capabilities.preferred_batch)
+        return StoreAnswer(outcomes, unsettled, {offered[i]: task for i, task in hanging.items()})
 
     async def delete(self, keys: Sequence[ChunkKey], deadline_s: float | None = None) -> int | None:
         """Forget ``keys``; answer how many were there, or ``None`` where that can't be done."""
@@ -290,19 +312,27 @@ class Tier:
     async def _in_batches(
         self,
         batch: Callable[[int, int], Awaitable[asyncio.Task[Any] | None]],
-        count: int,
+        lengths: Sequence[int],
         size: int,
-    ) -> asyncio.Task[Any] | None:
-        size = max(1, size)
-        ranges = [(start, min(start + size, count)) for start in range(0, count, size)]
-        left = [task for task in await asyncio.gather(*(batch(*r) for r in ranges)) if task]
+    ) -> tuple[asyncio.Task[Any] | None, dict[int, asyncio.Task[Any]]]:
+        """Run all; answer what hasn't settled: as one task, and by position."""
+        room = self.guard.max_bytes
+        ranges = _batches(lengths, max(1, size), None if room is None else room // _CALLS)
+        tasks = await asyncio.gather(*(batch(*positions) for positions in ranges))
+        hanging = {
+            position: task
+            for positions, task in zip(ranges, tasks, strict=True)
+            if task is not None
+            for position in range(*positions)
+        }
+        left = [task for task in tasks if task]
         if len(left) < 2:
-            return left[0] if left else None
+            return (left[0] if left else None), hanging
 
         async def all_settled() -> None:
             await asyncio.wait(left)
 
-        return asyncio.get_running_loop().create_task(all_settled())
+        return asyncio.get_running_loop().create_task(all_settled()), hanging
 
     def _worth_offering(
         self,
@@ -358,6 +388,22 @@ class Tier:
     def _dropped(self, count: int, reason: str) -> None:
         if count:
             self._counters.add("store_dropped", count, tier=self.name, reason=reason)
+
+
+def _batches(lengths: Sequence[int], size: int, max_bytes: int | None) -> list[tuple[int, int]]:
+    """Positions from and to: ``size`` values each at most, and ``max_bytes`` or a single value."""
+    count = len(lengths)
+    if max_bytes is None or sum(lengths) <= max_bytes:
+        return [(start, min(start + size, count)) for start in range(0, count, size)]
+    ranges = []
+    start, nbytes = 0, 0
+    for position, length in enumerate(lengths):
+        if position > start and (position - start == size or nbytes + length > max_bytes):
+            ranges.append((start, position))
+            start, nbytes = position, 0
+        nbytes += length
+    ranges.append((start, count))
+    return ranges
 
 
 def _is_count(value: object) -> bool:

@@ -17,8 +17,9 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 from lmcache_core.daemon_pool import DaemonPool
@@ -39,6 +40,8 @@ from lmcache_core.tier import Tier
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Leases = dict[int, Lease]
+"""Of chunks, by their position or operation; what is handed on is taken out."""
 Stored = Sequence[tuple[StoreOp, bytes]]
 """Operations, with the checksums that their chunks had when they were gathered."""
 
@@ -124,11 +127,15 @@ class TierMoves:
         self._reports.released(op.op for op, _ in stored if op.op not in waiting)
         if not written:
             return
-        shared = Shared(self._ledger, lambda: self._release(numbers), _named(written))
-        leases = [shared.lease() for _ in self._tiers]
+        shares = [
+            Shared(self._ledger, partial(self._reports.released, (op.op,)), op.key.hex())
+            for op, _ in written
+        ]
+        leases = [{i: share.lease() for i, share in enumerate(shares)} for _ in self._tiers]
 
         def ended(_: Future[None] | None) -> None:
-            _keep_taken(leases)
+            for own in leases:
+                _keep_taken(own.values())
             with self._idle:
                 self._queued -= len(written)
                 self._idle.notify_all()
@@ -136,43 +143,62 @@ class TierMoves:
 
         if not self._submit(self._persist(written, leases), ended):
             self._counters.add("store_dropped", len(written), reason="closed")
-            for lease in leases:
-                lease.release()
+            for own in leases:
+                _release(own.values())
             ended(None)
 
-    async def _persist(self, stored: Stored, leases: Sequence[Lease]) -> None:
+    async def _persist(self, stored: Stored, leases: Sequence[Leases]) -> None:
+        """Over when it is known what became of each chunk; a call that hangs has its leases."""
         writes = [
-            self._write(tier, sealer, stored, lease)
-            for (tier, sealer), lease in zip(self._tiers, leases, strict=True)
+            self._write(tier, sealer, stored, own)
+            for (tier, sealer), own in zip(self._tiers, leases, strict=True)
         ]
         for found in await asyncio.gather(*writes, return_exceptions=True):
             if isinstance(found, BaseException):
                 logger.error("Writing to a tier failed; this is a bug of ours", exc_info=found)
 
-    async def _write(self, tier: Tier, sealer: Sealer, stored: Stored, lease: Lease) -> None:
+    async def _write(self, tier: Tier, sealer: Sealer, stored: Stored, leases: Leases) -> None:
         sealed = await self._on_thread(self._seal, tier, sealer, stored)
-        if not sealer.in_place or not sealed:
-            lease.release()
+        needed = {position for position, _ in sealed} if sealer.in_place else set()
+        _release([leases.pop(i) for i in range(len(stored)) if i not in needed])
+        self._reports.tell()
         if not sealed:
             return
-        answer = await tier.store([key for key, _ in sealed], [frame for _, frame in sealed])
-        if answer.unsettled is not None:
-            await asyncio.wait([answer.unsettled])
-        if sealer.in_place:
-            lease.release()
+        keys = [stored[position][0].key for position, _ in sealed]
+        answer = await tier.store(keys, [frame for _, frame in sealed])
+        if needed:
+            held = [leases.pop(position) for position, _ in sealed]
+            self._settle(held, answer.hanging)
 
-    def _seal(
-        self, tier: Tier, sealer: Sealer, stored: Stored
-    ) -> list[tuple[ChunkKey, memoryview]]:
-        """The values of those chunks that can be sealed."""
-        sealed: list[tuple[ChunkKey, memoryview]] = []
-        for op, sums in stored:
+    def _settle(self, leases: Sequence[Lease], hanging: Mapping[int, asyncio.Task[Any]]) -> None:
+        """Release what isn't used any more now, and the rest as the calls end that use it."""
+        waiting: dict[asyncio.Task[Any], list[Lease]] = {}
+        for position, task in hanging.items():
+            waiting.setdefault(task, []).append(leases[position])
+        _release([lease for i, lease in enumerate(leases) if i not in hanging])
+        self._reports.tell()
+        for task, own in waiting.items():
+            self._release_after(task, own)
+
+    def _release_after(self, task: asyncio.Task[Any], leases: list[Lease]) -> None:
+        async def released() -> None:
+            await asyncio.wait([task])
+            _release(leases)
+            self._reports.tell()
+
+        if not self._submit(released(), lambda _: _keep_taken(leases)):
+            _keep_taken(leases)
+
+    def _seal(self, tier: Tier, sealer: Sealer, stored: Stored) -> list[tuple[int, memoryview]]:
+        """The values of those chunks that can be sealed, with their positions."""
+        sealed: list[tuple[int, memoryview]] = []
+        for position, (op, sums) in enumerate(stored):
             group = self._groups[op.span.group]
             slot = self._arena.slot(op.slot)
             chunk = Chunk(op.key, slot, group, op.span.chunk_tokens, op.start)
             answer = attempted(sealer.seal, chunk, sums)
             if answer.value is not None:
-                sealed.append((op.key, answer.value))
+                sealed.append((position, answer.value))
                 continue
             reason = _reason(answer.error, "encode")
             self._counters.add("store_dropped", tier=tier.name, reason=reason)
@@ -197,9 +223,11 @@ class TierMoves:
             self._fetch_from(tier, own)
 
     def _fetch_from(self, tier: int, ops: list[FetchOp]) -> None:
-        numbers = [op.op for op in ops]
-        lease = self._ledger.lease(lambda: self._release(numbers), f"{len(ops)} fetched chunks")
-        due = set(numbers)
+        leases = {
+            op.op: self._ledger.lease(partial(self._reports.released, (op.op,)), op.key.hex())
+            for op in ops
+        }
+        due = set(leases)
 
         def concluded(bad: set[int]) -> None:
             self._reports.failed(due & bad)
@@ -208,23 +236,24 @@ class TierMoves:
             self._reports.tell()
 
         def ended(_: Future[None] | None) -> None:
-            _keep_taken([lease])
+            _keep_taken(leases.values())
             if due:
-                concluded(set(numbers))
+                concluded(set(due))
 
-        if not self._submit(self._fetch(tier, ops, lease, concluded), ended):
+        if not self._submit(self._fetch(tier, ops, leases, concluded), ended):
             name = self._tiers[tier][0].name
             self._counters.add("load_failures", len(ops), tier=name, reason="closed")
-            lease.release()
+            _release(leases.values())
             ended(None)
 
     async def _fetch(
-        self, index: int, ops: list[FetchOp], lease: Lease, concluded: Callable[[set[int]], None]
+        self, index: int, ops: list[FetchOp], leases: Leases, concluded: Callable[[set[int]], None]
     ) -> None:
         tier, sealer = self._tiers[index]
         landed = self._landed(tier, sealer, ops)
+        needed = {op.op for op, _, _ in landed}
+        _release([leases.pop(op.op) for op in ops if op.op not in needed])
         if not landed:
-            lease.release()
             return
         answer = await tier.load([op.key for op, _, _ in landed], [into for _, _, into in landed])
         good, damaged, refused = await self._on_thread(
@@ -237,9 +266,8 @@ class TierMoves:
             tier.refuse(refused)
             self._reports.refused(index, refused)
         concluded({op.op for op in ops} - good)
-        if answer.unsettled is not None and sealer.in_place:
-            await asyncio.wait([answer.unsettled])
-        lease.release()
+        held = [leases.pop(op.op) for op, _, _ in landed]
+        self._settle(held, answer.hanging if sealer.in_place else {})
 
     def _landed(
         self, tier: Tier, sealer: Sealer, ops: list[FetchOp]
@@ -299,10 +327,6 @@ class TierMoves:
 
     # -- inside ----------------------------------------------------------------------------
 
-    def _release(self, numbers: list[int]) -> None:
-        self._reports.released(numbers)
-        self._reports.tell()
-
     def _submit(
         self, work: Coroutine[Any, Any, None], ended: Callable[[Future[None] | None], None]
     ) -> bool:
@@ -329,7 +353,12 @@ class TierMoves:
                     await asyncio.wait([running])
 
 
-def _keep_taken(leases: Sequence[Lease]) -> None:
+def _release(leases: Iterable[Lease]) -> None:
+    for lease in leases:
+        lease.release()
+
+
+def _keep_taken(leases: Iterable[Lease]) -> None:
     """What wasn't given back when its operation ended: somebody may still use it."""
     for lease in leases:
         if lease.live:
@@ -338,7 +367,3 @@ def _keep_taken(leases: Sequence[Lease]) -> None:
 
 def _reason(error: BaseException | None, otherwise: str) -> str:
     return error.reason if isinstance(error, FrameError) else otherwise
-
-
-def _named(stored: Stored) -> str:
-    return f"{len(stored)} chunks from {stored[0][0].key.hex()} on"

@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 _LATE = 1.05
 """Of a deadline that the I/O loop keeps itself, how much is waited for it to say so."""
+_PART = 4
+"""All tiers' stores together have one part in so many of host memory at one time; so have loads."""
 _IDENTITY = re.compile(r"[!-~]{1,500}")
 
 
@@ -143,6 +145,7 @@ class Tiers:
                 deadline_s=deadline_s,
                 exact=exact,
                 fingerprint=placed.fingerprint,
+                max_bytes=None if region is None else region.nbytes // (_PART * len(sections)),
             )
             longest = _longest_value(serde, namespace.layout)
             context = BackendContext(section.name, placed, region, longest, lookup_only=lookup_only)

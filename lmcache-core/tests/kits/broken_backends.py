@@ -256,6 +256,19 @@ class WritesInPlace(FilesystemBackend):
         return True
 
 
+class CancelsItsWaitingOnly(MemoryBackend):
+    """Says that a call can be cancelled, while a thread goes on with it."""
+
+    async def store(self, keys: Keys, sources: Views) -> list[StoreOutcome]:
+        def slowly() -> None:
+            time.sleep(0.2)
+            for key, source in zip(keys, sources, strict=True):
+                self._chunks[key] = bytes(source)
+
+        await asyncio.to_thread(slowly)
+        return [StoreOutcome.STORED] * len(keys)
+
+
 class CountsEveryStore(MemoryBackend):
     """Adds up what was offered instead of what is held."""
 

@@ -37,6 +37,7 @@ BACKENDS: dict[str, set[str]] = {
     "CountsAllHits": {"test_count_leading_hits"},
     "ClearsEverybody": {"test_clear"},
     "WritesInPlace": {"test_readers_never_see_a_part"},
+    "CancelsItsWaitingOnly": {"test_a_cancelled_call_ends_and_lets_go"},
     "CountsEveryStore": {"test_usage"},
 }
 """For each mistake the tests whose sentence it breaks; others may fail as a consequence."""

@@ -51,7 +51,11 @@ class MemoryBackend(StorageBackend):
     @property
     def capabilities(self) -> BackendCapabilities:
         return BackendCapabilities(
-            shared=False, persistent=False, max_chunk_bytes=self._max_bytes, max_concurrency=1
+            shared=False,
+            persistent=False,
+            max_chunk_bytes=self._max_bytes,
+            max_concurrency=1,
+            cancellable=True,
         )
 
     async def open(self, context: BackendContext) -> None:

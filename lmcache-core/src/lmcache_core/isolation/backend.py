@@ -206,7 +206,9 @@ class IsolatedBackend(StorageBackend):
                 memory=memory,
             )
             facts = await asyncio.shield(opening)
-            self._capabilities = BackendCapabilities(**facts["capabilities"])
+            # What is cancelled here goes on in the child.
+            stated = {**facts["capabilities"], "cancellable": False}
+            self._capabilities = BackendCapabilities(**stated)
             methods: list[str] = facts["methods"]
         except BaseException as error:
             await _finish(child)

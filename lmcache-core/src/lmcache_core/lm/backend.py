@@ -54,6 +54,7 @@ class LmBackend(StorageBackend):
             max_chunk_bytes=self._max_value_bytes,
             preferred_batch=16,
             max_concurrency=8,
+            cancellable=True,
         )
 
     async def open(self, context: BackendContext) -> None:

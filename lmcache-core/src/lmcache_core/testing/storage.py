@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 import pytest
@@ -299,6 +299,37 @@ class StorageBackendTests:
         for round_ in range(12):
             run(race(round_))
         assert not wrong
+
+    @pytest.mark.parametrize("steps", [0, 1, 2, 5])
+    def test_a_cancelled_call_ends_and_lets_go(
+        self, backend: StorageBackend, run: Loop, steps: int
+    ) -> None:
+        _claimed(backend, "cancellable")
+        run(backend.store(keys(1, 40), views([value(40)])))
+        size = min(LARGE_BYTES, backend.capabilities.max_chunk_bytes or LARGE_BYTES)
+
+        async def cancelled(call: Coroutine[Any, Any, object]) -> None:
+            task = asyncio.get_running_loop().create_task(call)
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+
+        sources = [value(41 + i, size) for i in range(4)]
+        run(cancelled(backend.store(keys(4, 41), views(sources))))
+        for source in sources:
+            source[:] = bytes(size)
+            source.append(0)  # raises BufferError while anything still exports the buffer
+        loaded = buffers(4, size)
+        sizes = run(backend.load(keys(4, 41), views(loaded)))
+        for i, found in enumerate(sizes):
+            assert found == MISS or loaded[i] == value(41 + i, size)
+        target = bytearray(VALUE_BYTES)
+        run(cancelled(backend.load(keys(1, 40), views([target]))))
+        target[:] = bytes(VALUE_BYTES)
+        target.append(0)
+        assert run(backend.contains(keys(1, 40))) == [True]
+        assert not any(target)
 
     def test_the_event_loop_is_never_blocked(self, backend: StorageBackend, run: Loop) -> None:
         names, sources, loaded = keys(64, 30), [value(i) for i in range(64)], buffers(64)
