@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from lmcache_core.logging import Seldom
+
 
 def run(program: str, **environ: str) -> str:
     """What ``program`` writes to standard error in a process of its own."""
@@ -66,3 +68,20 @@ def test_engines_find_it_under_the_name_that_they_import() -> None:
 
     assert init_logger("vllm.some.module") is logging.getLogger("vllm.some.module")
     assert logging.getLogger("vllm").handlers == []
+
+
+def test_what_others_bring_about_is_said_seldom(caplog: pytest.LogCaptureFixture) -> None:
+    now = [100.0]
+    seldom = Seldom(logging.getLogger("lmcache_core.test"), 30.0, lambda: now[0])
+    for _ in range(4):
+        seldom.warn("one", "%s came", "somebody %s")
+        seldom.warn("two", "twice")
+        now[0] += 1.0
+    now[0] += 30.0
+    seldom.warn("one", "%s came", "again")
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "somebody %s came",
+        "twice",
+        "again came (3 more since the last such line)",
+    ]

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
+from collections.abc import Callable
 
 LEVEL_VARIABLE = "LMCACHE_LOG_LEVEL"
 _FORMAT = "[%(asctime)s] LMCache %(levelname)s: %(message)s (%(filename)s:%(lineno)d:%(name)s)"
@@ -30,6 +33,37 @@ class FallbackHandler(logging.StreamHandler):  # type: ignore[type-arg]
     def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:  # type: ignore[override]
         """Let ``record`` through unless the root logger has handlers, which print it anyway."""
         return False if logging.getLogger().handlers else super().filter(record)
+
+
+class Seldom:
+    """Warns of what others bring about, at most once in ``every_s`` for each kind. Thread-safe.
+
+    ``kind`` is one of a few that the caller knows, never something that a peer said.
+    """
+
+    def __init__(
+        self,
+        logger: logging.Logger,
+        every_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._logger = logger
+        self._every_s = every_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._said: dict[str, tuple[float, int]] = {}
+
+    def warn(self, kind: str, text: str, *arguments: object) -> None:
+        """Say it, and how often it wasn't said since the last time; or count it."""
+        now = self._clock()
+        with self._lock:
+            last, kept = self._said.get(kind, (now - self._every_s, 0))
+            if now - last < self._every_s:
+                self._said[kind] = last, kept + 1
+                return
+            self._said[kind] = now, 0
+        more = f" ({kept} more since the last such line)" if kept else ""
+        self._logger.warning("%s%s", text % arguments, more)
 
 
 def init_logger(name: str) -> logging.Logger:

@@ -116,6 +116,20 @@ def test_another_secret_is_refused(served: Served) -> None:
         assert ended(sock)
 
 
+def test_strangers_fill_no_log(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(5):
+        with served.connection(secret=bytes(32)) as sock:
+            assert ended(sock)
+        with served.plain() as sock:
+            received(sock, wire.GREETING.size)
+            sock.sendall(bytes(200))
+            assert ended(sock)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len([line for line in said if "another descriptor" in line]) == 1
+    assert len([line for line in said if "cut off" in line]) == 1
+    assert works(served)
+
+
 def test_a_proof_is_of_no_use_twice(served: Served) -> None:
     with served.plain() as one, served.plain() as two:
         nonces = [

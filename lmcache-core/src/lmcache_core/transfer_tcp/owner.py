@@ -19,6 +19,7 @@ from concurrent.futures import Future
 
 from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
 from lmcache_core.lm.stream import Plain, Stream, Tls
+from lmcache_core.logging import Seldom
 from lmcache_core.storage import HostRegion
 from lmcache_core.tls import server_context
 from lmcache_core.transfer import Note
@@ -58,6 +59,7 @@ class Owner:
         self._writable = writable
         self._hand_over = hand_over
         self._name = name
+        self._seldom = Seldom(logger)
         self._secret = secrets.token_bytes(wire.SECRET_BYTES)
         self._tls = _tls_context(config)
         self._lock = threading.Lock()
@@ -110,7 +112,8 @@ class Owner:
                 if not full:
                     self._lines[thread] = None
             if full:
-                logger.warning(
+                self._seldom.warn(
+                    "full",
                     "%s: %s is turned away: there are %d connections (max_connections)",
                     self._name,
                     where,
@@ -121,7 +124,7 @@ class Owner:
             try:
                 thread.start()
             except RuntimeError as error:  # the system has no more threads
-                logger.warning("%s: %s is turned away: %s", self._name, where, error)
+                self._seldom.warn("threads", "%s: %s is turned away: %s", self._name, where, error)
                 with self._lock:
                     del self._lines[thread]
                 sock.close()
@@ -146,7 +149,7 @@ class Owner:
         except (OSError, EOFError, BackendError) as error:
             logger.debug("%s: %s left: %r", self._name, where, error)
         except WireError as error:
-            logger.warning("%s: %s is cut off: %s", self._name, where, error)
+            self._seldom.warn("rubbish", "%s: %s is cut off: %s", self._name, where, error)
         finally:
             with self._lock:
                 del self._lines[threading.current_thread()]
@@ -173,7 +176,9 @@ class Owner:
         status = Status.OK if known else Status.DENIED
         line.send([memoryview(wire.WELCOME.pack(status, ours if known else b""))])
         if not known:
-            logger.warning("%s: %s has another descriptor and is refused", self._name, line.where)
+            self._seldom.warn(
+                "secret", "%s: %s has another descriptor and is refused", self._name, line.where
+            )
             return None
         return name.decode(errors="replace")
 
@@ -186,8 +191,11 @@ class Owner:
         places = wire.parse_places(rest, asked)
         if not self._allowed(asked, places):
             line.send([memoryview(bytes([Status.OUTSIDE]))])
-            logger.warning(
-                "%s: %s asked for what it may not touch, and is cut off", self._name, line.where
+            self._seldom.warn(
+                "outside",
+                "%s: %s asked for what it may not touch, and is cut off",
+                self._name,
+                line.where,
             )
             return False
         views = pieces(self._region.view, places)
