@@ -717,7 +717,9 @@ def test_buffers_elsewhere_are_stored_too(
     run(backend.close())
 
 
-def shared_with(server: RunningServer, sealed: bool = True, region: int = 4096) -> socket.socket:
+def shared_with(
+    server: RunningServer, sealed: bool = True, region: int = 4096, region_fd: int | None = None
+) -> socket.socket:
     """A Unix socket on which hello was said and memory was sent."""
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(20)
@@ -727,9 +729,12 @@ def shared_with(server: RunningServer, sealed: bool = True, region: int = 4096) 
     assert answer(sock)[0].status is Status.OK
     fds = [os.memfd_create("test", os.MFD_ALLOW_SEALING) for _ in range(2)]
     for fd in fds:
-        os.ftruncate(fd, 8192)
+        os.pwrite(fd, bytes(8192), 0)
         if sealed:
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    if region_fd is not None:
+        fcntl.fcntl(region_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        os.dup2(region_fd, fds[1])
     meta = greeting.share(8192, 4096, region)
     head = protocol.header(Op.SHARE, 0, meta=len(meta))
     socket.send_fds(sock, [head + meta], fds)
@@ -767,6 +772,28 @@ def test_an_offer_without_a_voucher_is_not_stored(server: RunningServer, run: Lo
         head, outcomes = answer(sock)
         assert (head.op, head.status) == (Op.OFFER, Status.OK)
         assert outcomes[-1] == 2
+    healthy(server, run)
+
+
+def test_an_offer_of_what_nobody_wrote_takes_no_memory(server: RunningServer, run: Loop) -> None:
+    """Reading it would make the system take as much as a client can announce."""
+    sizes = (64 << 20, (64 << 20) - 4096)
+    sparse = os.memfd_create("test", os.MFD_ALLOW_SEALING)
+    os.ftruncate(sparse, sizes[0])
+    os.pwrite(sparse, b"x", 0)
+    used = os.fstat(sparse).st_blocks
+    evicted = counted(server.metrics, "evicted_chunks_total")
+    with shared_with(server, region=sizes[0], region_fd=sparse) as sock:
+        assert answer(sock)[0].status is Status.OK
+        for number, (size, offset) in enumerate(zip(sizes, (0, 4096), strict=True), 1):
+            meta = protocol.names(keys(1, 70 + number)) + protocol.numbers([size, offset])
+            sock.sendall(protocol.header(Op.OFFER, number, count=1, meta=len(meta)) + meta)
+            head, outcomes = answer(sock)
+            assert (head.op, head.status) == (Op.OFFER, Status.OK)
+            assert outcomes[-1] == 2
+    assert os.fstat(sparse).st_blocks == used
+    os.close(sparse)
+    assert counted(server.metrics, "evicted_chunks_total") == evicted
     healthy(server, run)
 
 

@@ -277,6 +277,32 @@ def test_a_region_is_mapped_for_as_long_as_one_uses_it() -> None:
         os.close(fd)
 
 
+def test_what_nobody_wrote_is_not_there_and_is_not_touched() -> None:
+    fd = os.memfd_create("region")
+    try:
+        os.ftruncate(fd, 64 * PAGE)
+        os.pwrite(fd, bytes(2 * PAGE), 8 * PAGE)
+        os.pwrite(fd, b"x", 20 * PAGE)
+        before = os.fstat(fd).st_blocks
+        regions = Regions(Counters())
+        region = regions.attach(fd, 64 * PAGE)
+        holds = region.backing.holds
+        assert holds(8 * PAGE, 2 * PAGE)
+        assert holds(8 * PAGE + 5, PAGE)
+        assert holds(8 * PAGE, 1)
+        assert holds(20 * PAGE, PAGE)
+        assert holds(0, 0)
+        assert not holds(0, 1)
+        assert not holds(7 * PAGE, 2 * PAGE)
+        assert not holds(8 * PAGE, 3 * PAGE)
+        assert not holds(0, 64 * PAGE)
+        assert not holds(63 * PAGE, PAGE)
+        assert os.fstat(fd).st_blocks == before
+        region.release()
+    finally:
+        os.close(fd)
+
+
 def test_a_slot_that_is_acknowledged_twice_ends_the_connection() -> None:
     """It would soon hold two pieces at once."""
     staging = Staging()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
+from lmcache_core.secret_file import remark_if_public
+
 
 def server_context(certificate: Path, key: Path | None) -> ssl.SSLContext:
     """For a listener. ``key`` is in the certificate's file if it is ``None``.
@@ -18,6 +20,7 @@ def server_context(certificate: Path, key: Path | None) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate, key)
+    remark_if_public(key or certificate, "the key in")
     return context
 
 

@@ -12,6 +12,7 @@ from lmcache_core.errors import LMCacheError
 from lmcache_core.lm.config import DEFAULT_PORT, TOKEN_VARIABLE, read_token
 from lmcache_core.logging import init_logger
 from lmcache_core.plugins import Plugins
+from lmcache_core.secret_file import remark_if_public
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace, _SubParsersAction
@@ -61,6 +62,8 @@ def run(args: Namespace) -> int:
     from lmcache_core.lm.server import Server, ServerOptions
 
     disk = None if args.storage in ("cpu", "cuda") else Path(args.storage)
+    if args.token_file is not None:
+        remark_if_public(args.token_file, "--token-file")
     memory = None if args.memory_gib is None else int(args.memory_gib * 2**30)
     Server(
         ServerOptions(

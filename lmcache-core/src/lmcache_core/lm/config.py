@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 
 from lmcache_core.errors import BackendRejected
 from lmcache_core.lm.protocol import MAX_TOKEN_BYTES
+from lmcache_core.secret_file import remark_if_public
 
 DEFAULT_PORT = 65432
 TOKEN_VARIABLE = "LMCACHE_SERVER_TOKEN"  # noqa: S105  a name
@@ -68,6 +69,8 @@ class LmConfig(BaseModel):
             raise ValueError("tls is for TCP; a Unix socket (path) doesn't leave this machine")
         if self.ca_file is not None and not self.tls:
             raise ValueError("ca_file has no effect without tls: true (or lm+tls://)")
+        if self.token_file is not None:
+            remark_if_public(self.token_file, "token_file")
         return self
 
     @property

@@ -13,6 +13,7 @@ from lmcache_core.lm.proof import NONCE_BYTES, PROOF_BYTES
 from lmcache_core.lm.protocol import (
     MAX_PATH_BYTES,
     MAX_REGION_BYTES,
+    MAX_STAGING_BYTES,
     VERSION,
     ProtocolError,
     Status,
@@ -164,7 +165,7 @@ def parse_share(data: memoryview) -> tuple[int, int, int]:
     if len(data) != _SHARE.size:
         raise ProtocolError(f"{len(data)} bytes don't announce staging memory")
     nbytes, piece, region = _SHARE.unpack(data)
-    if not 0 < piece <= nbytes <= 1 << 32:
+    if not 0 < piece <= nbytes <= MAX_STAGING_BYTES:
         raise ProtocolError(f"slots of {piece} bytes in {nbytes} bytes of staging memory")
     if region > MAX_REGION_BYTES:
         raise ProtocolError(f"a region of {region} bytes; at most {MAX_REGION_BYTES} are allowed")

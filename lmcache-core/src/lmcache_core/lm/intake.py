@@ -115,9 +115,10 @@ class Intake:
         outcomes: list[StoreOutcome] = []
         with self._service.values.hold() as coming:
             for key, size, offset in zip(keys, sizes, offsets, strict=True):
-                value: Value | StoreOutcome = StoreOutcome.NOT_ADMITTED
-                if size <= self._service.max_value_bytes:
-                    value = coming.reserve(space, key, size)
+                if not self._is_there(region, offset, size):
+                    outcomes.append(StoreOutcome.NOT_ADMITTED)
+                    continue
+                value = coming.reserve(space, key, size)
                 if not isinstance(value, Value):
                     outcomes.append(value)
                     continue
@@ -129,6 +130,17 @@ class Intake:
                     coming.drop()
                     outcomes.append(StoreOutcome.NOT_ADMITTED)
         return sizes, outcomes
+
+    def _is_there(self, region: Region, offset: int, size: int) -> bool:
+        """Whether a value can be read without making the system take memory for it."""
+        service = self._service
+        if size > service.max_value_bytes:
+            return False
+        for at in range(offset, offset + size, _TURN_BYTES):
+            if not region.backing.holds(at, min(_TURN_BYTES, offset + size - at)):
+                service.log("sparse", "a client offers memory that nobody has written to")
+                return False
+        return True
 
     async def _copy(self, source: int, value: Value) -> None:
         """Fill ``value`` from an address, without the interpreter's lock, others having turns."""

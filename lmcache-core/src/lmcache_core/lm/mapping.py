@@ -7,6 +7,7 @@ about what lies there.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -55,6 +56,44 @@ class ReadOnlyMapping:
     def close(self) -> None:
         """Unmap; nobody may be reading."""
         self._libc.munmap(ctypes.c_void_p(self.address), ctypes.c_size_t(self.nbytes))
+
+
+class Backing:
+    """Which pages of a mapped file are there. Reading one that isn't would make the system take it.
+
+    ``fd`` is duplicated.
+    """
+
+    def __init__(self, fd: int, mapping: ReadOnlyMapping) -> None:
+        self._fd = os.dup(fd)
+        self._mapping = mapping
+        self._libc = ctypes.CDLL(None, use_errno=True)
+
+    def holds(self, offset: int, nbytes: int) -> bool:
+        """Whether somebody wrote every page of this range; touches none of them."""
+        start = offset - offset % mmap.PAGESIZE
+        count = -(-(offset + nbytes - start) // mmap.PAGESIZE)
+        pages = (ctypes.c_ubyte * count)()
+        length = ctypes.c_size_t(offset + nbytes - start)
+        if self._libc.mincore(ctypes.c_void_p(self._mapping.address + start), length, pages):
+            return False
+        resident = bytes(pages)
+        at = resident.find(0)
+        while at >= 0:  # never written, or on swap
+            if self._next_data(start + at * mmap.PAGESIZE) != start + at * mmap.PAGESIZE:
+                return False
+            at = resident.find(0, at + 1)
+        return True
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        os.close(self._fd)
+
+    def _next_data(self, offset: int) -> int:
+        try:
+            return os.lseek(self._fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            return -1 if error.errno == errno.ENXIO else offset  # none behind it; or it can't say
 
 
 def is_sealed(fd: int) -> bool:

@@ -109,6 +109,7 @@ MAX_MESSAGE_BYTES = 1024
 MAX_EXTENTS = 64
 """In so many parts a value may lie in the arena."""
 MAX_REGION_BYTES = 1 << 46
+MAX_STAGING_BYTES = 64 << 20
 MAX_META_BYTES = MAX_KEYS * (1 + MAX_KEY_BYTES + 16)
 MAX_HELLO_BYTES = 2048
 

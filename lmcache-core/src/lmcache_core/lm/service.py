@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from lmcache_core.leases import Lease, Ledger, Shared
 from lmcache_core.lm.arena import Arena
 from lmcache_core.lm.fence import fence
-from lmcache_core.lm.mapping import ReadOnlyMapping
+from lmcache_core.lm.guesses import Guesses
+from lmcache_core.lm.mapping import Backing, ReadOnlyMapping
 from lmcache_core.lm.shares import Budget
 from lmcache_core.lm.values import Values
 from lmcache_core.metrics import Counters
@@ -94,11 +95,14 @@ class Epochs:
 class Region:
     """A client's memory, mapped for as long as the lease is held that this is."""
 
-    __slots__ = ("_lease", "_regions", "address", "nbytes")
+    __slots__ = ("_lease", "_regions", "address", "backing", "nbytes")
 
-    def __init__(self, regions: Regions, mapping: ReadOnlyMapping, lease: Lease) -> None:
+    def __init__(
+        self, regions: Regions, mapping: ReadOnlyMapping, backing: Backing, lease: Lease
+    ) -> None:
         self._regions = regions
         self._lease = lease
+        self.backing = backing
         self.address = mapping.address
         self.nbytes = mapping.nbytes
 
@@ -117,7 +121,7 @@ class Regions:
 
     def __init__(self, counters: Counters) -> None:
         self.leases = Ledger("client region", counters)
-        self._mapped: dict[tuple[int, int], tuple[ReadOnlyMapping, Shared]] = {}
+        self._mapped: dict[tuple[int, int], tuple[ReadOnlyMapping, Backing, Shared]] = {}
         self._lock = threading.Lock()
 
     def attach(self, fd: int, nbytes: int) -> Region:
@@ -130,17 +134,23 @@ class Regions:
         name = facts.st_dev, facts.st_ino
         with self._lock:
             if name in self._mapped:
-                mapping, users = self._mapped[name]
+                mapping, backing, users = self._mapped[name]
                 if mapping.nbytes < nbytes:
                     raise OSError(f"the region has less than {nbytes} bytes")
             else:
                 mapping = ReadOnlyMapping(fd, max(nbytes, facts.st_size))
+                try:
+                    backing = Backing(fd, mapping)
+                except OSError:
+                    mapping.close()
+                    raise
                 users = Shared(self.leases, partial(self._unmap, name))
-                self._mapped[name] = mapping, users
-            return Region(self, mapping, users.lease())
+                self._mapped[name] = mapping, backing, users
+            return Region(self, mapping, backing, users.lease())
 
     def _unmap(self, name: tuple[int, int]) -> None:
-        mapping, _ = self._mapped.pop(name)
+        mapping, backing, _ = self._mapped.pop(name)
+        backing.close()
         mapping.close()
 
 
@@ -161,6 +171,7 @@ class Service:
     disk: Disk | None = None
     requests: Budget = field(default_factory=lambda: Budget(LONG_REQUESTS_BYTES))
     """Bytes of meta beyond what every request may have, by client."""
+    guesses: Guesses = field(default_factory=Guesses)
     log_times: dict[str, float] = field(default_factory=dict)
 
     def log(self, kind: str, text: str, *arguments: object) -> None:

@@ -161,7 +161,14 @@ class Session:
         spoken = Transcript(hello, challenge, binding_of(self.wire.sock))
         await self._answer(header, challenge)
         header, said = await self._opening(Op.PROVE)
+        guesses, address = self._service.guesses, self.peer.rpartition(":")[0]
+        if (wait_s := guesses.wait_s(address)) > 0:
+            self._service.counters.add("server_guesses_refused")
+            what = f"too many wrong tokens came from this address; try again in {wait_s:.0f} s"
+            raise ProtocolError(what, Status.BUSY)
         if not spoken.proves(greeting.parse_proof(said), token, Side.CLIENT):
+            guesses.wrong(address)
+            self._service.counters.add("server_wrong_tokens")
             what = "the token is wrong; set token_file to the server's"
             raise ProtocolError(what, Status.DENIED)
         return header, spoken.proof(token, Side.SERVER)
