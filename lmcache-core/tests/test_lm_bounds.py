@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import resource
 import socket
 import tracemalloc
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from lm_server import RunningServer
 
+from lmcache_core.errors import ConfigError
 from lmcache_core.keys import ChunkKey
+from lmcache_core.lm import accepting as accepting_module
 from lmcache_core.lm import greeting, protocol
+from lmcache_core.lm.accepting import (
+    DEFAULT_CONNECTIONS,
+    RESERVED_DESCRIPTORS,
+    Accepting,
+    connections,
+)
 from lmcache_core.lm.arena import LEASE_BYTES, Arena, whole_pages
 from lmcache_core.lm.disk import Disk
 from lmcache_core.lm.protocol import HEADER_BYTES, MAX_KEYS, MAX_META_BYTES, Op, Status
@@ -22,7 +32,7 @@ from lmcache_core.lm.service import Epochs, Regions, Service
 from lmcache_core.lm.session import META_BYTES, SCRATCH_BYTES, Session
 from lmcache_core.lm.shares import Budget, Shares
 from lmcache_core.lm.values import UNSENT_PART, Value, Values
-from lmcache_core.lm.wire import Wire
+from lmcache_core.lm.wire import MAX_FDS, Wire
 from lmcache_core.metrics import Counters
 from lmcache_core.storage import StoreOutcome
 
@@ -181,6 +191,23 @@ def served(
             server.arena.close()
 
     asyncio.run(run())
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., socket.socket]]:
+    with ExitStack() as stack:
+
+        def one(server: RunningServer, address: str = "127.0.0.1") -> socket.socket:
+            there, here = ("127.0.0.1", server.port), (address, 0)
+            sock = socket.create_connection(there, 20, source_address=here)
+            return stack.enter_context(sock)
+
+        yield one
+
+
+def greet(sock: socket.socket) -> None:
+    sock.sendall(message(Op.HELLO, meta=greeting.hello(SPACE, b"")))
+    assert sock.recv(HEADER_BYTES)
 
 
 # -- stores that are announced ---------------------------------------------------------------
@@ -362,26 +389,21 @@ def test_long_requests_share_what_there_is_between_clients() -> None:
     served(MIB, work)
 
 
-def test_two_thousand_connections_take_little() -> None:
+def test_two_thousand_connections_take_little(connect: Callable[..., socket.socket]) -> None:
     """Each was greeted, and announces the longest request that there is."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     count = min(2000, limits[1] - 200)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
     server = RunningServer("--memory-gib", "0.1", "--unix", "none")
     try:
-        with ExitStack() as stack:
-            hello = message(Op.HELLO, meta=greeting.hello(SPACE, b""))
-            head = protocol.header(Op.CONTAINS, 1, count=MAX_KEYS, meta=MAX_META_BYTES)
-            before = resident(server)
-            for _ in range(count):
-                sock = socket.create_connection(("127.0.0.1", server.port))
-                stack.enter_context(sock).sendall(hello)
-                assert sock.recv(HEADER_BYTES)
-                sock.sendall(head + b"x")
-            last = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
-            last.sendall(hello)
-            assert last.recv(HEADER_BYTES)
-            assert resident(server) - before < 64 * MIB
+        head = protocol.header(Op.CONTAINS, 1, count=MAX_KEYS, meta=MAX_META_BYTES)
+        before = resident(server)
+        for _ in range(count):
+            sock = connect(server)
+            greet(sock)
+            sock.sendall(head + b"x")
+        greet(connect(server))
+        assert resident(server) - before < 64 * MIB
     finally:
         server.stop()
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -415,3 +437,137 @@ def test_a_capacity_evicts_nothing(tmp_path: Path, capacity: int) -> None:
         assert loaded == protocol.number(protocol.MISSING)
 
     served(16 * MIB, work, tmp_path)
+
+
+# -- connections and descriptors -------------------------------------------------------------
+
+
+class Starved(socket.socket):
+    """A listener in a process that has no descriptor left."""
+
+    asked = 0
+    starved = True
+
+    def accept(self) -> tuple[socket.socket, object]:
+        self.asked += 1
+        if self.starved:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return super().accept()
+
+
+def test_accepting_rests_while_there_are_no_descriptors() -> None:
+    taken: list[socket.socket] = []
+    errors: list[int | None] = []
+
+    async def turns() -> None:
+        for _ in range(50):
+            await asyncio.sleep(0)
+
+    async def run() -> None:
+        accepting = Accepting(
+            lambda sock, address, tls: taken.append(sock), lambda error: errors.append(error.errno)
+        )
+        listener = Starved()
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.setblocking(False)
+        accepting.listen(listener, None)
+        with socket.create_connection(listener.getsockname()):
+            while not errors:
+                await asyncio.sleep(0)
+            await turns()
+            assert (listener.asked, errors) == (1, [errno.EMFILE])
+            accepting.freed()  # for something else
+            await turns()
+            assert (listener.asked, errors) == (2, [errno.EMFILE] * 2)
+            listener.starved = False
+            accepting.freed()
+            while not taken:
+                await asyncio.sleep(0)
+            await turns()
+        accepting.close()
+        taken[0].close()
+
+    asyncio.run(run())
+
+
+def test_accepting_goes_on_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where others had the descriptors, nobody says when they are free."""
+    monkeypatch.setattr(accepting_module, "REST_S", 0.001)
+    taken: list[socket.socket] = []
+
+    async def run() -> None:
+        accepting = Accepting(lambda sock, address, tls: taken.append(sock), lambda error: None)
+        listener = Starved()
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.setblocking(False)
+        accepting.listen(listener, None)
+        with socket.create_connection(listener.getsockname()):
+            while listener.asked < 3:
+                await asyncio.sleep(0.001)
+            listener.starved = False
+            while not taken:
+                await asyncio.sleep(0.001)
+        accepting.close()
+        taken[0].close()
+
+    asyncio.run(run())
+
+
+def test_connections_that_do_not_fit_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(100, 1000)]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, asked: limits.append(asked))
+    assert connections(None) == 1000 - RESERVED_DESCRIPTORS
+    assert limits[-1] == (1000, 1000)
+    assert connections(900) == 900
+    with pytest.raises(ConfigError, match=r"--max-connections 1000: .* 1000 descriptors"):
+        connections(1000)
+    limits.append((1 << 20, 1 << 20))
+    assert connections(None) == DEFAULT_CONNECTIONS
+
+
+def test_one_client_leaves_connections_to_others(connect: Callable[..., socket.socket]) -> None:
+    server = RunningServer("--max-connections", "4", "--unix", "none", "--memory-gib", "0.1")
+    try:
+        for _ in range(3):
+            greet(connect(server))
+        assert connect(server).recv(1) == b""
+        greet(connect(server, "127.0.0.2"))
+    finally:
+        server.stop()
+    assert server.text.count("no more are accepted") == 1
+
+
+def test_who_says_nothing_makes_room(connect: Callable[..., socket.socket]) -> None:
+    options = ("--max-connections", "3", "--threads", "1", "--unix", "none")
+    server = RunningServer(*options, "--memory-gib", "0.1")
+    try:
+        silent, greeted, later = connect(server), connect(server), connect(server)
+        greet(greeted)
+        greet(connect(server, "127.0.0.2"))
+        assert silent.recv(1) == b""
+        greet(later)
+        assert connect(server, "127.0.0.2").recv(1) == b""
+    finally:
+        server.stop()
+
+
+def test_descriptors_that_nobody_asked_for_are_closed() -> None:
+    async def work(server: Served) -> None:
+        peer = await server.peer()
+        names = protocol.names([key(1)])
+        before = len(os.listdir("/proc/self/fd"))
+        with open(os.devnull) as file:
+            for _ in range(20):
+                question = message(Op.CONTAINS, 1, names)
+                socket.send_fds(peer.sock, [question], [file.fileno()] * MAX_FDS)
+                assert (await peer.answer())[1] == b"\0"
+                assert len(os.listdir("/proc/self/fd")) == before + 1
+            socket.send_fds(peer.sock, [question], [file.fileno()] * (MAX_FDS + 1))
+            head, text, _ = await peer.answer()
+            assert head.status is Status.MALFORMED
+            assert b"descriptors" in text
+
+    served(MIB, work)

@@ -124,7 +124,12 @@ def _add_options(parser: ArgumentParser) -> None:
     add("--metrics-port", type=_port, metavar="PORT", help="serve /metrics and /health there")
     add("--metrics-host", default="127.0.0.1", metavar="HOST", help="(default: 127.0.0.1)")
     add("--threads", type=int, default=0, help="that serve (default: two for each CPU, up to 8)")
-    add("--max-connections", type=int, default=4096, metavar="N", help="(default: 4096)")
+    add(
+        "--max-connections",
+        type=int,
+        metavar="N",
+        help="(default: 4096, or as many as the limit of descriptors allows)",
+    )
     add(
         "--stall-timeout",
         type=_positive,

@@ -17,11 +17,15 @@ import signal
 import socket
 import ssl
 import threading
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lmcache_core.errors import ConfigError
 from lmcache_core.host_memory import available_bytes
+from lmcache_core.lm.accepting import Accepting, connections
 from lmcache_core.lm.arena import LEASE_BYTES, Arena
 from lmcache_core.lm.config import is_loopback
 from lmcache_core.lm.disk import Disk
@@ -38,6 +42,10 @@ from lmcache_core.tls import server_context
 logger = logging.getLogger(__name__)
 
 DEFAULT_MEMORY_BYTES = 8 << 30
+KEPT_PART = 4
+"""One connection in so many is kept for other clients than the one that has all others."""
+OVERLAP = 32
+"""So many connections may be there instead of ones that are about to be closed."""
 _CHECK_S = 1.0
 _GRACE_S = 5.0
 
@@ -62,7 +70,8 @@ class ServerOptions:
     metrics_port: int | None = None
     threads: int = 0
     """0: two for each CPU, at most 8: the system spreads busy sessions better than we can."""
-    max_connections: int = 4096
+    max_connections: int | None = None
+    """``None``: 4096, or as many as there may be descriptors for."""
     stall_s: float = 30.0
 
 
@@ -77,6 +86,9 @@ class Server:
         self._options = options
         self.counters = Counters()
         self._tls = _tls_context(options)
+        self._most = connections(options.max_connections)
+        self._most_of_one = self._most - self._most // KEPT_PART
+        self._clients: Counter[str] = Counter()
         self._listeners = listen(options.host, options.port)
         self.port: int = self._listeners[0].getsockname()[1]
         self._unix: socket.socket | None = None
@@ -111,7 +123,7 @@ class Server:
         options = self._options
         self._open_unix()
         count = _threads(options)
-        self._workers = [_Worker(self.service, index) for index in range(count)]
+        self._workers = [_Worker(self.service, index, self._gone) for index in range(count)]
         if options.metrics_port is not None:
             self._metrics = MetricsServer(
                 options.metrics_host,
@@ -146,16 +158,16 @@ class Server:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        self._loop = loop
+        accepting = self._accepting = Accepting(self._take, self._rests)
         for listener in self._listeners:
-            loop.add_reader(listener, self._take, listener, self._tls)
+            accepting.listen(listener, self._tls)
         if self._unix is not None:
-            loop.add_reader(self._unix, self._take, self._unix, None)
+            accepting.listen(self._unix, None)
         self._announce()
         await stop.wait()
         logger.info("stopping")
-        for listener in (*self._listeners, *((self._unix,) if self._unix else ())):
-            loop.remove_reader(listener)
-            listener.close()
+        accepting.close()
 
     def _announce(self) -> None:
         options, arena = self._options, self._arena
@@ -179,28 +191,34 @@ class Server:
                 options.host,
             )
 
-    def _take(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
-        for _ in range(64):
-            try:
-                sock, address = listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:  # out of descriptors, or gone already
-                self.service.log("accept", "can't accept a connection: %s", error)
-                return
-            if sum(worker.sessions for worker in self._workers) >= self._options.max_connections:
-                self.counters.add("server_refused", reason="too_many")
-                self.service.log(
-                    "many",
-                    "%d connections are open, no more are accepted (--max-connections)",
-                    self._options.max_connections,
-                )
-                sock.close()
-                continue
-            client = address[0] if address else "a Unix socket's client"
-            peer = f"{client}:{address[1]}" if address else client
-            worker = min(self._workers, key=lambda worker: worker.sessions)
-            worker.take(sock, client, peer, tls)
+    def _take(self, sock: socket.socket, address: Any, tls: ssl.SSLContext | None) -> None:
+        client = address[0] if address else "a Unix socket's client"
+        peer = f"{client}:{address[1]}" if address else client
+        here = sum(worker.sessions for worker in self._workers)
+        if here >= self._most + OVERLAP or self._clients[client] >= self._most_of_one:
+            refuse(self.service, sock)
+            return
+        self._clients[client] += 1
+        worker = min(self._workers, key=lambda worker: worker.sessions)
+        if here >= self._most:  # where somebody says nothing, most likely
+            worker = max(self._workers, key=lambda worker: worker.silent)
+        worker.take(sock, client, peer, tls, full=here >= self._most)
+
+    def _rests(self, error: OSError) -> None:
+        self.service.counters.add("server_accept_pauses")
+        text = "no descriptors for more connections, they wait: %s"
+        self.service.log("accept", text, error.strerror)
+
+    def _gone(self, client: str) -> None:
+        """A connection ended. From any thread."""
+        with contextlib.suppress(RuntimeError):  # stopped already
+            self._loop.call_soon_threadsafe(self._forget, client)
+
+    def _forget(self, client: str) -> None:
+        self._clients[client] -= 1
+        if not self._clients[client]:
+            del self._clients[client]
+        self._accepting.freed()
 
     def _close(self) -> None:
         for worker in self._workers:
@@ -220,24 +238,43 @@ class Server:
 
 
 class _Worker:
-    """A thread with an event loop and some of the sessions."""
+    """A thread with an event loop and some of the sessions. ``gone`` is told whose ended."""
 
-    def __init__(self, service: Service, index: int) -> None:
+    def __init__(self, service: Service, index: int, gone: Callable[[str], None]) -> None:
         self.sessions = 0
         """Including those that are on their way to this thread."""
         self._service = service
+        self._gone = gone
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._open: dict[asyncio.Task[None], Session] = {}
+        self._silent: deque[tuple[asyncio.Task[None], Session]] = deque()
+        """As they came; the first of them isn't greeted."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._run, name=f"lmcache-server-{index}", daemon=True
         )
         self._thread.start()
 
-    def take(self, sock: socket.socket, client: str, peer: str, tls: ssl.SSLContext | None) -> None:
-        """Serve a connection. From the accepting thread."""
+    @property
+    def silent(self) -> int:
+        """About how many sessions weren't greeted yet. From any thread."""
+        return len(self._silent)
+
+    def take(
+        self,
+        sock: socket.socket,
+        client: str,
+        peer: str,
+        tls: ssl.SSLContext | None,
+        *,
+        full: bool,
+    ) -> None:
+        """Serve a connection; ``full``: only instead of one that says nothing.
+
+        From the accepting thread.
+        """
         self.sessions += 1
-        self._loop.call_soon_threadsafe(self._begin, sock, client, peer, tls)
+        self._loop.call_soon_threadsafe(self._begin, sock, client, peer, tls, full)
 
     def stop(self) -> None:
         """Let sessions finish what they are at, and end."""
@@ -257,8 +294,12 @@ class _Worker:
         self._loop.close()
 
     def _begin(
-        self, sock: socket.socket, client: str, peer: str, tls: ssl.SSLContext | None
+        self, sock: socket.socket, client: str, peer: str, tls: ssl.SSLContext | None, full: bool
     ) -> None:
+        if full and not self._drop_silent():
+            refuse(self._service, sock)
+            self._end_of(client)
+            return
         try:
             sock.setblocking(False)
             is_unix = sock.family == socket.AF_UNIX
@@ -271,18 +312,39 @@ class _Worker:
         except OSError as error:
             logger.debug("%s: %s", peer, error)
             sock.close()
-            self.sessions -= 1
+            self._end_of(client)
             return
         session = Session(self._service, wire, peer, self._scratch, client)
         task = self._loop.create_task(session.run())
         self._open[task] = session
+        self._silent.append((task, session))
+        self._forget_greeted()
         task.add_done_callback(self._ended)
 
+    def _drop_silent(self) -> bool:
+        """Close the session that has said nothing for the longest time; whether there is one."""
+        self._forget_greeted()
+        if not self._silent:
+            return False
+        self._service.counters.add("server_refused", reason="silent")
+        self._silent.popleft()[0].cancel()
+        return True
+
+    def _forget_greeted(self) -> None:
+        silent = self._silent
+        while silent and (silent[0][1].greeted or silent[0][0].done()):
+            silent.popleft()
+
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self.sessions -= 1
-        self._open.pop(task).end()  # a task that was cancelled before it began did nothing
+        session = self._open.pop(task)
+        session.end()  # a task that was cancelled before it began did nothing
+        self._end_of(session.client)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a session ended with an error of ours", exc_info=error)
+
+    def _end_of(self, client: str) -> None:
+        self.sessions -= 1
+        self._gone(client)
 
     async def _check(self) -> None:
         while True:
@@ -303,6 +365,13 @@ class _Worker:
         if self._open:
             await asyncio.wait(list(self._open), timeout=1.0)
         self._loop.stop()
+
+
+def refuse(service: Service, sock: socket.socket) -> None:
+    """Close a connection that is one too many."""
+    service.counters.add("server_refused", reason="too_many")
+    service.log("many", "too many connections, no more are accepted (--max-connections)")
+    sock.close()
 
 
 def _memory_bytes(options: ServerOptions) -> int:

@@ -56,7 +56,8 @@ class Session:
         self, service: Service, wire: Wire, peer: str, scratch: memoryview, client: str = ""
     ) -> None:
         self.peer = peer
-        self._client = client
+        self.client = client
+        self.greeted = False
         self.is_unix = wire.sock.family == socket.AF_UNIX
         self._shares = self.is_unix and may_share(wire.sock) and service.arena.reader is not None
         self.wire = wire
@@ -74,10 +75,10 @@ class Session:
         service = self._service
         try:
             await asyncio.wait_for(self._greet(), HELLO_S)
+            self.greeted = True
             service.counters.add("server_connections")
             while not self.stopping:
-                await self.wire.read_first(self._head)
-                await self._serve(protocol.parse_header(self._head))
+                await self._serve(await self._next())
         except ProtocolError as error:
             service.counters.add("server_refused", reason=error.status.name.lower())
             service.log(error.status.name, "%s: %s; connection closed", self.peer, error)
@@ -118,6 +119,16 @@ class Session:
 
     # -- the beginning and the end ---------------------------------------------------------
 
+    async def _next(self) -> Header:
+        """The next message's header; its descriptors stay open only where they mean something."""
+        await self.wire.read_first(self._head)
+        header = protocol.parse_header(self._head)
+        if header.op is not Op.SHARE:
+            self.wire.drop_fds()
+        if self.wire.lost_fds:
+            raise ProtocolError("more descriptors come with a message than any needs")
+        return header
+
     async def _greet(self) -> None:
         await self.wire.handshake()
         header, meta = await self._opening(Op.HELLO)
@@ -146,8 +157,7 @@ class Session:
         await self._answer(header, greeting.welcome(reply))
 
     async def _opening(self, op: Op) -> tuple[Header, memoryview]:
-        await self.wire.read_first(self._head)
-        header = protocol.parse_header(self._head)
+        header = await self._next()
         if header.op is not op or header.payload or header.meta > MAX_HELLO_BYTES:
             raise ProtocolError(f"this message isn't a {op.name}, which comes first")
         meta = memoryview(bytearray(header.meta))
@@ -214,7 +224,7 @@ class Session:
         try:
             while (left := header.meta - META_BYTES - taken) > 0:
                 some = min(META_BYTES + taken, left)
-                if not budget.take(self._client, some):
+                if not budget.take(self.client, some):
                     raise ProtocolError("too many long requests are under way", Status.BUSY)
                 taken += some
                 parts.append(memoryview(bytearray(some)))
@@ -223,7 +233,7 @@ class Session:
             parts.clear()
             await self._do(header, meta)
         finally:
-            budget.give(self._client, taken)
+            budget.give(self.client, taken)
 
     async def _do(self, header: Header, meta: memoryview) -> None:
         self._service.counters.add("server_requests", op=header.op.name.lower())

@@ -21,6 +21,7 @@ from lmcache_core.views import last_first, next_of, take_out
 MIN_PROGRESS_BYTES = 64 << 10
 """Fewer than so many bytes in a stall time-out are no progress, or a peer that sends a byte now and
 then could hold memory for ever."""
+MAX_FDS = 4
 _YIELD_BYTES = 4 << 20
 _RECORDS_BYTES = 256 << 10
 _WANTS = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -34,6 +35,9 @@ class Wire:
         self.sock = sock
         self.idle = False
         self.received_fds: list[int] = []
+        """Those that came with the message that `read_first` began."""
+        self.lost_fds = False
+        """Whether more came with one."""
         self._passes_descriptors = passes_descriptors
         self._loop = asyncio.get_running_loop()
         self._fd = sock.fileno()
@@ -179,11 +183,15 @@ class Wire:
             return False
         return now - since > stall_s
 
+    def drop_fds(self) -> None:
+        """Close the descriptors that came."""
+        fds, self.received_fds = self.received_fds, []
+        for fd in fds:
+            os.close(fd)
+
     def close(self) -> None:
         """End it. Whoever waits must be cancelled before."""
-        for fd in self.received_fds:
-            os.close(fd)
-        self.received_fds.clear()
+        self.drop_fds()
         if self._reading:
             self._loop.remove_reader(self._fd)
             self._reading = False
@@ -193,8 +201,12 @@ class Wire:
     # -- waiting ---------------------------------------------------------------------------
 
     def _recv_with_fds(self, view: memoryview) -> int:
-        data, fds, _, _ = socket.recv_fds(self.sock, view.nbytes, 4, socket.MSG_CMSG_CLOEXEC)
+        data, fds, flags, _ = socket.recv_fds(
+            self.sock, view.nbytes, MAX_FDS, socket.MSG_CMSG_CLOEXEC
+        )
         self.received_fds += fds
+        if flags & socket.MSG_CTRUNC:
+            self.lost_fds = True
         view[: len(data)] = data
         return len(data)
 
