@@ -160,3 +160,23 @@ def read_header(
     if digest != combined(sums):
         raise FrameError("payload", "the payload's checksum doesn't match")
     return Header(serde, bool(flags & EXACT), raw, payload, pieces, sums, layers, chunk_sum)
+
+
+def may_start(head: bytes, *, key: ChunkKey, nbytes: int) -> bool:
+    """Whether ``head``, the first 128 bytes, may be those of a good frame of ``nbytes`` bytes.
+
+    Costs a checksum of the header; the payload isn't looked at. What another version wrote isn't
+    known to be bad.
+    """
+    if len(head) < HEADER_BYTES:
+        return False
+    magic, version = _PREFIX.unpack_from(head, 0)
+    if magic != MAGIC:
+        return False
+    if version != VERSION:
+        return True
+    (checksum,) = _CHECKSUM.unpack_from(head, 120)
+    if checksum != xxhash.xxh3_64_intdigest(head[:120]):
+        return False
+    _, _, _, _, name, length, _, _, payload, *_ = _FIELDS.unpack_from(head, 0)
+    return bool(name[:length] == bytes(key) and payload + HEADER_BYTES == nbytes)

@@ -99,6 +99,19 @@ class CacheNamespace:
         )
         return (b"", *named)
 
+    def facts(self) -> dict[str, object]:
+        """What people want to know of this namespace, as JSON has it; no name is made of it."""
+        return {
+            "model": self.model,
+            "salted": bool(self.salt),
+            "format_version": self.format_version,
+            "place": self.place,
+            "layout": {
+                "tokens_per_chunk": self.layout.tokens_per_chunk,
+                "groups": [{**_shape(one), **_part(one)} for one in self.layout.groups],
+            },
+        }
+
     def for_rank(self, rank: int, ranks: int) -> CacheNamespace:
         """The namespace of one of ``ranks`` tensor-parallel ranks; equal where the heads are.
 

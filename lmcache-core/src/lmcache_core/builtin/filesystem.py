@@ -1,10 +1,8 @@
 """Keeps chunks as files below one folder: a disk tier, or a shared file system.
 
-    PATH/<namespace fingerprint>/<first byte of the key>/<key>
-
-A file is complete from the moment it has its name. Knows what is in the
-folder and what has to go; how files are read and written is `filesystem_io`'s
-business, and what the bytes mean is nobody's here.
+A file is complete from the moment it has its name. Where files lie is `filesystem_scan`'s business,
+how they are read and written `filesystem_io`'s, and what has to go `filesystem_room`'s. What the
+bytes mean is nobody's here, but for the header that says whose they are.
 """
 
 from __future__ import annotations
@@ -12,17 +10,26 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lmcache_core.builtin.filesystem_index import FileIndex
-from lmcache_core.builtin.filesystem_io import ChunkFiles, backend_error, free_bytes, remove
+from lmcache_core.builtin import filesystem_manifest as manifest
+from lmcache_core.builtin.filesystem_io import (
+    FULL,
+    ChunkFiles,
+    backend_error,
+    free_bytes,
+    size_of,
+    sync_folder,
+)
+from lmcache_core.builtin.filesystem_room import ATTEMPTS, Room
+from lmcache_core.builtin.filesystem_scan import place, scan
 from lmcache_core.errors import BackendRejected
+from lmcache_core.frame import MAGIC, may_start
 from lmcache_core.hookspecs import hookimpl
 from lmcache_core.keys import ChunkKey
 from lmcache_core.storage import (
@@ -37,7 +44,6 @@ from lmcache_core.storage import (
 logger = logging.getLogger(__name__)
 
 _GIB = 1 << 30
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _REMEDY = "make it a folder that this user can write to, or set `path` to another one"
 
 
@@ -50,8 +56,8 @@ class FilesystemConfig(BaseModel):
     max_size_gib: float | None = Field(
         None,
         gt=0,
-        description="Most that the chunk files of one model and rank may take, in GiB; the least "
-        "recently used go first. Unset: no bound but min_free_gib.",
+        description="Most that all chunk files below the folder may take, whoever wrote them, in "
+        "GiB; the least recently used go first. Unset: no bound but min_free_gib.",
     )
     min_free_gib: float = Field(
         1.0, ge=0, description="Keep this much of the file system free, in GiB."
@@ -67,17 +73,24 @@ class FilesystemConfig(BaseModel):
 class FilesystemBackend(BlockingBackend):
     """One file a chunk.
 
-    Several processes may share a folder. Each keeps to ``max_size_gib`` with the files that it
-    found at its start, loaded or wrote; what others have written since then it doesn't count.
+    Several processes may share a folder, for one namespace or several, and keep to ``max_size_gib``
+    together: see `filesystem_usage`.
     """
 
     def __init__(self, config: FilesystemConfig) -> None:
         self._config = config
         self._top = config.path.expanduser().absolute()
-        self._folder = self._top
-        self._index = FileIndex(None)
-        self._files = ChunkFiles("filesystem", direct=False, fsync=False)
         self._min_free_bytes = int(config.min_free_gib * _GIB)
+        self._prepare("filesystem", "")
+
+    def _prepare(self, name: str, space: str) -> None:
+        bound, fsync = self._config.max_size_gib, self._config.fsync
+        self._folder = self._top / space
+        self._files = ChunkFiles(name, direct=self._config.direct_io, fsync=fsync)
+        max_bytes = None if bound is None else int(bound * _GIB)
+        self._room = Room(self._top, space, self._files, max_bytes, name=name)
+        self._index = self._room.index
+        self._writes = False
 
     @property
     def capabilities(self) -> BackendCapabilities:
@@ -87,23 +100,13 @@ class FilesystemBackend(BlockingBackend):
         )
 
     def open_blocking(self, context: BackendContext) -> None:
-        bound = self._config.max_size_gib
-        self._folder = self._top / context.namespace.fingerprint
-        self._index = FileIndex(None if bound is None else int(bound * _GIB))
-        self._files = ChunkFiles(
-            context.name, direct=self._config.direct_io, fsync=self._config.fsync
-        )
+        self._prepare(context.name, context.namespace.fingerprint)
         try:
             if context.lookup_only:
                 if self._top.exists() and not self._top.is_dir():
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
                 return
-            self._files.make_folder(self._top)
-            self._files.follow(self._top)
-            self._files.make_folder(self._folder)
-            self._files.settle_all(self._folder)
-            self._probe()
-            self._remove(self._index.fill(self._scan()))
+            self._become_writer(context)
         except FileExistsError:
             raise BackendRejected(f"{self._top} is a file, not a folder; {_REMEDY}") from None
         except FileNotFoundError as error:
@@ -114,6 +117,22 @@ class FilesystemBackend(BlockingBackend):
         logger.info(
             "%s: found %d chunks, %.2f GiB, in %s", context.name, count, nbytes / _GIB, self._folder
         )
+
+    def _become_writer(self, context: BackendContext) -> None:
+        self._files.make_folder(self._top)
+        self._files.follow(self._top)
+        self._writes = True
+        try:
+            # First of all: the folder of a namespace without a writer may be removed.
+            self._room.open()
+            self._files.make_folder(self._folder)
+            self._files.settle_all(self._folder)
+            self._probe()
+            manifest.keep(self._folder, context.namespace, self._files, context.name)
+            self._room.keep_bound()
+        except BaseException:
+            self.close_blocking()
+            raise
 
     def contains_blocking(self, keys: Sequence[ChunkKey]) -> list[bool]:
         # Always asks the file system: other processes write and evict here too, and a stat takes
@@ -130,6 +149,7 @@ class FilesystemBackend(BlockingBackend):
 
     def load_blocking(self, keys: Sequence[ChunkKey], into: Sequence[memoryview]) -> list[int]:
         try:
+            self._room.used()
             return [self._load(key, buffer) for key, buffer in zip(keys, into, strict=True)]
         except OSError as error:
             raise backend_error(error, "read from", self._folder) from error
@@ -138,6 +158,7 @@ class FilesystemBackend(BlockingBackend):
         self, keys: Sequence[ChunkKey], sources: Sequence[memoryview]
     ) -> list[StoreOutcome]:
         try:
+            self._room.used()
             return [self._store(key, source) for key, source in zip(keys, sources, strict=True)]
         except OSError as error:
             raise backend_error(error, "write to", self._folder) from error
@@ -152,33 +173,33 @@ class FilesystemBackend(BlockingBackend):
         return self._index.usage()
 
     def close_blocking(self) -> None:
-        self._index.clear()
+        if not self._writes:
+            return
+        self._writes = False
+        try:
+            self._room.close()
+        except OSError as error:
+            raise backend_error(error, "leave", self._folder) from error
+        finally:
+            self._index.clear()
 
     # -- one chunk -------------------------------------------------------------------------
 
     def _place(self, key: ChunkKey) -> str:
-        name = key.hex()
-        return f"{self._folder}/{name[:2]}/{name}"
-
-    def _size(self, key: ChunkKey) -> int:
-        """Bytes of the key's file, 0 if there is none."""
-        try:
-            facts = os.stat(self._place(key))
-        except (FileNotFoundError, NotADirectoryError):
-            return 0
-        return facts.st_size if stat.S_ISREG(facts.st_mode) else 0
+        return place(self._folder, key)
 
     def _sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
         try:
-            return [self._size(key) for key in keys]
+            return [size_of(self._place(key)) for key in keys]
         except OSError as error:
             raise backend_error(error, "look into", self._folder) from error
 
     def _load(self, key: ChunkKey, into: memoryview) -> int:
-        size = self._files.read(Path(self._place(key)), into)
+        path = self._place(key)
+        size = self._files.read(Path(path), into)
         if size != MISS:
             self._index.seen(key, size)
-        elif not self._size(key):
+        elif not size_of(path):
             self._index.forget(key)
         return size
 
@@ -187,55 +208,76 @@ class FilesystemBackend(BlockingBackend):
         if not size:
             return StoreOutcome.NOT_ADMITTED  # an empty file is what a crash leaves behind
         # A file of another length is a torn one or another serde's: it is replaced.
-        if self._size(key) == size:
-            self._index.seen(key, size)
+        if size_of(self._place(key)) == size and self._is_good(key, source):
+            self._index.seen(key, size, good=True)
             return StoreOutcome.ALREADY_PRESENT
-        victims = self._index.reserve(size)
-        if victims is None:
+        if not self._room.reserve(size):
             return StoreOutcome.NOT_ADMITTED
+        replaced: int | None = None
         try:
-            self._remove(victims)
-            if not self._leaves_enough_free(size) or not self._write(key, source):
-                return StoreOutcome.NOT_ADMITTED
-            self._index.seen(key, size)
-            return StoreOutcome.STORED
+            if self._leaves_enough_free(size):
+                replaced = self._write(key, source)
         finally:
-            self._index.release(size)
+            self._room.release(size, written=replaced is not None, replaced=replaced or 0)
+        if replaced is None:
+            return StoreOutcome.NOT_ADMITTED
+        self._index.seen(key, size, good=True)
+        return StoreOutcome.STORED
+
+    def _is_good(self, key: ChunkKey, source: memoryview) -> bool:
+        """Whether the file that is there, as long as ``source``, needn't be written again.
+
+        A file that this process didn't write is looked at, once: a power cut leaves files of the
+        right size behind that hold something else.
+        """
+        if self._index.is_good(key, source.nbytes):
+            return True
+        head = self._files.look(Path(self._place(key)))
+        if head is None:
+            return False
+        framed = source[: len(MAGIC)] == MAGIC
+        return not framed or may_start(head, key=key, nbytes=source.nbytes)
 
     def _leaves_enough_free(self, size: int) -> bool:
         """Whether ``size`` bytes may be written; evicts if that is what it takes."""
-        lacking = self._min_free_bytes + size - free_bytes(self._top)
-        if lacking <= 0:
-            return True
-        victims = self._index.oldest(lacking)
-        if victims is None:
-            return False  # somebody else fills the disk: giving up all of ours wouldn't help
-        self._remove(victims)
-        return self._min_free_bytes + size <= free_bytes(self._top)
+        for _ in range(ATTEMPTS):  # what was made free may be taken by another
+            lacking = self._min_free_bytes + size - self._free()
+            if lacking <= 0:
+                return True
+            # Where somebody else fills the disk, giving up all of ours wouldn't help.
+            if not self._room.make_free(lacking):
+                return False
+        return self._min_free_bytes + size <= self._free()
 
-    def _write(self, key: ChunkKey, source: memoryview) -> bool:
-        """Publish a file; ``False`` if the disk or the quota is full even after evicting."""
+    def _free(self) -> int:
+        try:
+            return free_bytes(self._top)
+        except FileNotFoundError:  # somebody deleted it
+            self._files.make_folder(self._top)
+            return free_bytes(self._top)
+
+    def _write(self, key: ChunkKey, source: memoryview) -> int | None:
+        """Publish a file; answers the bytes that were there in its place.
+
+        ``None`` if the disk or the quota is full even after evicting.
+        """
         path = Path(self._place(key))
-        if self._write_once(path, source):
-            return True
-        victims = self._index.oldest(source.nbytes)
-        if victims is None:
-            return False
-        self._remove(victims)
-        return self._write_once(path, source)
+        replaced = self._write_once(path, source)
+        if replaced is None and self._room.make_free(source.nbytes):
+            return self._write_once(path, source)
+        return replaced
 
-    def _write_once(self, path: Path, source: memoryview) -> bool:
+    def _write_once(self, path: Path, source: memoryview) -> int | None:
         try:
             try:
-                self._files.write(path, source)
+                return self._files.write(path, source)
             except FileNotFoundError:
                 self._files.make_folder(path.parent)
-                self._files.write(path, source)
+                return self._files.write(path, source)
         except OSError as error:
-            if error.errno in _FULL:
-                return False
+            if error.errno in FULL:
+                return None
             raise
-        return True
 
     # -- the folder ------------------------------------------------------------------------
 
@@ -243,83 +285,42 @@ class FilesystemBackend(BlockingBackend):
         try:
             self._files.probe(self._folder)
         except OSError as error:
-            if error.errno not in _FULL:  # what is there can still be read
+            if error.errno not in FULL:  # what is there can still be read
                 raise
 
-    def _remove(self, keys: Iterable[ChunkKey]) -> None:
-        for key in keys:
-            remove(Path(self._place(key)))
-
     def _delete(self, keys: Sequence[ChunkKey]) -> int:
-        count = 0
+        gone = [path for path in map(self._place, keys) if self._unlink(path)]
         for key in keys:
             self._index.forget(key)
-            count += self._unlink(self._place(key))
-        return count
+        self._removed(gone)
+        return len(gone)
 
     def _clear(self) -> int:
         try:
-            count = sum(self._unlink(self._place(key)) for key, _ in self._scan())
+            paths = [self._place(key) for _, key, _ in scan(self._folder, self._files)]
+            gone = [path for path in paths if self._unlink(path)]
+            self._index.clear()
+            self._removed(gone)
+            self._room.settle()
         except OSError as error:
             raise backend_error(error, "look into", self._folder) from error
-        self._index.clear()
-        return count
+        return len(gone)
 
-    def _unlink(self, place: str) -> bool:
+    def _removed(self, paths: Sequence[str]) -> None:
+        if self._config.fsync:
+            for folder in {os.path.dirname(path) for path in paths}:
+                sync_folder(Path(folder))
+
+    def _unlink(self, path: str) -> bool:
+        size = size_of(path)
         try:
-            os.unlink(place)
+            os.unlink(path)
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError as error:
-            raise backend_error(error, "delete", Path(place)) from error
+            raise backend_error(error, "delete", Path(path)) from error
+        self._room.removed(size)
         return True
-
-    def _scan(self) -> list[tuple[ChunkKey, int]]:
-        """Every chunk in the folder with its size, oldest first; sweeps what crashes left."""
-        found: list[tuple[int, ChunkKey, int]] = []
-        for entry in self._entries():
-            path = Path(entry.path)
-            try:
-                facts = entry.stat(follow_symlinks=False)
-            except FileNotFoundError:
-                continue  # another process evicted it
-            if entry.name.startswith(".") and entry.name.endswith(".tmp"):
-                if self._files.is_abandoned(path, facts.st_mtime):
-                    remove(path)
-                continue
-            key = _key(path)
-            if key is None or not stat.S_ISREG(facts.st_mode):
-                continue  # not ours
-            if facts.st_size:
-                found.append((facts.st_mtime_ns, key, facts.st_size))
-            else:
-                remove(path)
-        found.sort()
-        return [(key, size) for _, key, size in found]
-
-    def _entries(self) -> Iterator[os.DirEntry[str]]:
-        try:
-            with os.scandir(self._folder) as level:
-                folders = list(level)
-        except FileNotFoundError:
-            return
-        for folder in folders:
-            if folder.is_dir(follow_symlinks=False):
-                with os.scandir(folder) as level:
-                    yield from level
-            else:
-                yield folder
-
-
-def _key(path: Path) -> ChunkKey | None:
-    """The key that a file is named after, or ``None`` for a file that isn't ours."""
-    name = path.name
-    if path.parent.name != name[:2] or name != name.lower():
-        return None
-    try:
-        return ChunkKey(bytes.fromhex(name))
-    except ValueError:
-        return None
 
 
 def config_from_url(url: str) -> dict[str, Any]:

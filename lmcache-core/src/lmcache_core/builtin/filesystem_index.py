@@ -1,92 +1,88 @@
-"""What one folder of chunk files holds: sizes, order of use, and room for more.
+"""What one namespace's folder of chunk files holds: sizes, order of use, and which were looked at.
 
-Knows keys and byte counts, and whether one more value fits below the bound.
-Touches no file: whoever asks for room gets the keys to remove. Thread-safe.
+Knows keys and byte counts. Touches no file, and doesn't know how much there may be: whoever asks
+for the oldest removes them. Thread-safe.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from lmcache_core.keys import ChunkKey
 
 
 class FileIndex:
-    """Key to size, least recently used first, bounded by ``max_bytes`` (``None``: unbounded).
+    """Key to size, least recently used first. ``clock`` is compared with files' times."""
 
-    Room is reserved before a value is written, so that concurrent writers can't overshoot the
-    bound together.
-    """
-
-    def __init__(self, max_bytes: int | None) -> None:
-        self._max_bytes = max_bytes
-        self._sizes: OrderedDict[ChunkKey, int] = OrderedDict()
+    def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
+        self._clock = clock
+        self._files: OrderedDict[ChunkKey, tuple[int, int, bool]] = OrderedDict()
         self._held = 0
-        self._reserved = 0
         self._lock = threading.Lock()
 
     def usage(self) -> tuple[int, int]:
-        """Chunks and bytes, without what is only reserved."""
+        """Chunks and bytes."""
         with self._lock:
-            return len(self._sizes), self._held
+            return len(self._files), self._held
 
-    def fill(self, files: Iterable[tuple[ChunkKey, int]]) -> list[ChunkKey]:
-        """Start from ``files``, oldest first; answer those that are too much."""
-        with self._lock:
-            self._sizes = OrderedDict(files)
-            self._held = sum(self._sizes.values())
-            over = 0 if self._max_bytes is None else self._held - self._max_bytes
-            return self._pop_oldest(over)
+    def merge(self, files: Iterable[tuple[int, ChunkKey, int]], since_ns: int) -> None:
+        """Take over what a scan that began at ``since_ns`` found: time, key and size of each file.
 
-    def seen(self, key: ChunkKey, size: int) -> None:
-        """``key`` was found on disk with ``size`` bytes; it is the most recently used now."""
+        Files keep the later of their two times. What wasn't found is forgotten, unless it was used
+        since the scan began.
+        """
         with self._lock:
-            self._held += size - self._sizes.pop(key, 0)
-            self._sizes[key] = size
+            known, self._files = self._files, OrderedDict()
+            merged: list[tuple[int, ChunkKey, int, bool]] = []
+            for time_ns, key, size in files:
+                before, used_ns, good = known.pop(key, (0, 0, False))
+                merged.append((max(time_ns, used_ns), key, size, good and before == size))
+            merged += [
+                (used_ns, key, size, good)
+                for key, (size, used_ns, good) in known.items()
+                if used_ns >= since_ns
+            ]
+            merged.sort()
+            self._files.update((key, (size, used, good)) for used, key, size, good in merged)
+            self._held = sum(size for _, _, size, _ in merged)
+
+    def seen(self, key: ChunkKey, size: int, *, good: bool = False) -> None:
+        """``key`` was found on disk with ``size`` bytes; it is the most recently used now.
+
+        ``good``: there is no need to look at it again (see `is_good`).
+        """
+        with self._lock:
+            before, _, was_good = self._files.pop(key, (0, 0, False))
+            self._held += size - before
+            self._files[key] = (size, self._clock(), good or (was_good and size == before))
+
+    def is_good(self, key: ChunkKey, size: int) -> bool:
+        """Whether ``key`` was written here, or looked at, with ``size`` bytes."""
+        with self._lock:
+            before, _, good = self._files.get(key, (0, 0, False))
+            return good and before == size
 
     def forget(self, key: ChunkKey) -> None:
         """``key`` isn't on disk any more. Unknown keys are fine."""
         with self._lock:
-            self._held -= self._sizes.pop(key, 0)
+            self._held -= self._files.pop(key, (0, 0, False))[0]
 
     def clear(self) -> None:
-        """Forget everything but reservations."""
+        """Forget everything."""
         with self._lock:
-            self._sizes.clear()
+            self._files.clear()
             self._held = 0
 
-    def reserve(self, nbytes: int) -> list[ChunkKey] | None:
-        """Set ``nbytes`` aside; answer the keys to remove for it, or ``None`` if it can't fit.
-
-        Every reservation ends with `release`.
-        """
+    def oldest(self, nbytes: int) -> list[tuple[ChunkKey, int]]:
+        """Drop the oldest keys that take ``nbytes``, or all; answer them with their sizes."""
         with self._lock:
-            victims: list[ChunkKey] = []
-            if self._max_bytes is not None:
-                room = self._max_bytes - self._reserved
-                if nbytes > room:
-                    return None
-                victims = self._pop_oldest(self._held + nbytes - room)
-            self._reserved += nbytes
+            victims: list[tuple[ChunkKey, int]] = []
+            while nbytes > 0 and self._files:
+                key, (size, _, _) = self._files.popitem(last=False)
+                self._held -= size
+                nbytes -= size
+                victims.append((key, size))
             return victims
-
-    def release(self, nbytes: int) -> None:
-        """Give a reservation back."""
-        with self._lock:
-            self._reserved -= nbytes
-
-    def oldest(self, nbytes: int) -> list[ChunkKey] | None:
-        """Drop the oldest keys that free ``nbytes``; ``None`` if all together wouldn't."""
-        with self._lock:
-            return self._pop_oldest(nbytes) if nbytes <= self._held else None
-
-    def _pop_oldest(self, nbytes: int) -> list[ChunkKey]:
-        victims: list[ChunkKey] = []
-        while nbytes > 0 and self._sizes:
-            key, size = self._sizes.popitem(last=False)
-            self._held -= size
-            nbytes -= size
-            victims.append(key)
-        return victims

@@ -33,6 +33,8 @@ BOUNCE_BYTES = 1 << 20
 HEAD_BYTES = 128
 ABANDONED_AFTER_S = 600.0
 """A temporary file that nobody wrote to for so long has no writer, whatever its name says."""
+NOTE_USE_AFTER_S = 600.0
+"""How old a file's time gets before a read renews it: others, and the next process, go by it."""
 
 _DIRECT: int = getattr(os, "O_DIRECT", 0)  # not every system has it
 _REJECTED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
@@ -69,7 +71,7 @@ class ChunkFiles:
         self._settled: set[Path] = set()
 
     def follow(self, top: Path) -> None:
-        """Give files and folders to the group as well, where ``top`` does so with what is new there.
+        """Give files and folders to the group as well, where ``top`` does so with what is new.
 
         That is a folder with the bits that ``chmod g+ws`` sets. The umask has no say in it.
         """
@@ -93,6 +95,9 @@ class ChunkFiles:
             facts = os.fstat(fd)
             if not stat.S_ISREG(facts.st_mode) or not 0 < facts.st_size <= into.nbytes:
                 return MISS
+            if time.time() - facts.st_mtime > NOTE_USE_AFTER_S:
+                with suppress(OSError):  # another user's
+                    os.utime(fd)
             return self._read_exactly(fd, path, into, facts.st_size)
         finally:
             os.close(fd)

@@ -105,7 +105,7 @@ def _add_options(parser: ArgumentParser) -> None:
         help="memory for values (default: 8, or half of what is available if that is less)",
     )
     add("--populate", action="store_true", help="take all that memory at start")
-    add("--disk-gib", type=_positive, metavar="GIB", help="most files of one model and rank")
+    add("--disk-gib", type=_positive, metavar="GIB", help="most that all files may take")
     add(
         "--token-file",
         type=Path,

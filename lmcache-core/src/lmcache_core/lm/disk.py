@@ -44,6 +44,9 @@ class ForeignNamespace(CacheNamespace):
         super().__init__(model="", layout=layout)
         self.__dict__["fingerprint"] = fingerprint
 
+    def facts(self) -> dict[str, object]:
+        return {"known_to": "clients of lmcache_server, which knows fingerprints only"}
+
 
 class Disk:
     """Files below one folder. Every method may be called from any event loop."""

@@ -1,0 +1,419 @@
+"""How much all chunk files below a folder take together, whoever writes there.
+
+    PATH/.usage            what each namespace holds, and what each writer has set aside
+    PATH/.writers/<token>  one file a writer, locked for as long as it lives
+
+A writer sets room aside in blocks and tells at the next one what became of the last, so that a
+store takes no file lock. What it says it has is never less than what it has: one that dies leaves
+its block counted as full until its namespace's folder is counted again. The numbers are worth
+nothing after a power cut, so whoever finds no other writer alive counts all of it.
+
+Knows bytes, namespaces and who is alive. Removes no chunk, and doesn't know which should go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from lmcache_core.builtin.filesystem_io import FULL, ChunkFiles, remove
+from lmcache_core.builtin.filesystem_scan import is_space
+
+logger = logging.getLogger(__name__)
+
+BLOCK_BYTES = 64 << 20
+"""Most that is set aside at once."""
+BLOCKS = 64
+"""All writers together set aside about one part in so many of the bound."""
+LOCK_PATIENCE_S = 2.0
+"""The lock is held for less than a millisecond, unless its holder was stopped just then."""
+_LEDGER, _WRITERS = ".usage", ".writers"
+_PAGE, _MOST_BYTES = 4096, 16 << 20
+_TOKEN = re.compile(r"[0-9a-f]{16}")
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
+
+
+@dataclass
+class Space:
+    """What is known of a namespace."""
+
+    nbytes: int = 0
+    """Of its files."""
+    written: int = 0
+    """All that was ever added to them."""
+    count: int = 0
+    """Which count ``nbytes`` goes back to: a number that no other count has."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """``nbytes`` of a namespace's files were removed, after what was known from ``count``."""
+
+    space: str
+    nbytes: int
+    count: int
+
+
+@dataclass
+class Standing:
+    """A namespace with its bytes, written or set aside, and whether a writer of it lives."""
+
+    space: str
+    nbytes: int
+    count: int
+    alive: bool = False
+
+
+@dataclass
+class Ledger:
+    """The content of ``.usage``. ``counted``: the files were counted since it was made."""
+
+    counted: bool = False
+    spaces: dict[str, Space] = field(default_factory=dict)
+    writers: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """For each token its namespace, and the bytes that it has set aside."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of files, and of those that may be written."""
+        aside = sum(nbytes for _, nbytes in self.writers.values())
+        return aside + sum(space.nbytes for space in self.spaces.values())
+
+    def dumped(self) -> bytes:
+        """As `loaded` reads it: JSON, its checksum, and blanks up to whole pages."""
+        facts = {
+            "counted": self.counted,
+            "spaces": {
+                name: [one.nbytes, one.written, one.count] for name, one in self.spaces.items()
+            },
+            "writers": self.writers,
+        }
+        text = json.dumps(facts, separators=(",", ":")).encode()
+        line = text + b"\n" + xxhash.xxh3_64_hexdigest(text).encode() + b"\n"
+        return line.ljust(-(-len(line) // _PAGE) * _PAGE)
+
+    @classmethod
+    def loaded(cls, data: bytes) -> Ledger | None:
+        """What `dumped` wrote; ``None`` if it is anything else."""
+        text, _, rest = data.partition(b"\n")
+        if rest.strip() != xxhash.xxh3_64_hexdigest(text).encode():
+            return None
+        try:
+            facts = json.loads(text)
+            spaces = {name: Space(*map(_count, one)) for name, one in facts["spaces"].items()}
+            writers = {
+                token: (str(space), _count(nbytes))
+                for token, (space, nbytes) in facts["writers"].items()
+            }
+            if not all(map(_TOKEN.fullmatch, writers)) or not all(map(is_space, spaces)):
+                return None
+            return cls(facts["counted"] is True, spaces, writers)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+
+
+class FolderUsage:
+    """One writer's part in what a folder holds. Thread-safe."""
+
+    def __init__(
+        self,
+        top: Path,
+        space: str,
+        files: ChunkFiles,
+        max_bytes: int | None,
+        *,
+        name: str = "filesystem",
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._top = top
+        self._space = space
+        self._files = files
+        self._max_bytes = max_bytes
+        self._name = name
+        self._clock = clock
+        self._sleep = sleep
+        self._token = secrets.token_hex(8)
+        self._alive: weakref.finalize[..., FolderUsage] | None = None
+        self._alone: Ledger | None = None
+        self._lock = threading.Lock()
+        self._granted = self._written = self._removed = self._reserved = self._count = 0
+        self.uncounted = False
+        """The ledger was lost: somebody has to count."""
+
+    def open(self) -> bool:
+        """Become a writer; answer whether the whole folder has to be counted.
+
+        Raises:
+            OSError: the folder can't be written to.
+        """
+        with self._ledger() as ledger, self._lock:
+            self._bury(ledger)
+            if not ledger.writers:
+                ledger.counted = False
+                self._sweep()
+            self._live()
+            self._report(ledger)
+            return not ledger.counted
+
+    def close(self) -> None:
+        """Give back what was set aside, but for stores that are still under way."""
+        try:
+            with self._ledger() as ledger, self._lock:
+                self._written += self._reserved
+                self._report(ledger)
+                del ledger.writers[self._token]
+        finally:
+            if self._alive is not None:
+                remove(self._top / _WRITERS / self._token)
+                self._alive()
+
+    # -- for each store --------------------------------------------------------------------
+
+    def reserve(self, nbytes: int) -> bool:
+        """Set ``nbytes`` of the block aside for one store, which ends with `release`."""
+        with self._lock:
+            if self._granted - self._written - self._reserved < nbytes:
+                return False
+            self._reserved += nbytes
+            return True
+
+    def release(self, nbytes: int, *, written: bool) -> None:
+        """A store is over."""
+        with self._lock:
+            self._reserved -= nbytes
+            if written:
+                self._written += nbytes
+
+    def removed(self, nbytes: int) -> None:
+        """Files of this namespace that took so much are gone: room from the next `take` on."""
+        with self._lock:
+            self._removed += nbytes
+
+    # -- for each block --------------------------------------------------------------------
+
+    def take(self, nbytes: int, removals: Iterable[Removal] = ()) -> int:
+        """Report, also ``removals``, and set a block aside that ``nbytes`` fit into.
+
+        Answers how many bytes have to go first, 0 if it was done.
+
+        Raises:
+            OSError: the folder failed.
+        """
+        with self._ledger() as ledger, self._lock:
+            for one in removals:
+                _take_off(ledger, one)
+            self._report(ledger)
+            del ledger.writers[self._token]
+            block = room = max(nbytes, BLOCK_BYTES)
+            if self._max_bytes is not None:
+                share = self._max_bytes // BLOCKS // (1 + len(ledger.writers))
+                block = max(nbytes, min(BLOCK_BYTES, share)) if nbytes else 0
+                room = self._max_bytes - ledger.total - self._reserved
+            self._granted = self._reserved + max(0, min(block, room))
+            ledger.writers[self._token] = (self._space, self._granted)
+            return block - room if nbytes > room else 0
+
+    def standing(self) -> list[Standing]:
+        """Each namespace as it is now."""
+        with self._ledger() as ledger, self._lock:
+            self._bury(ledger)
+            self._report(ledger)
+            found = {
+                name: Standing(name, one.nbytes, one.count) for name, one in ledger.spaces.items()
+            }
+            for name, nbytes in ledger.writers.values():
+                found.setdefault(name, Standing(name, 0, 0)).nbytes += nbytes
+                found[name].alive = True
+            return list(found.values())
+
+    def retire(self, space: str, clean: Callable[[], None]) -> None:
+        """Forget a namespace that has no files, after ``clean``, unless somebody writes there."""
+        with self._ledger() as ledger, self._lock:
+            self._bury(ledger)
+            if all(space != other for other, _ in ledger.writers.values()):
+                clean()
+                ledger.spaces.pop(space, None)
+
+    # -- counting --------------------------------------------------------------------------
+
+    def start_count(self) -> dict[str, int]:
+        """Marks for `end_count`, from before files are looked at."""
+        with self._ledger() as ledger, self._lock:
+            self._report(ledger)
+            return {name: one.written for name, one in ledger.spaces.items()}
+
+    def end_count(
+        self, sizes: Mapping[str, int], marks: Mapping[str, int], *, whole: bool = False
+    ) -> int:
+        """The files of these namespaces were found to take so much; ``whole``: there are no others.
+
+        What was written meanwhile is added, as it may not have been seen. What was removed before
+        and isn't reported yet isn't taken off again. Answers the number of the count.
+        """
+        with self._ledger() as ledger, self._lock:
+            self._report(ledger)
+            count = secrets.randbits(48)
+            for name, nbytes in sizes.items():
+                one = ledger.spaces.setdefault(name, Space())
+                one.count = count
+                one.nbytes = nbytes + max(0, one.written - marks.get(name, 0))
+            if whole:
+                writing = {space for space, _ in ledger.writers.values()}
+                for name in ledger.spaces.keys() - sizes.keys() - writing:
+                    del ledger.spaces[name]
+                ledger.counted = True
+                self.uncounted = False
+            return count
+
+    # -- the ledger ------------------------------------------------------------------------
+
+    def _report(self, ledger: Ledger) -> None:
+        """Enter what was written and removed since the last time."""
+        own = ledger.spaces.setdefault(self._space, Space())
+        own.nbytes += self._written
+        own.written += self._written
+        _take_off(ledger, Removal(self._space, self._removed, self._count))
+        self._granted = max(self._granted - self._written, self._reserved)
+        self._written = self._removed = 0
+        self._count = own.count
+        ledger.writers[self._token] = (self._space, self._granted)
+
+    @contextlib.contextmanager
+    def _ledger(self) -> Iterator[Ledger]:
+        """The ledger, locked, and written back unless something is raised."""
+        fd = None if self._alone else self._opened()
+        try:
+            if fd is not None:
+                self._locked(fd)
+            if fd is None or self._alone:
+                yield self._alone or Ledger()
+                return
+            ledger = Ledger.loaded(os.pread(fd, _MOST_BYTES, 0))
+            if ledger is None:
+                ledger, self.uncounted = Ledger(), True
+            yield ledger
+            _save(fd, ledger)
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    def _opened(self) -> int | None:
+        """The ledger's file, or ``None`` if the disk has no room for it."""
+        try:
+            return self._files.open_shared(self._top / _LEDGER)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            return None
+
+    def _locked(self, fd: int) -> None:
+        until, pause = self._clock() + LOCK_PATIENCE_S, 0.0005
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if self._clock() > until:
+                    raise OSError(
+                        errno.ETIMEDOUT, f"{_LEDGER} is locked by a process that doesn't go on"
+                    ) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                self._alone = Ledger()
+                logger.warning(
+                    "%s: the file system of %s has no locks: max_size_gib bounds what this "
+                    "process finds and writes, not what others write meanwhile",
+                    self._name,
+                    self._top,
+                )
+                return
+            self._sleep(pause)
+            pause = min(2 * pause, 0.02)
+
+    def _live(self) -> None:
+        """Have a file that is locked for as long as this writer lives."""
+        # A disk that is full, or without locks: then others take this one for dead, and what it has
+        # set aside for full.
+        with contextlib.suppress(OSError):
+            fd = self._files.open_shared(self._top / _WRITERS / self._token)
+            # Whoever opens a backend may be gone before it is open, and then nobody closes it.
+            self._alive = weakref.finalize(self, os.close, fd)
+            self._alive.atexit = False
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _lives(self, token: str) -> bool:
+        path = self._top / _WRITERS / token
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True  # nothing says that it doesn't
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(fd)
+        remove(path)
+        return False
+
+    def _bury(self, ledger: Ledger) -> None:
+        """What writers that died had set aside may be full."""
+        for token, (name, nbytes) in list(ledger.writers.items()):
+            if token == self._token or self._lives(token):
+                continue
+            del ledger.writers[token]
+            space = ledger.spaces.setdefault(name, Space())
+            space.nbytes += nbytes
+            space.written += nbytes
+
+    def _sweep(self) -> None:
+        """Remove files of writers that a lost ledger knew."""
+        with (
+            contextlib.suppress(FileNotFoundError),
+            os.scandir(self._top / _WRITERS) as entries,
+        ):
+            for entry in entries:
+                if _TOKEN.fullmatch(entry.name):
+                    self._lives(entry.name)
+
+
+def _take_off(ledger: Ledger, removal: Removal) -> None:
+    """Less is there, unless a count that ended meanwhile may know it already."""
+    known = ledger.spaces.get(removal.space)
+    if known is not None and known.count == removal.count:
+        known.nbytes = max(0, known.nbytes - removal.nbytes)
+
+
+def _save(fd: int, ledger: Ledger) -> None:
+    try:
+        data = ledger.dumped()
+        os.pwrite(fd, data, 0)
+        os.ftruncate(fd, len(data))
+    except OSError as error:
+        # On a full disk it stays as it was, or is damaged and made anew: little can be written.
+        if error.errno not in FULL:
+            raise
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
+        raise ValueError(f"{value!r} isn't a number of bytes")
+    return value
