@@ -1,0 +1,215 @@
+"""Power cuts: what was acknowledged as durable is there, and nothing wrong is served.
+
+A run with ``fsync`` is recorded, and the disk built as each of its system calls could have left it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from power_cut import Disk, Kept, PowerLog, everything, nothing, some
+
+from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
+from lmcache_core.checksums import checksums
+from lmcache_core.errors import FrameError
+from lmcache_core.frame import HEADER_BYTES, may_start, read_header, write_header
+from lmcache_core.keys import CacheNamespace, ChunkKey
+from lmcache_core.storage import MISS, BackendContext, StoreOutcome
+from lmcache_core.testing.storage import LAYOUT, keys, value
+
+NAMESPACE = CacheNamespace("model", LAYOUT)
+PAYLOAD = 256
+FRAME = HEADER_BYTES + PAYLOAD
+GIB = 1 << 30
+
+
+def frame(key: ChunkKey, fill: int) -> bytearray:
+    """What core stores for a chunk."""
+    whole = bytearray(HEADER_BYTES) + value(fill, PAYLOAD)
+    write_header(
+        memoryview(whole),
+        key=key,
+        fingerprint=NAMESPACE.fingerprint,
+        serde=1,
+        exact=True,
+        raw_bytes=PAYLOAD,
+        payload_bytes=PAYLOAD,
+        chunk_sums=checksums(memoryview(whole)[HEADER_BYTES:], 1),
+        raw=True,
+    )
+    return whole
+
+
+def opened(path: Path, *, fsync: bool = True, most: int = 1 << 20) -> FilesystemBackend:
+    config = FilesystemConfig(path=path, min_free_gib=0, fsync=fsync, max_size_gib=most / GIB)
+    backend = FilesystemBackend(config)
+    backend.open_blocking(BackendContext("disk", NAMESPACE))
+    return backend
+
+
+def served(backend: FilesystemBackend, key: ChunkKey, fill: int) -> bool:
+    """Whether the chunk is there; damage that core notices is a miss, wrong bytes are a failure."""
+    into = bytearray(2 * FRAME)
+    (size,) = backend.load_blocking([key], [memoryview(into)])
+    if size == MISS:
+        return False
+    try:
+        read_header(memoryview(into)[:size], key=key, fingerprint=NAMESPACE.fingerprint)
+    except FrameError:
+        return False
+    assert into[:size] == frame(key, fill)
+    return True
+
+
+class Run:
+    """A recorded run of stores and deletions, with marks of what was acknowledged."""
+
+    def __init__(self, top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.path = top / "new" / "kv"
+        self.log = PowerLog(top, monkeypatch)
+
+    def store(
+        self, backend: FilesystemBackend, fills: dict[ChunkKey, int], *, durable: bool = True
+    ) -> list[StoreOutcome]:
+        sources = [memoryview(frame(key, fill)) for key, fill in fills.items()]
+        outcomes = backend.store_blocking(list(fills), sources)
+        if durable:
+            self.log.mark("stored", *fills)
+        return outcomes
+
+    def delete(self, backend: FilesystemBackend, names: list[ChunkKey]) -> None:
+        self.log.mark("deleting", *names)
+        backend._delete(names)
+        self.log.mark("deleted", *names)
+
+
+def promised(log: list[tuple[object, ...]]) -> tuple[set[object], set[object]]:
+    """What has to be there after ``log``, and what must not be."""
+    there, gone = set[object](), set[object]()
+    for operation, *rest in log:
+        if operation == "mark":
+            what, *names = rest
+            there = there | set(names) if what == "stored" else there - set(names)
+            gone = gone | set(names) if what == "deleted" else gone - set(names)
+    return there, gone
+
+
+def cuts(log: list[tuple[object, ...]]) -> Iterator[int]:
+    """After each system call that changed something."""
+    for end in range(1, len(log) + 1):
+        if log[end - 1][0] not in ("mark", "open"):
+            yield end
+    yield len(log)
+
+
+@pytest.mark.parametrize(
+    "kept", [nothing, everything, some(1), some(2)], ids=["nothing", "everything", "1", "2"]
+)
+def test_what_was_acknowledged_survives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: Kept
+) -> None:
+    (tmp_path / "live").mkdir()
+    names = keys(7)
+    fills = dict(zip(names, range(10, 17), strict=True))
+
+    def of(*which: int) -> dict[ChunkKey, int]:
+        return {names[i]: fills[names[i]] for i in which}
+
+    with monkeypatch.context() as patch:
+        run = Run(tmp_path / "live", patch)
+        backend = opened(run.path)
+        run.store(backend, of(0, 1))
+        run.store(backend, of(2))
+        run.delete(backend, [names[1]])
+        backend.close_blocking()
+        # One that promises nothing, and then one that finds what it wrote.
+        loose = opened(run.path, fsync=False)
+        run.store(loose, of(1, 3), durable=False)
+        loose.close_blocking()
+        backend = opened(run.path)
+        assert run.store(backend, of(3)) == [StoreOutcome.ALREADY_PRESENT]
+        run.store(backend, of(4, 5))
+        run.delete(backend, [names[0]])
+        backend.close_blocking()
+    log, seen = run.log.log, 0
+    # ``names[1]`` was stored again, without a promise.
+    again = next(i for i, one in enumerate(log) if one[:2] == ("mark", "deleted")) + 1
+    for number, end in enumerate(cuts(log)):
+        place = tmp_path / f"cut{number}"
+        place.mkdir()
+        Disk.after(log[:end]).rebuild(place, kept)
+        there, gone = promised(log[:end])
+        if end > again:
+            gone.discard(names[1])
+        backend = opened(place / "new" / "kv", fsync=False)
+        found = {key for key in names if served(backend, key, fills[key])}
+        assert there <= found, f"after {log[end - 1]}"
+        assert not found & gone, f"after {log[end - 1]}"
+        # A damaged one can be stored again, whatever lies there.
+        outcomes = backend.store_blocking(names, [memoryview(frame(k, fills[k])) for k in names])
+        assert StoreOutcome.NOT_ADMITTED not in outcomes
+        backend.close_blocking()
+        seen += 1
+    assert seen > 60
+
+
+def test_the_model_of_a_power_cut_loses_what_was_not_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without fsync nothing is left of a run, or names without bytes."""
+    (tmp_path / "live").mkdir()
+    with monkeypatch.context() as patch:
+        run = Run(tmp_path / "live", patch)
+        backend = opened(run.path, fsync=False)
+        run.store(backend, dict.fromkeys(keys(2), 1))
+        backend.close_blocking()
+    for name, kept in (("least", nothing), ("most", everything)):
+        (tmp_path / name).mkdir()
+        Disk.after(run.log.log).rebuild(tmp_path / name, kept)
+    assert list((tmp_path / "least").iterdir()) == []
+    backend = opened(tmp_path / "most" / "new" / "kv")
+    assert backend.contains_blocking(keys(2)) == [True, True]
+    assert not any(served(backend, key, 1) for key in keys(2))
+    # Nor does what is left pass for the chunk when it comes again.
+    outcomes = run.store(backend, dict.fromkeys(keys(2), 1))
+    assert outcomes == [StoreOutcome.STORED] * 2
+    assert all(served(backend, key, 1) for key in keys(2))
+    backend.close_blocking()
+
+
+@pytest.mark.parametrize("fsync", [False, True])
+def test_a_file_that_was_there_is_looked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fsync: bool
+) -> None:
+    (key,) = keys(1)
+    backend = opened(tmp_path, fsync=False)
+    backend.store_blocking([key], [memoryview(frame(key, 1))])
+    backend.close_blocking()
+    backend = opened(tmp_path, fsync=fsync)
+    run = PowerLog(tmp_path, monkeypatch)
+    present = [StoreOutcome.ALREADY_PRESENT]
+    assert backend.store_blocking([key], [memoryview(frame(key, 1))]) == present
+    syncs = [one for one in run.log if one[0] == "sync"]
+    assert len(syncs) == (3 if fsync else 0)  # it, its folder, and that one's name
+    before = len(run.log)
+    assert backend.store_blocking([key], [memoryview(frame(key, 1))]) == present
+    assert len(run.log) == before
+    backend.close_blocking()
+
+
+def test_a_header_says_whether_a_file_may_be_good() -> None:
+    (key, other), good = keys(2), bytes(frame(keys(1)[0], 1))
+    assert may_start(good[:HEADER_BYTES], key=key, nbytes=FRAME)
+    assert not may_start(good[:HEADER_BYTES], key=other, nbytes=FRAME)
+    assert not may_start(good[:HEADER_BYTES], key=key, nbytes=FRAME - 1)
+    assert not may_start(good[: HEADER_BYTES - 1], key=key, nbytes=FRAME)
+    assert not may_start(bytes(HEADER_BYTES), key=key, nbytes=FRAME)
+    newer = good[:8] + b"\xff" + good[9:]
+    assert may_start(newer[:HEADER_BYTES], key=key, nbytes=FRAME)  # not known to be bad
+    for place in np.random.default_rng(1).integers(10, HEADER_BYTES, 200):
+        damaged = bytearray(good[:HEADER_BYTES])
+        damaged[place] ^= 1
+        assert not may_start(bytes(damaged), key=key, nbytes=FRAME)
