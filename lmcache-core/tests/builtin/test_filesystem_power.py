@@ -5,6 +5,8 @@ A run with ``fsync`` is recorded, and the disk built as each of its system calls
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from power_cut import Disk, Kept, PowerLog, everything, nothing, some
 
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
+from lmcache_core.builtin.filesystem_room import UNWRITTEN_S
 from lmcache_core.checksums import checksums
 from lmcache_core.errors import FrameError
 from lmcache_core.frame import HEADER_BYTES, may_start, read_header, write_header
@@ -170,14 +173,42 @@ def test_the_model_of_a_power_cut_loses_what_was_not_synced(
         (tmp_path / name).mkdir()
         Disk.after(run.log.log).rebuild(tmp_path / name, kept)
     assert list((tmp_path / "least").iterdir()) == []
-    backend = opened(tmp_path / "most" / "new" / "kv")
-    assert backend.contains_blocking(keys(2)) == [True, True]
-    assert not any(served(backend, key, 1) for key in keys(2))
-    # Nor does what is left pass for the chunk when it comes again.
+    path = tmp_path / "most" / "new" / "kv"
+    left = [path / NAMESPACE.fingerprint / key.hex()[:2] / key.hex() for key in keys(2)]
+    assert [one.read_bytes() for one in left] == [bytes(FRAME)] * 2
+    backend = opened(path)
+    assert not any(one.exists() for one in left)
+    # Nor does what comes later pass for the chunk when it is stored again.
+    left[0].write_bytes(bytes(FRAME))
+    assert not served(backend, keys(1)[0], 1)
     outcomes = run.store(backend, dict.fromkeys(keys(2), 1))
     assert outcomes == [StoreOutcome.STORED] * 2
     assert all(served(backend, key, 1) for key in keys(2))
     backend.close_blocking()
+
+
+def test_damaged_files_of_the_last_minute_are_removed_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = keys(6)
+    backend = opened(tmp_path)
+    for key in names:
+        backend.store_blocking([key], [memoryview(frame(key, 1))])
+    backend.close_blocking()
+    paths = [tmp_path / NAMESPACE.fingerprint / key.hex()[:2] / key.hex() for key in names]
+    paths[0].write_bytes(bytes(FRAME))
+    paths[1].write_bytes(frame(names[1], 1)[: FRAME // 2])
+    paths[2].write_bytes(frame(names[1], 1))  # another chunk's
+    paths[3].write_bytes(bytes(FRAME))
+    then = time.time() - 2 * UNWRITTEN_S
+    os.utime(paths[3], (then, then))
+    paths[4].write_bytes(value(1, FRAME))  # no frame at all: not ours to judge
+    again = opened(tmp_path)
+    assert [one.exists() for one in paths] == [False, False, False, True, True, True]
+    assert again.usage() == (3, 3 * FRAME)
+    assert caplog.text.count("removed damaged files") == 1
+    assert [served(again, key, 1) for key in names] == [False] * 5 + [True]
+    again.close_blocking()
 
 
 @pytest.mark.parametrize("fsync", [False, True])

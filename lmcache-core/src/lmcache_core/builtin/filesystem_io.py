@@ -145,23 +145,24 @@ class ChunkFiles:
             self._settle(path.parent)
         return replaced
 
-    def look(self, path: Path) -> bytes | None:
+    def look(self, path: Path, *, settle: bool = True) -> bytes | None:
         """The first bytes of a file, `HEAD_BYTES` at most; ``None`` if there is none.
 
-        If durability was asked for, the file survives a power cut then: whoever wrote it may not
-        have seen to that.
+        ``settle``: if durability was asked for, the file survives a power cut then; whoever wrote
+        it may not have seen to that.
         """
+        settle = settle and self._fsync
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
             head = os.pread(fd, HEAD_BYTES, 0)
-            if self._fsync:
+            if settle:
                 os.fsync(fd)
         finally:
             os.close(fd)
-        if self._fsync:
+        if settle:
             sync_folder(path.parent)
             self._settle(path.parent)
         return head

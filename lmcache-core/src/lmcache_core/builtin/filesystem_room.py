@@ -19,6 +19,8 @@ from lmcache_core.builtin.filesystem_index import FileIndex
 from lmcache_core.builtin.filesystem_io import ChunkFiles, remove
 from lmcache_core.builtin.filesystem_scan import place, remove_empty, scan, spaces
 from lmcache_core.builtin.filesystem_usage import FolderUsage, Removal, Standing
+from lmcache_core.frame import MAGIC, may_start
+from lmcache_core.keys import ChunkKey
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,9 @@ USED_EVERY_S = 30.0
 VICTIMS = 4096
 """Files of another namespace that are remembered from one look into its folder."""
 ATTEMPTS = 4
+UNWRITTEN_S = 60.0
+"""A power cut may damage what was written in so long before it: kernels write back after half of
+it. Of what was found at the start, these files are looked at."""
 
 
 class Room:
@@ -70,9 +75,9 @@ class Room:
             OSError: the folder failed.
         """
         if self._usage.open():
-            self._count_all()
+            self._count_all(look=True)
         else:
-            self._count_own()
+            self._count_own(look=True)
 
     def keep_bound(self) -> None:
         """Remove what is too much.
@@ -258,14 +263,14 @@ class Room:
 
     # -- counting --------------------------------------------------------------------------
 
-    def _count_own(self) -> None:
+    def _count_own(self, *, look: bool = False) -> None:
         marks = self._usage.start_count()
-        sizes = {self._space: self._scan_own()}
+        sizes = {self._space: self._scan_own(look)}
         self._counts[self._space] = self._usage.end_count(sizes, marks)
 
-    def _count_all(self) -> None:
+    def _count_all(self, *, look: bool = False) -> None:
         marks = self._usage.start_count()
-        sizes = {self._space: self._scan_own()}
+        sizes = {self._space: self._scan_own(look)}
         for space in spaces(self._top):
             if space != self._space:
                 try:
@@ -275,11 +280,28 @@ class Room:
                     self._cant_look(self._top / space, error)
         self._usage.end_count(sizes, marks, whole=True)
 
-    def _scan_own(self) -> int:
+    def _scan_own(self, look: bool) -> int:
         since_ns, self._since_scan = time.time_ns(), 0
         found = list(scan(self._top / self._space, self._files))
+        if look:
+            last_ns = max((time_ns for time_ns, _, _ in found), default=0)
+            before_ns = last_ns - int(UNWRITTEN_S * 1e9)
+            found = [one for one in found if one[0] < before_ns or self._is_whole(*one[1:])]
         self.index.merge(found, since_ns)
         return sum(size for _, _, size in found)
+
+    def _is_whole(self, key: ChunkKey, size: int) -> bool:
+        """Whether a file may be good, by its first bytes; one that can't be is removed."""
+        path = Path(place(self._top / self._space, key))
+        head = self._files.look(path, settle=False)
+        if head is None:
+            return False
+        framed = head.startswith(MAGIC)
+        if may_start(head, key=key, nbytes=size) if framed else any(head):
+            return True
+        remove(path)
+        self._say("damaged", "%s: removed damaged files, such as %s", self._name, path)
+        return False
 
     # -- saying ----------------------------------------------------------------------------
 
