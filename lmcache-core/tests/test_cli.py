@@ -13,8 +13,12 @@ from pathlib import Path
 import pytest
 
 from lmcache_core import collision
+from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
 from lmcache_core.cli import doctor, main
 from lmcache_core.errors import ConfigError
+from lmcache_core.keys import CacheNamespace
+from lmcache_core.layout import DType, KVLayout, full_attention
+from lmcache_core.storage import BackendContext
 
 MakeDistribution = Callable[..., str]
 
@@ -249,6 +253,16 @@ def test_the_disk_folder_is_tried(
         status, out, _ = lmcache("doctor", *off, "--set", f"local_disk={tmp_path}", *size)
         assert status == 0
         assert any("more than is free" in line for line in lines(out, "warn"))
+        layout = KVLayout(16, (full_attention(layers=1, heads=1, head_size=8, dtype=DType.F16),))
+        backend = FilesystemBackend(FilesystemConfig(path=tmp_path, min_free_gib=0))
+        namespace = CacheNamespace("org/model", layout)
+        backend.open_blocking(BackendContext("disk", namespace))
+        backend.close_blocking()
+        (tmp_path / ("ab" * 8)).mkdir()
+        status, out, _ = lmcache("doctor", *off, "--set", f"local_disk={tmp_path}")
+        assert status == 0
+        assert f"namespace {namespace.fingerprint}, 0.00 GiB: model org/model, 16 tokens" in out
+        assert f"namespace {'ab' * 8}, 0.00 GiB: no manifest" in out
     finally:
         del os.environ["LMCACHE_DISABLE_PLUGINS"]
 

@@ -31,7 +31,8 @@ from pathlib import Path
 import xxhash
 
 from lmcache_core.builtin.filesystem_io import FULL, ChunkFiles, remove
-from lmcache_core.builtin.filesystem_scan import is_space
+from lmcache_core.builtin.filesystem_manifest import described
+from lmcache_core.builtin.filesystem_scan import is_space, spaces
 
 logger = logging.getLogger(__name__)
 
@@ -393,6 +394,21 @@ class FolderUsage:
             for entry in entries:
                 if _TOKEN.fullmatch(entry.name):
                     self._lives(entry.name)
+
+
+def contents(top: Path) -> list[str]:
+    """A line for each namespace of a folder: what of, and how much as far as was noted."""
+    try:
+        names = sorted(spaces(top))
+        ledger = Ledger.loaded((top / _LEDGER).read_bytes())
+    except OSError:
+        return []
+    noted = {} if ledger is None else ledger.spaces
+    return [
+        f"namespace {name}, {noted.get(name, Space()).nbytes / (1 << 30):.2f} GiB: "
+        f"{described(top / name)}"
+        for name in names
+    ]
 
 
 def _take_off(ledger: Ledger, removal: Removal) -> None:

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lmcache_core.builtin.filesystem_usage import contents
 from lmcache_core.cli.config import add_options, load
 from lmcache_core.collision import refuse_upstream
 from lmcache_core.config import BackendSection, Config
@@ -182,3 +183,4 @@ def _disk(section: BackendSection) -> Iterator[Finding]:
     bound = options.get("max_size_gib")
     if isinstance(bound, (int, float)) and bound * GIB > free:
         yield Finding("warn", f"{here}: max_size_gib is {bound:g}, more than is free now")
+    yield from (Finding("ok", f"{here}: {line}") for line in contents(folder.expanduser()))
