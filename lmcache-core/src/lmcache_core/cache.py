@@ -316,18 +316,25 @@ class Cache:
     def clear(self, timeout_s: float | None = None) -> int:
         """Forget everything, in host memory and in tiers that can; answer chunks in memory.
 
-        ``timeout_s`` is for writing out what is queued and clearing together;
-        ``blocking_timeout_secs`` if not said.
+        Nothing from before is found afterwards, nor written any more. A tier that isn't cleared
+        within ``timeout_s`` (``blocking_timeout_secs`` if not said) is in `uncleared`; it isn't
+        used until it is, which is tried again, unless it never can be: then what is in it stays.
+        The log says both. If the process ends before, what is in such a tier is back.
         """
         left_s = self._budget(timeout_s)
-        self.flush(0.5 * left_s())
+        clearing = None if self._tiers is None else self._tiers.clear(left_s())
         with self._news:
             self._settle()
             count = self._planner.clear()
-        if self._tiers is not None and self._loop is not None:
-            left = left_s()
-            self._in_time(self._tiers.clear(left), left, 0)
+        if clearing is not None:
+            self._in_time(clearing, left_s(), 0)
         return count
+
+    @property
+    def uncleared(self) -> dict[str, str]:
+        """Tiers that the last `clear` didn't clear, nor anybody since then, and why."""
+        tiers = () if self._tiers is None else self._tiers.tiers
+        return {tier.name: tier.uncleared for tier in tiers if tier.uncleared}
 
     def flush(self, timeout_s: float = 60.0) -> bool:
         """Wait until what was stored is in the slow tiers or was dropped; False: still not."""

@@ -40,6 +40,7 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "backend_timeouts": ("Calls to backends that missed their deadline", ("backend", "operation")),
     "breaker_open": ("Circuit breakers of backends that are open now", ("backend",)),
+    "clear_owed": ("Tiers that couldn't be cleared yet and aren't used until then", ("tier",)),
     "isolated_restarts": (
         "Processes of isolated backends that died, hung or took too much memory, and are replaced",
         ("backend", "reason"),
@@ -47,7 +48,7 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Name, help text, labels of what a cache counts. A series may lack the last of its labels."""
 
-GAUGES = frozenset({"breaker_open"})
+GAUGES = frozenset({"breaker_open", "clear_owed"})
 """Names whose value goes down as well; all others only grow."""
 PREFIX = "lmcache_"
 

@@ -8,13 +8,14 @@ tiers, nor about what the bytes mean.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmcache_core.errors import BackendError
-from lmcache_core.guard import Guard, failure_kind
+from lmcache_core.errors import BackendError, BackendRejected
+from lmcache_core.guard import Answer, Guard, failure_kind
 from lmcache_core.keys import ChunkKey
 from lmcache_core.metrics import Counters
 from lmcache_core.serde import Serde
@@ -28,6 +29,8 @@ from lmcache_core.storage import (
     SupportsDelete,
     SupportsPrefixLookup,
 )
+
+logger = logging.getLogger(__name__)
 
 REFUSED_S = 300.0
 """How long a value that isn't for us is taken for absent; then it is tried once more."""
@@ -100,6 +103,11 @@ class Tier:
         self._capabilities: BackendCapabilities | None = None
         self._prefix_lookup: SupportsPrefixLookup | None = None
         self._storing: set[ChunkKey] = set()
+        self._stores_over: list[asyncio.Future[None]] = []
+        self._clears = 0
+        self._owes_clear = False
+        self._uncleared = ""
+        self._told_owed = False
 
     @property
     def ready(self) -> bool:
@@ -110,6 +118,21 @@ class Tier:
     def capabilities(self) -> BackendCapabilities | None:
         """What the backend says about itself; ``None`` while it isn't open."""
         return self._capabilities
+
+    @property
+    def clears(self) -> int:
+        """How often it was asked to forget everything: `store` drops what is older."""
+        return self._clears
+
+    @property
+    def owes_clear(self) -> bool:
+        """Whether it is still to be cleared. Nothing of it is offered until then, nor stored."""
+        return self._owes_clear
+
+    @property
+    def uncleared(self) -> str:
+        """Why the last `clear` didn't clear it; empty if it did."""
+        return self._uncleared
 
     def opened(self, backend: StorageBackend, capabilities: BackendCapabilities) -> None:
         """Use ``backend``, which is open, from now on."""
@@ -133,7 +156,9 @@ class Tier:
         """
         count = len(keys)
         nothing = [False] * count
-        if not count or not self.ready or self.guard.saturated or self.guard.is_full("load"):
+        if not count or not self.ready or self._owes_clear:
+            return nothing
+        if self.guard.saturated or self.guard.is_full("load"):
             return nothing
         backend, prefix = self.backend, self._prefix_lookup
         if leading and prefix is not None:
@@ -152,6 +177,8 @@ class Tier:
 
         answer = await self.guard.call("contains", hits, deadline_s=self._deadline(deadline_s))
         found = nothing if answer.value is None else answer.value
+        if self._owes_clear:  # since it was asked
+            return nothing
         if self._refused:
             now = self._clock()
             found = [
@@ -169,8 +196,8 @@ class Tier:
         """Read stored values into buffers. What can't be had until the deadline is a `MISS`."""
         sizes = [MISS] * len(keys)
         capabilities = self._capabilities
-        if capabilities is None:
-            self._failed_loads(len(keys), "not_open")
+        if capabilities is None or self._owes_clear:
+            self._failed_loads(len(keys), "not_open" if capabilities is None else "clear_owed")
             return LoadAnswer(sizes)
         backend, deadline_s = self.backend, self._deadline(deadline_s)
 
@@ -209,20 +236,32 @@ class Tier:
         keys: Sequence[ChunkKey],
         sources: Sequence[memoryview],
         deadline_s: float | None = None,
+        *,
+        clears: int | None = None,
     ) -> StoreAnswer:
-        """Write values. What isn't acknowledged until the deadline is ``NOT_ADMITTED``."""
+        """Write values. What isn't acknowledged until the deadline is ``NOT_ADMITTED``.
+
+        ``clears``: what `clears` was when they were to be kept; they aren't where it has grown.
+        """
         outcomes = [StoreOutcome.NOT_ADMITTED] * len(keys)
-        capabilities = self._capabilities
+        until = asyncio.get_running_loop().time() + self._deadline(deadline_s)
+        capabilities, asked = self._capabilities, self._clears
         if capabilities is None:
             self._dropped(len(keys), "not_open")
             return StoreAnswer(outcomes)
-        backend, deadline_s = self.backend, self._deadline(deadline_s)
+        if self._owes_clear or clears not in (None, asked):
+            self._dropped(len(keys), "clear_owed" if self._owes_clear else "cleared")
+            return StoreAnswer(outcomes)
+        backend, deadline_s = self.backend, until - asyncio.get_running_loop().time()
         offered = self._worth_offering(keys, sources, capabilities)
 
         async def batch(start: int, stop: int) -> asyncio.Task[Any] | None:
             positions = offered[start:stop]
             names = [keys[i] for i in positions]
             values = [sources[i] for i in positions]
+            if self._clears != asked:
+                self._dropped(len(names), "cleared")
+                return None
             running = over = False
 
             async def write() -> list[StoreOutcome]:
@@ -233,7 +272,7 @@ class Tier:
                 finally:
                     running = False
                     if over:  # nobody waited for the end
-                        self._storing.difference_update(names)
+                        self._stored(names)
                 return self._checked("store", done, len(names), _is_outcome)
 
             self._storing.update(names)
@@ -248,7 +287,7 @@ class Tier:
             finally:
                 over = True
                 if not running:
-                    self._storing.difference_update(names)
+                    self._stored(names)
             if answer.value is None:
                 self._dropped(len(names), _reason(answer.error))
                 return answer.unsettled
@@ -270,14 +309,74 @@ class Tier:
         backend = self.backend
         if not keys or not self.ready or not isinstance(backend, SupportsDelete):
             return None if keys else 0
-        return await self._counted("delete", lambda: backend.delete(keys), deadline_s)
+        answer = await self._counted("delete", lambda: backend.delete(keys), deadline_s)
+        return answer.value
+
+    def hide(self) -> None:
+        """Offer nothing and store nothing until `clear` has cleared it. On any thread."""
+        self._clears += 1
+        self._owes_clear = True
+        self._uncleared = "it hasn't answered yet"
 
     async def clear(self, deadline_s: float | None = None) -> int | None:
-        """Forget everything; answer how many chunks, or ``None`` where that can't be done."""
+        """Forget everything; answer how many chunks, or ``None``: that couldn't be done.
+
+        Then `uncleared` says why, and `owes_clear` whether it is worth another try. What was to be
+        written before isn't afterwards: a store that is under way ends first.
+        """
+        self.hide()
+        return await self.clear_again(deadline_s)
+
+    async def clear_again(self, deadline_s: float | None = None) -> int | None:
+        """Try once more to do what `clear` couldn't do."""
+        asked = self._clears
+        until = asyncio.get_running_loop().time() + self._deadline(deadline_s)
         backend = self.backend
-        if not self.ready or not isinstance(backend, SupportsClear):
+        if not self.ready:
+            self._not_cleared("it isn't open")
             return None
-        return await self._counted("clear", backend.clear, deadline_s)
+        if not isinstance(backend, SupportsClear):
+            self._not_cleared("its backend can't be cleared", for_good=True)
+            return None
+        if self._storing:
+            over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._stores_over.append(over)
+            await self._wait_until([over], until)
+            if self._storing:
+                self._not_cleared("a store doesn't end")
+                return None
+        left_s = until - asyncio.get_running_loop().time()
+        answer = await self._counted("clear", backend.clear, left_s)
+        if answer.value is None:
+            refused = isinstance(answer.error, BackendRejected)
+            self._not_cleared(str(answer.error), for_good=refused)
+            return None
+        if asked == self._clears:
+            self._tell_cleared("")
+            self._owes_clear = False
+        return answer.value
+
+    def _not_cleared(self, why: str, *, for_good: bool = False) -> None:
+        if for_good:
+            self._owes_clear = False
+            logger.warning("%s can't be cleared: %s; what is in it stays", self.name, why)
+        self._tell_cleared(why)
+
+    def _tell_cleared(self, why: str) -> None:
+        owed = bool(why) and self._owes_clear
+        if owed != self._told_owed:
+            self._told_owed = owed
+            self._counters.add("clear_owed", 1 if owed else -1, tier=self.name)
+            if owed:
+                logger.warning(
+                    "%s couldn't be cleared: %s. Nothing of it is used until it is; that is tried "
+                    "again. If this process ends before, what is in it is back",
+                    self.name,
+                    why,
+                )
+            elif not why:
+                logger.info("%s is cleared now, and used again", self.name)
+        self._uncleared = why
 
     def refuse(self, keys: Iterable[ChunkKey]) -> None:
         """Take these for absent, for `REFUSED_S`: values are there, but not for us.
@@ -346,22 +445,34 @@ class Tier:
             if limit is not None and source.nbytes > limit:
                 self._dropped(1, "too_large")
             elif key in self._storing:
-                self._dropped(1, "under_way")  # promised to backends: never one key twice at a time
+                # Promised to backends: never one key twice at a time.
+                self._dropped(1, "under_way")
             else:
                 offered.append(i)
         return offered
 
     async def _counted(
         self, operation: str, make: Callable[[], Awaitable[int]], deadline_s: float | None
-    ) -> int | None:
+    ) -> Answer[int]:
         async def counted() -> int:
             found = await make()
             if not _is_count(found):
                 raise self._nonsense(operation, 1, found)
             return found
 
-        answer = await self.guard.call(operation, counted, deadline_s=self._deadline(deadline_s))
-        return answer.value
+        return await self.guard.call(operation, counted, deadline_s=self._deadline(deadline_s))
+
+    def _stored(self, keys: Iterable[ChunkKey]) -> None:
+        """These stores are over."""
+        self._storing.difference_update(keys)
+        if not self._storing:
+            over, self._stores_over = self._stores_over, []
+            for one in over:
+                if not one.done():
+                    one.set_result(None)
+
+    async def _wait_until(self, what: Sequence[asyncio.Future[None]], until: float) -> None:
+        await asyncio.wait(what, timeout=max(0.0, until - asyncio.get_running_loop().time()))
 
     def _checked(
         self, operation: str, found: list[Any], count: int, good: Callable[[Any], bool]

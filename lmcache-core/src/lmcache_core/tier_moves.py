@@ -141,23 +141,28 @@ class TierMoves:
                 self._idle.notify_all()
             self._reports.tell()
 
-        if not self._submit(self._persist(written, leases), ended):
+        clears = [tier.clears for tier, _ in self._tiers]
+        if not self._submit(self._persist(written, leases, clears), ended):
             self._counters.add("store_dropped", len(written), reason="closed")
             for own in leases:
                 _release(own.values())
             ended(None)
 
-    async def _persist(self, stored: Stored, leases: Sequence[Leases]) -> None:
+    async def _persist(
+        self, stored: Stored, leases: Sequence[Leases], clears: Sequence[int]
+    ) -> None:
         """Over when it is known what became of each chunk; a call that hangs has its leases."""
         writes = [
-            self._write(tier, sealer, stored, own)
-            for (tier, sealer), own in zip(self._tiers, leases, strict=True)
+            self._write(tier, sealer, stored, own, asked)
+            for (tier, sealer), own, asked in zip(self._tiers, leases, clears, strict=True)
         ]
         for found in await asyncio.gather(*writes, return_exceptions=True):
             if isinstance(found, BaseException):
                 logger.error("Writing to a tier failed; this is a bug of ours", exc_info=found)
 
-    async def _write(self, tier: Tier, sealer: Sealer, stored: Stored, leases: Leases) -> None:
+    async def _write(
+        self, tier: Tier, sealer: Sealer, stored: Stored, leases: Leases, clears: int
+    ) -> None:
         sealed = await self._on_thread(self._seal, tier, sealer, stored)
         needed = {position for position, _ in sealed} if sealer.in_place else set()
         _release([leases.pop(i) for i in range(len(stored)) if i not in needed])
@@ -165,7 +170,7 @@ class TierMoves:
         if not sealed:
             return
         keys = [stored[position][0].key for position, _ in sealed]
-        answer = await tier.store(keys, [frame for _, frame in sealed])
+        answer = await tier.store(keys, [frame for _, frame in sealed], clears=clears)
         if needed:
             held = [leases.pop(position) for position, _ in sealed]
             self._settle(held, answer.hanging)

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -85,9 +85,11 @@ class PluginIndex(Protocol):
 class Tiers:
     """All slow tiers. Make them with `open`; `locate` runs on the I/O loop, the rest anywhere."""
 
-    def __init__(self, tiers: Sequence[Tier], loop: IOLoop) -> None:
+    def __init__(self, tiers: Sequence[Tier], loop: IOLoop, *, again_after_s: float = 10.0) -> None:
         self.tiers = tuple(tiers)
         self._loop = loop
+        self._again_after_s = again_after_s
+        self._clearing: asyncio.Task[None] | None = None
         self._reopening: list[asyncio.Task[None]] = []
         self._closed = False
 
@@ -113,7 +115,8 @@ class Tiers:
         """Open every backend, all at the same time, and wait for ``open_deadline_s`` at most.
 
         A backend that can't be reached yet is kept as a tier that misses everything. It is tried
-        again every ``reopen_after_s`` in the background, each time with a fresh instance. One that
+        again every ``reopen_after_s`` in the background, each time with a fresh instance; so is one
+        that couldn't be cleared. One that
         is only slow to open (it may be reading its index) joins when it has finished. ``serdes``
         are options by the serde's name; ``rope`` and ``weights`` are for serdes that know what to
         do with them: see `SerdeFacts`.
@@ -150,7 +153,7 @@ class Tiers:
             longest = _longest_value(serde, namespace.layout)
             context = BackendContext(section.name, placed, region, longest, lookup_only=lookup_only)
             openings.append(_Opening(tier, make, context, open_deadline_s, reopen_after_s))
-        tiers = cls([opening.tier for opening in openings], loop)
+        tiers = cls([o.tier for o in openings], loop, again_after_s=reopen_after_s)
         if not openings:
             return tiers
         try:
@@ -182,10 +185,35 @@ class Tiers:
                     found[position] = index
         return found
 
-    async def clear(self, deadline_s: float | None = None) -> int:
-        """Forget everything in every tier that can; answer how many chunks that were."""
-        counts = await asyncio.gather(*(tier.clear(deadline_s) for tier in self.tiers))
+    def clear(self, deadline_s: float | None = None) -> Coroutine[Any, Any, int]:
+        """Forget everything in every tier that can; awaited, answers how many chunks that were.
+
+        Nothing from before is offered by any of them as soon as this is called, on any thread. One
+        that can't be cleared now isn't used until it could be, which is tried again and again;
+        `Tier.uncleared` says why. Only this process knows of that.
+
+        Raises:
+            RuntimeError: the I/O loop is closed.
+        """
+        for tier in self.tiers:
+            tier.hide()
+        self._loop.call_soon(self._see_to_it)
+        return self._clear_all(deadline_s)
+
+    async def _clear_all(self, deadline_s: float | None) -> int:
+        counts = await asyncio.gather(*(tier.clear_again(deadline_s) for tier in self.tiers))
         return sum(count or 0 for count in counts)
+
+    def _see_to_it(self) -> None:
+        if self._clearing is None or self._clearing.done():
+            self._clearing = asyncio.get_running_loop().create_task(self._clear_later())
+
+    async def _clear_later(self) -> None:
+        """Try until no tier owes it any more."""
+        while not self._closed and any(tier.owes_clear for tier in self.tiers):
+            await asyncio.sleep(self._again_after_s)
+            owing = [tier for tier in self.tiers if tier.owes_clear]
+            await asyncio.gather(*(tier.clear_again() for tier in owing))
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Close every backend, within ``timeout_s`` in all. Idempotent; never raises."""
@@ -208,10 +236,11 @@ class Tiers:
     async def _close_all(self, deadline_s: float) -> None:
         loop = asyncio.get_running_loop()
         until = loop.time() + deadline_s
-        for task in self._reopening:
+        background = self._reopening + ([self._clearing] if self._clearing is not None else [])
+        for task in background:
             task.cancel()
-        if self._reopening:
-            await asyncio.wait(self._reopening, timeout=0.5 * deadline_s)
+        if background:
+            await asyncio.wait(background, timeout=0.5 * deadline_s)
         closing = [tier for tier in self.tiers if tier.ready]
         for tier in closing:
             tier.closing()
