@@ -246,7 +246,7 @@ def test_raw_bytes_that_change_in_host_memory_are_refused(
         cache.flush(WAIT_S)
         assert loaded(cache, tokens)[0] == 0
         assert counted(cache, "frame_rejected") == {("payload",): 2}
-        assert len(rig.stores["one"].deleted) == 2  # proven damage
+        eventually(lambda: len(rig.stores["one"].deleted) == 2)  # proven damage
 
 
 def test_an_exact_serde_that_decodes_to_something_else() -> None:
@@ -270,6 +270,27 @@ def test_an_exact_serde_that_decodes_to_something_else() -> None:
                 sealer.open(frame, landing)
         else:
             assert sealer.open(frame, landing) == checksums(landing.payload, len(group.layers))
+
+
+def test_a_batch_does_not_wait_until_its_damaged_chunk_is_deleted(rig: Rig) -> None:
+    release, store = asyncio.Event(), rig.stores["one"]
+    store.before["delete"] = release.wait
+    with at_rest(rig.open("one", more=["blocking_timeout_secs=1000"])) as cache:
+        tokens, kv = content(3, 1)
+        cache.store(tokens, kv)
+        assert cache.flush(WAIT_S)
+        name = list(store.values)[2]
+        store.values[name] = store.values[name][:-1] + b"?"
+        assert cache.prefetch(tokens).result(WAIT_S) == 2 * CHUNK
+        assert loaded(cache, tokens)[0] == 2 * CHUNK
+        assert store.calls.count("delete") == 1
+        assert not store.deleted
+        assert cache._loop is not None
+        cache._loop.call_soon(release.set)
+        eventually(lambda: store.deleted == [name[1]])
+        cache.store(tokens, kv)
+        assert cache.flush(WAIT_S)
+        assert loaded(cache, tokens) == (3 * CHUNK, kv)
 
 
 # -- places --------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from lmcache_core.storage import (
     StorageBackend,
     StoreOutcome,
 )
-from lmcache_core.tier import Tier
+from lmcache_core.tier import MAX_DAMAGED, Tier
 
 LONG_S = 30.0
 SHORT_S = 0.01
@@ -482,6 +482,104 @@ def test_a_tier_whose_calls_hang_promises_nothing() -> None:
         assert answer.unsettled is not None
         await asyncio.wait([answer.unsettled])
         assert await rig.tier.contains([key(1)]) == [True]
+
+    run(test)
+
+
+# -- damaged values ------------------------------------------------------------------------
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if holds():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it didn't become true")
+
+
+def test_a_damaged_value_is_absent_and_deleted_beside_everything_else() -> None:
+    async def test() -> None:
+        rig, release = Rig(Able()), asyncio.Event()
+        rig.backend.values = {key(i): b"x" for i in range(4)}
+
+        async def slow(keys: Sequence[ChunkKey]) -> int:
+            await release.wait()
+            return sum(rig.backend.values.pop(k, None) is not None for k in keys)
+
+        rig.backend.faults["delete"] = slow
+        rig.tier.damaged([key(1)])
+        await until(lambda: ("delete", 1) in rig.backend.calls)
+        rig.tier.damaged([key(2)])
+        rig.tier.damaged([key(2), key(3)])
+        assert await rig.tier.contains([key(0), key(1), key(2)], leading=False) == [
+            True,
+            False,
+            False,
+        ]
+        assert [call for call in rig.backend.calls if call[0] == "delete"] == [("delete", 1)]
+        again = asyncio.ensure_future(rig.tier.store([key(2)], [memoryview(b"good")]))
+        other = await rig.tier.store([key(9)], [memoryview(b"good")])
+        assert other.outcomes == [STORED], "what isn't deleted doesn't wait"
+        release.set()
+        assert (await again).outcomes == [STORED]
+        assert rig.backend.values == {key(0): b"x", key(2): b"good", key(9): b"good"}
+        assert await rig.tier.contains([key(2)]) == [True]
+        assert [call for call in rig.backend.calls if call[0] == "delete"][1:] == [("delete", 2)]
+
+    run(test)
+
+
+def test_a_store_waits_for_a_deletion_within_its_deadline() -> None:
+    async def test() -> None:
+        rig, release = Rig(Able()), asyncio.Event()
+
+        async def slow(keys: Sequence[ChunkKey]) -> int:
+            await release.wait()
+            return 0
+
+        rig.backend.faults["delete"] = slow
+        rig.tier.damaged([key(1)])
+        answer = await rig.tier.store([key(1), key(2)], buffers(2), SHORT_S)
+        assert answer.outcomes[0] == REFUSED
+        assert rig.count("store_dropped", reason="under_way") == 1
+        release.set()
+        await until(lambda: not rig.tier._damaged)
+        assert (await rig.tier.store([key(1)], buffers(1))).outcomes == [STORED]
+
+    run(test)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_what_cannot_be_deleted_is_refused(able: bool) -> None:
+    async def test() -> None:
+        rig = Rig(Able() if able else Fake())
+        rig.backend.values = {key(1): b"x"}
+        rig.backend.faults["delete"] = raising(BackendUnavailable("gone"))
+        rig.tier.damaged([key(1)])
+        await until(lambda: not rig.tier._damaged)
+        assert await rig.tier.contains([key(1)]) == [False]
+
+    run(test)
+
+
+def test_damage_that_is_too_much_to_remember_is_refused() -> None:
+    async def test() -> None:
+        rig, release = Rig(Able()), asyncio.Event()
+
+        async def slow(keys: Sequence[ChunkKey]) -> int:
+            await release.wait()
+            return len(keys)
+
+        rig.backend.faults["delete"] = slow
+        many = [key(i) for i in range(MAX_DAMAGED + 5)]
+        rig.tier.damaged(many)
+        rig.tier.damaged(many)
+        assert len(rig.tier._damaged) == MAX_DAMAGED
+        release.set()
+        await until(lambda: not rig.tier._damaged)
+        rig.backend.values = dict.fromkeys(many, b"x")
+        found = await rig.tier.contains(many, leading=False)
+        assert found == [True] * MAX_DAMAGED + [False] * 5
 
     run(test)
 

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 REFUSED_S = 300.0
 """How long a value that isn't for us is taken for absent; then it is tried once more."""
 MAX_REFUSED = 1 << 16
+MAX_DAMAGED = 1 << 10
+"""How many values that are to be deleted are remembered."""
 _CALLS = 4
 """One call has at most one part in so many of the bytes that calls may have: others go on."""
 
@@ -104,6 +106,8 @@ class Tier:
         self._prefix_lookup: SupportsPrefixLookup | None = None
         self._storing: set[ChunkKey] = set()
         self._stores_over: list[asyncio.Future[None]] = []
+        self._damaged: dict[ChunkKey, None] = {}
+        self._deleting: asyncio.Task[None] | None = None
         self._clears = 0
         self._owes_clear = False
         self._uncleared = ""
@@ -179,10 +183,10 @@ class Tier:
         found = nothing if answer.value is None else answer.value
         if self._owes_clear:  # since it was asked
             return nothing
-        if self._refused:
+        if self._refused or self._damaged:
             now = self._clock()
             found = [
-                hit and self._refused.get(key, now) <= now
+                hit and self._refused.get(key, now) <= now and key not in self._damaged
                 for key, hit in zip(keys, found, strict=True)
             ]
         return found
@@ -245,6 +249,8 @@ class Tier:
         """
         outcomes = [StoreOutcome.NOT_ADMITTED] * len(keys)
         until = asyncio.get_running_loop().time() + self._deadline(deadline_s)
+        if self._deleting is not None and not self._damaged.keys().isdisjoint(keys):
+            await self._wait_until([self._deleting], until)  # or the new value would be deleted
         capabilities, asked = self._capabilities, self._clears
         if capabilities is None:
             self._dropped(len(keys), "not_open")
@@ -311,6 +317,28 @@ class Tier:
             return None if keys else 0
         answer = await self._counted("delete", lambda: backend.delete(keys), deadline_s)
         return answer.value
+
+    def damaged(self, keys: Sequence[ChunkKey]) -> None:
+        """Delete these in the background: it is proven that they are damaged.
+
+        They are absent from now on. One call deletes at a time; what can't be deleted, or is too
+        much to remember, is refused for now (`refuse`), and found again when it is loaded then.
+        """
+        new = [key for key in keys if key not in self._damaged]
+        room = max(0, MAX_DAMAGED - len(self._damaged))
+        self.refuse(new[room:])
+        self._damaged.update(dict.fromkeys(new[:room]))
+        if self._damaged and (self._deleting is None or self._deleting.done()):
+            self._deleting = asyncio.get_running_loop().create_task(self._delete_damaged())
+
+    async def _delete_damaged(self) -> None:
+        while self._damaged:
+            keys = list(self._damaged)
+            found = await self.delete(keys)
+            if found is None:
+                self.refuse(keys)
+            for key in keys:
+                self._damaged.pop(key, None)
 
     def hide(self) -> None:
         """Offer nothing and store nothing until `clear` has cleared it. On any thread."""
@@ -444,7 +472,7 @@ class Tier:
         for i, (key, source) in enumerate(zip(keys, sources, strict=True)):
             if limit is not None and source.nbytes > limit:
                 self._dropped(1, "too_large")
-            elif key in self._storing:
+            elif key in self._storing or key in self._damaged:
                 # Promised to backends: never one key twice at a time.
                 self._dropped(1, "under_way")
             else:

@@ -266,7 +266,7 @@ class TierMoves:
         )
         if damaged:
             # Or it would be there, of the right size, and refused for ever.
-            await tier.delete(damaged)
+            tier.damaged(damaged)
         if refused:
             tier.refuse(refused)
             self._reports.refused(index, refused)
