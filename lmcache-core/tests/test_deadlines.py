@@ -164,6 +164,29 @@ def test_a_cancelled_prefetch_gives_its_leases_back(rig: Rig) -> None:
         assert not other.done()
 
 
+def test_what_is_told_of_a_prefetch_may_raise(rig: Rig) -> None:
+    """Whoever asked to be told ends no thread of ours, and may use the cache."""
+    clock = Clock()
+    cache, (one,) = hanging_prefetches(rig, clock, 1)
+    with cache:
+        looked: list[int] = []
+
+        def tell(_: Future[int]) -> None:
+            looked.append(cache.lookup(prompt(9)))
+            raise SystemExit(3)
+
+        one.add_done_callback(tell)
+        clock.now += DEADLINE_S
+        cache._hear()
+        assert one.result(WAIT_S) == 0
+        eventually(lambda: looked == [0])
+        rig.stores["one"].before = {}
+        tokens, kv = content(2, 2)
+        cache.store(tokens, kv)
+        assert cache.flush(WAIT_S)
+        assert cache.prefetch(tokens).result(WAIT_S) == 2 * CHUNK
+
+
 def test_closing_ends_prefetches_with_what_is_there(rig: Rig) -> None:
     cache, futures = hanging_prefetches(rig, Clock(), 2)
     cache.close()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lmcache_core.builtin.raw import RawSerde
+from lmcache_core.damage import MAX_DAMAGED
 from lmcache_core.errors import BackendUnavailable
 from lmcache_core.guard import BreakerState, Guard
 from lmcache_core.io_loop import IOLoop
@@ -24,7 +25,7 @@ from lmcache_core.storage import (
     StorageBackend,
     StoreOutcome,
 )
-from lmcache_core.tier import MAX_DAMAGED, Tier
+from lmcache_core.tier import Tier
 
 LONG_S = 30.0
 SHORT_S = 0.01
@@ -543,7 +544,7 @@ def test_a_store_waits_for_a_deletion_within_its_deadline() -> None:
         assert answer.outcomes[0] == REFUSED
         assert rig.count("store_dropped", reason="under_way") == 1
         release.set()
-        await until(lambda: not rig.tier._damaged)
+        await until(lambda: not rig.tier._damage)
         assert (await rig.tier.store([key(1)], buffers(1))).outcomes == [STORED]
 
     run(test)
@@ -556,7 +557,7 @@ def test_what_cannot_be_deleted_is_refused(able: bool) -> None:
         rig.backend.values = {key(1): b"x"}
         rig.backend.faults["delete"] = raising(BackendUnavailable("gone"))
         rig.tier.damaged([key(1)])
-        await until(lambda: not rig.tier._damaged)
+        await until(lambda: not rig.tier._damage)
         assert await rig.tier.contains([key(1)]) == [False]
 
     run(test)
@@ -574,9 +575,9 @@ def test_damage_that_is_too_much_to_remember_is_refused() -> None:
         many = [key(i) for i in range(MAX_DAMAGED + 5)]
         rig.tier.damaged(many)
         rig.tier.damaged(many)
-        assert len(rig.tier._damaged) == MAX_DAMAGED
+        assert len(rig.tier._damage) == MAX_DAMAGED
         release.set()
-        await until(lambda: not rig.tier._damaged)
+        await until(lambda: not rig.tier._damage)
         rig.backend.values = dict.fromkeys(many, b"x")
         found = await rig.tier.contains(many, leading=False)
         assert found == [True] * MAX_DAMAGED + [False] * 5

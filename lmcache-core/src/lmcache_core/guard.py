@@ -290,7 +290,7 @@ class Guard:
 
     def _late(self, call: _Call, doing: str = "") -> BackendTimeout:
         return BackendTimeout(
-            f"{self.name}: {call.operation} took longer than {call.deadline_s:g} s{doing}"
+            f"{self.name}: {call.operation} took longer than {round(call.deadline_s, 3):g} s{doing}"
         )
 
     def _translated(self, operation: str, raised: BaseException) -> BaseException:

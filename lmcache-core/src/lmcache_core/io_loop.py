@@ -72,7 +72,8 @@ class IOLoop:
         future = self.submit(coro)
         wait([future], timeout_s)
         if not future.done() and future.cancel():
-            raise TimeoutError(f"I/O loop {self._name}: no result after {timeout_s:g} s")
+            waited = f"{round(timeout_s, 3):g} s"
+            raise TimeoutError(f"I/O loop {self._name}: no result after {waited}")
         try:
             error = future.exception()
         except CancelledError:

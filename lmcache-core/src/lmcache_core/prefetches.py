@@ -91,7 +91,7 @@ class Prefetches:
                 over = self._closed and not self._pending
             for _, done in tried:
                 if done is not None:
-                    done()  # without the lock: it runs what others have added to their future
+                    attempted(done)  # without the lock: it runs what others added to their future
 
     def _tried(self, followed: Followed, future: Future[int]) -> Callable[[], None] | None:
         """Go on with one; what tells its future once it is over."""

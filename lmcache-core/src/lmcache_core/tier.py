@@ -8,12 +8,13 @@ tiers, nor about what the bytes mean.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lmcache_core.clearing import Clearing
+from lmcache_core.damage import Damage
 from lmcache_core.errors import BackendError, BackendRejected
 from lmcache_core.guard import Answer, Guard, failure_kind
 from lmcache_core.keys import ChunkKey
@@ -30,13 +31,9 @@ from lmcache_core.storage import (
     SupportsPrefixLookup,
 )
 
-logger = logging.getLogger(__name__)
-
 REFUSED_S = 300.0
 """How long a value that isn't for us is taken for absent; then it is tried once more."""
 MAX_REFUSED = 1 << 16
-MAX_DAMAGED = 1 << 10
-"""How many values that are to be deleted are remembered."""
 _CALLS = 4
 """One call has at most one part in so many of the bytes that calls may have: others go on."""
 
@@ -106,12 +103,8 @@ class Tier:
         self._prefix_lookup: SupportsPrefixLookup | None = None
         self._storing: set[ChunkKey] = set()
         self._stores_over: list[asyncio.Future[None]] = []
-        self._damaged: dict[ChunkKey, None] = {}
-        self._deleting: asyncio.Task[None] | None = None
-        self._clears = 0
-        self._owes_clear = False
-        self._uncleared = ""
-        self._told_owed = False
+        self._damage = Damage(self.delete, self.refuse)
+        self._clearing = Clearing(name, counters)
 
     @property
     def ready(self) -> bool:
@@ -126,17 +119,17 @@ class Tier:
     @property
     def clears(self) -> int:
         """How often it was asked to forget everything: `store` drops what is older."""
-        return self._clears
+        return self._clearing.times
 
     @property
     def owes_clear(self) -> bool:
         """Whether it is still to be cleared. Nothing of it is offered until then, nor stored."""
-        return self._owes_clear
+        return self._clearing.owed
 
     @property
     def uncleared(self) -> str:
         """Why the last `clear` didn't clear it; empty if it did."""
-        return self._uncleared
+        return self._clearing.uncleared
 
     def opened(self, backend: StorageBackend, capabilities: BackendCapabilities) -> None:
         """Use ``backend``, which is open, from now on."""
@@ -160,7 +153,7 @@ class Tier:
         """
         count = len(keys)
         nothing = [False] * count
-        if not count or not self.ready or self._owes_clear:
+        if not count or not self.ready or self.owes_clear:
             return nothing
         if self.guard.saturated or self.guard.is_full("load"):
             return nothing
@@ -181,12 +174,12 @@ class Tier:
 
         answer = await self.guard.call("contains", hits, deadline_s=self._deadline(deadline_s))
         found = nothing if answer.value is None else answer.value
-        if self._owes_clear:  # since it was asked
+        if self.owes_clear:  # since it was asked
             return nothing
-        if self._refused or self._damaged:
+        if self._refused or self._damage:
             now = self._clock()
             found = [
-                hit and self._refused.get(key, now) <= now and key not in self._damaged
+                hit and self._refused.get(key, now) <= now and key not in self._damage
                 for key, hit in zip(keys, found, strict=True)
             ]
         return found
@@ -200,7 +193,7 @@ class Tier:
         """Read stored values into buffers. What can't be had until the deadline is a `MISS`."""
         sizes = [MISS] * len(keys)
         capabilities = self._capabilities
-        if capabilities is None or self._owes_clear:
+        if capabilities is None or self.owes_clear:
             self._failed_loads(len(keys), "not_open" if capabilities is None else "clear_owed")
             return LoadAnswer(sizes)
         backend, deadline_s = self.backend, self._deadline(deadline_s)
@@ -248,24 +241,26 @@ class Tier:
         ``clears``: what `clears` was when they were to be kept; they aren't where it has grown.
         """
         outcomes = [StoreOutcome.NOT_ADMITTED] * len(keys)
-        until = asyncio.get_running_loop().time() + self._deadline(deadline_s)
-        if self._deleting is not None and not self._damaged.keys().isdisjoint(keys):
-            await self._wait_until([self._deleting], until)  # or the new value would be deleted
-        capabilities, asked = self._capabilities, self._clears
+        deadline_s = self._deadline(deadline_s)
+        if self._damage:  # or a new value would be deleted
+            until = asyncio.get_running_loop().time() + deadline_s
+            await self._damage.over(keys, deadline_s)
+            deadline_s = until - asyncio.get_running_loop().time()
+        capabilities, asked = self._capabilities, self.clears
         if capabilities is None:
             self._dropped(len(keys), "not_open")
             return StoreAnswer(outcomes)
-        if self._owes_clear or clears not in (None, asked):
-            self._dropped(len(keys), "clear_owed" if self._owes_clear else "cleared")
+        if self.owes_clear or clears not in (None, asked):
+            self._dropped(len(keys), "clear_owed" if self.owes_clear else "cleared")
             return StoreAnswer(outcomes)
-        backend, deadline_s = self.backend, until - asyncio.get_running_loop().time()
+        backend = self.backend
         offered = self._worth_offering(keys, sources, capabilities)
 
         async def batch(start: int, stop: int) -> asyncio.Task[Any] | None:
             positions = offered[start:stop]
             names = [keys[i] for i in positions]
             values = [sources[i] for i in positions]
-            if self._clears != asked:
+            if self.clears != asked:
                 self._dropped(len(names), "cleared")
                 return None
             running = over = False
@@ -318,33 +313,17 @@ class Tier:
         answer = await self._counted("delete", lambda: backend.delete(keys), deadline_s)
         return answer.value
 
-    def damaged(self, keys: Sequence[ChunkKey]) -> None:
+    def damaged(self, keys: Iterable[ChunkKey]) -> None:
         """Delete these in the background: it is proven that they are damaged.
 
-        They are absent from now on. One call deletes at a time; what can't be deleted, or is too
-        much to remember, is refused for now (`refuse`), and found again when it is loaded then.
+        They are absent from now on. What can't be deleted, or is too much to remember, is refused
+        for now (`refuse`), and found again when it is loaded then.
         """
-        new = [key for key in keys if key not in self._damaged]
-        room = max(0, MAX_DAMAGED - len(self._damaged))
-        self.refuse(new[room:])
-        self._damaged.update(dict.fromkeys(new[:room]))
-        if self._damaged and (self._deleting is None or self._deleting.done()):
-            self._deleting = asyncio.get_running_loop().create_task(self._delete_damaged())
-
-    async def _delete_damaged(self) -> None:
-        while self._damaged:
-            keys = list(self._damaged)
-            found = await self.delete(keys)
-            if found is None:
-                self.refuse(keys)
-            for key in keys:
-                self._damaged.pop(key, None)
+        self._damage.add(keys)
 
     def hide(self) -> None:
         """Offer nothing and store nothing until `clear` has cleared it. On any thread."""
-        self._clears += 1
-        self._owes_clear = True
-        self._uncleared = "it hasn't answered yet"
+        self._clearing.asked()
 
     async def clear(self, deadline_s: float | None = None) -> int | None:
         """Forget everything; answer how many chunks, or ``None``: that couldn't be done.
@@ -357,54 +336,30 @@ class Tier:
 
     async def clear_again(self, deadline_s: float | None = None) -> int | None:
         """Try once more to do what `clear` couldn't do."""
-        asked = self._clears
+        asked = self.clears
         until = asyncio.get_running_loop().time() + self._deadline(deadline_s)
         backend = self.backend
         if not self.ready:
-            self._not_cleared("it isn't open")
+            self._clearing.failed("it isn't open")
             return None
         if not isinstance(backend, SupportsClear):
-            self._not_cleared("its backend can't be cleared", for_good=True)
+            self._clearing.failed("its backend can't be cleared", for_good=True)
             return None
         if self._storing:
             over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._stores_over.append(over)
-            await self._wait_until([over], until)
+            await asyncio.wait([over], timeout=self._deadline(deadline_s))
             if self._storing:
-                self._not_cleared("a store doesn't end")
+                self._clearing.failed("a store doesn't end")
                 return None
         left_s = until - asyncio.get_running_loop().time()
         answer = await self._counted("clear", backend.clear, left_s)
         if answer.value is None:
             refused = isinstance(answer.error, BackendRejected)
-            self._not_cleared(str(answer.error), for_good=refused)
+            self._clearing.failed(str(answer.error), for_good=refused)
             return None
-        if asked == self._clears:
-            self._tell_cleared("")
-            self._owes_clear = False
+        self._clearing.done(asked)
         return answer.value
-
-    def _not_cleared(self, why: str, *, for_good: bool = False) -> None:
-        if for_good:
-            self._owes_clear = False
-            logger.warning("%s can't be cleared: %s; what is in it stays", self.name, why)
-        self._tell_cleared(why)
-
-    def _tell_cleared(self, why: str) -> None:
-        owed = bool(why) and self._owes_clear
-        if owed != self._told_owed:
-            self._told_owed = owed
-            self._counters.add("clear_owed", 1 if owed else -1, tier=self.name)
-            if owed:
-                logger.warning(
-                    "%s couldn't be cleared: %s. Nothing of it is used until it is; that is tried "
-                    "again. If this process ends before, what is in it is back",
-                    self.name,
-                    why,
-                )
-            elif not why:
-                logger.info("%s is cleared now, and used again", self.name)
-        self._uncleared = why
 
     def refuse(self, keys: Iterable[ChunkKey]) -> None:
         """Take these for absent, for `REFUSED_S`: values are there, but not for us.
@@ -472,7 +427,7 @@ class Tier:
         for i, (key, source) in enumerate(zip(keys, sources, strict=True)):
             if limit is not None and source.nbytes > limit:
                 self._dropped(1, "too_large")
-            elif key in self._storing or key in self._damaged:
+            elif key in self._storing or key in self._damage:
                 # Promised to backends: never one key twice at a time.
                 self._dropped(1, "under_way")
             else:
@@ -498,9 +453,6 @@ class Tier:
             for one in over:
                 if not one.done():
                     one.set_result(None)
-
-    async def _wait_until(self, what: Sequence[asyncio.Future[None]], until: float) -> None:
-        await asyncio.wait(what, timeout=max(0.0, until - asyncio.get_running_loop().time()))
 
     def _checked(
         self, operation: str, found: list[Any], count: int, good: Callable[[Any], bool]

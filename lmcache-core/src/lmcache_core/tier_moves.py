@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
@@ -145,7 +145,7 @@ class TierMoves:
         if not self._submit(self._persist(written, leases, clears), ended):
             self._counters.add("store_dropped", len(written), reason="closed")
             for own in leases:
-                _release(own.values())
+                self._give_back(own.values())
             ended(None)
 
     async def _persist(
@@ -165,8 +165,7 @@ class TierMoves:
     ) -> None:
         sealed = await self._on_thread(self._seal, tier, sealer, stored)
         needed = {position for position, _ in sealed} if sealer.in_place else set()
-        _release([leases.pop(i) for i in range(len(stored)) if i not in needed])
-        self._reports.tell()
+        self._give_back([leases.pop(i) for i in range(len(stored)) if i not in needed])
         if not sealed:
             return
         keys = [stored[position][0].key for position, _ in sealed]
@@ -180,16 +179,14 @@ class TierMoves:
         waiting: dict[asyncio.Task[Any], list[Lease]] = {}
         for position, task in hanging.items():
             waiting.setdefault(task, []).append(leases[position])
-        _release([lease for i, lease in enumerate(leases) if i not in hanging])
-        self._reports.tell()
+        self._give_back([lease for i, lease in enumerate(leases) if i not in hanging])
         for task, own in waiting.items():
             self._release_after(task, own)
 
     def _release_after(self, task: asyncio.Task[Any], leases: list[Lease]) -> None:
         async def released() -> None:
             await asyncio.wait([task])
-            _release(leases)
-            self._reports.tell()
+            self._give_back(leases)
 
         if not self._submit(released(), lambda _: _keep_taken(leases)):
             _keep_taken(leases)
@@ -248,7 +245,7 @@ class TierMoves:
         if not self._submit(self._fetch(tier, ops, leases, concluded), ended):
             name = self._tiers[tier][0].name
             self._counters.add("load_failures", len(ops), tier=name, reason="closed")
-            _release(leases.values())
+            self._give_back(leases.values())
             ended(None)
 
     async def _fetch(
@@ -257,7 +254,7 @@ class TierMoves:
         tier, sealer = self._tiers[index]
         landed = self._landed(tier, sealer, ops)
         needed = {op.op for op, _, _ in landed}
-        _release([leases.pop(op.op) for op in ops if op.op not in needed])
+        self._give_back([leases.pop(op.op) for op in ops if op.op not in needed])
         if not landed:
             return
         answer = await tier.load([op.key for op, _, _ in landed], [into for _, _, into in landed])
@@ -332,6 +329,12 @@ class TierMoves:
 
     # -- inside ----------------------------------------------------------------------------
 
+    def _give_back(self, leases: Collection[Lease]) -> None:
+        for lease in leases:
+            lease.release()
+        if leases:
+            self._reports.tell()
+
     def _submit(
         self, work: Coroutine[Any, Any, None], ended: Callable[[Future[None] | None], None]
     ) -> bool:
@@ -356,11 +359,6 @@ class TierMoves:
             while not running.done():
                 with contextlib.suppress(asyncio.CancelledError):  # goes on when it's over
                     await asyncio.wait([running])
-
-
-def _release(leases: Iterable[Lease]) -> None:
-    for lease in leases:
-        lease.release()
 
 
 def _keep_taken(leases: Iterable[Lease]) -> None:
