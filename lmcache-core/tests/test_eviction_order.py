@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,12 +11,13 @@ import pytest
 from lmcache_core.chunk_index import DictIndex
 from lmcache_core.connector import BlockSpan
 from lmcache_core.errors import PluginError
-from lmcache_core.eviction import LRU
-from lmcache_core.eviction_order import MAX_FAILURES
+from lmcache_core.eviction import LRU, CachePolicy
+from lmcache_core.eviction_order import LOOKED_AT, MAX_FAILURES
 from lmcache_core.keys import ChunkKey
 from lmcache_core.metrics import Counters
 from lmcache_core.plan import Report
 from lmcache_core.planner import Planner
+from lmcache_core.plugins import Plugins
 
 SPAN = BlockSpan([0], 0, 16, 16)
 
@@ -148,6 +149,130 @@ def test_policies_that_keep_their_contract_are_never_blamed() -> None:
     assert plan.plan_store(key(2), SPAN, key(1)) is None
     hold.release()
     assert failures(counters) == {}
+
+
+class Counting(CachePolicy):
+    """``real``, and how many slots were looked at."""
+
+    def __init__(self, real: CachePolicy) -> None:
+        self.real = real
+        self.steps = 0
+
+    def added(self, slot: int) -> None:
+        self.real.added(slot)
+
+    def touched(self, slots: Sequence[int]) -> None:
+        self.real.touched(slots)
+
+    def removed(self, slot: int) -> None:
+        self.real.removed(slot)
+
+    def victims(self) -> Iterator[int]:
+        for slot in self.real.victims():
+            self.steps += 1
+            yield slot
+
+    def clear(self) -> None:
+        self.real.clear()
+
+
+class CountingIndex(DictIndex):
+    """How many questions about slots were asked."""
+
+    steps = 0
+
+    def leaf(self, slot: int) -> int:
+        self.steps += 1
+        return super().leaf(slot)
+
+    def state(self, slot: int) -> int:
+        self.steps += 1
+        return super().state(slot)
+
+
+def counted(name: str, slots: int) -> tuple[Planner, Callable[[int], int]]:
+    """A full planner, and what takes the steps of storing one more chunk."""
+    policy, index = Counting(Plugins().cache_policy(name).create()), CountingIndex(slots)
+    plan = Planner(slots, policy, Counters(), index=index)
+    assert all(store(plan, number) for number in range(slots))
+
+    def steps(number: int, parent: ChunkKey | None = None) -> int:
+        policy.steps = index.steps = 0
+        dropped = plan.plan_store(key(number), SPAN, parent) is None
+        return -1 if dropped else policy.steps + index.steps
+
+    return plan, steps
+
+
+MOST_STEPS = 4 * LOOKED_AT
+
+
+@pytest.mark.parametrize(
+    ("name", "slots", "idle"),
+    [
+        *itertools.product(("LRU", "LFU", "FIFO", "MRU"), (1_000, 10_000), ("first", "last")),
+        ("LRU", 100_000, "last"),
+    ],
+)
+def test_a_victim_is_found_in_as_many_steps_whatever_is_leased(
+    name: str, slots: int, idle: str
+) -> None:
+    plan, steps = counted(name, slots)
+    used = range(10, slots) if idle == "first" else range(slots - 10)
+    hold = plan.acquire([key(number) for number in used])
+    found = [steps(10**6 + number) for number in range(10)]
+    assert all(0 <= n <= MOST_STEPS for n in found), found
+    assert steps(10**7) == -1
+    hold.release()
+    assert 0 <= steps(10**8) <= MOST_STEPS
+
+
+@pytest.mark.parametrize("slots", [1_000, 20_000])
+def test_that_there_is_none_is_found_in_one_step(slots: int) -> None:
+    plan, _ = counted("LRU", slots)
+    policy = plan._order._policy
+    assert isinstance(policy, Counting)
+    hold = plan.acquire([key(number) for number in range(slots)])
+    policy.steps = 0
+    assert plan.plan_store(key(10**6), SPAN) is None
+    assert policy.steps == 0
+    hold.release()
+
+
+@pytest.mark.parametrize("name", ["LRU", "LFU", "FIFO", "MRU"])
+def test_a_prefix_whose_end_is_being_written_is_not_looked_through(name: str) -> None:
+    plan, steps = counted(name, 2_000)
+    assert plan.clear() == 2_000
+    parent = None
+    for number in range(1_999):
+        op = plan.plan_store(key(number), SPAN, parent)
+        assert op is not None
+        plan.settle(Report(ok={op.op: 1}, released={op.op: 1}))
+        parent = key(number)
+    assert plan.plan_store(key(1_999), SPAN, parent) is not None
+    assert steps(10**6) == -1, "all of it is part of what is being written"
+    policy = plan._order._policy
+    assert isinstance(policy, Counting)
+    assert policy.steps == 0
+
+
+@pytest.mark.parametrize("name", ["LRU", "LFU", "FIFO", "MRU"])
+def test_leases_that_ended_leave_the_order_as_it_was(name: str) -> None:
+    def gone(leased: bool) -> list[ChunkKey]:
+        """What is evicted after a time in which stores met chunks that were in use, or not."""
+        plan = Planner(64, Plugins().cache_policy(name).create(), Counters())
+        assert all(store(plan, number) for number in range(64))
+        holds = [plan.acquire([key(number)]) for number in (*range(64), *range(0, 64, 8))]
+        if leased:
+            assert not any(store(plan, number) for number in range(200, 300))
+        while holds:
+            holds.pop(-1 if len(holds) % 3 else 0).release()
+        evicted: list[ChunkKey] = []
+        plan.on_evicted = evicted.append
+        assert all(store(plan, number) for number in range(100, 164))
+        return evicted
+
+    assert gone(leased=True) == gone(leased=False) != []
 
 
 def test_a_listener_that_fails_keeps_nothing_back() -> None:

@@ -344,6 +344,19 @@ def test_without_keeping_a_fetched_chunk_stays_for_its_reader() -> None:
     assert plan.state(key(1)) is ChunkState.ABSENT
 
 
+def test_a_pin_that_is_renewed_outlives_one_that_came_later() -> None:
+    now = [0.0]
+    plan = planner(slots=2, pin_timeout_s=10.0, clock=lambda: now[0])
+    store(plan, 1, 2)
+    for number, time_s in ((1, 0.0), (2, 1.0), (1, 9.0)):
+        now[0] = time_s
+        plan.pin([key(number)])
+    now[0] = 11.0
+    assert plan.plan_store(key(3), SPAN) is not None
+    assert plan.ready_prefix([key(1)]) == 1
+    assert plan.plan_store(key(4), SPAN) is None
+
+
 def test_events() -> None:
     plan = planner(slots=1)
     seen: list[tuple[str, ChunkKey]] = []
@@ -506,7 +519,7 @@ class PlannerMachine(RuleBasedStateMachine):
     def _books(self) -> object:
         plan = self.plan
         keys = [plan.index.key(slot) for slot in range(self.SLOTS)]
-        return plan._leases.tolist(), plan._free.tolist(), keys, plan.leases
+        return plan._use.leases.tolist(), plan._free.tolist(), keys, plan.leases
 
     @rule(target=holds, last=st.integers(0, 10))
     def acquire(self, last: int) -> Hold:
@@ -566,16 +579,35 @@ class PlannerMachine(RuleBasedStateMachine):
         assert len(used) == plan.chunks
         assert not used & free
         assert len(plan._free) == len(set(plan._free))
-        assert min(plan._leases) >= 0
+        assert min(plan._use.leases) >= 0
         lost = slots - used - free
-        assert all(plan._leases[slot] for slot in lost), "a slot is neither free nor in use"
+        assert all(plan._use.leases[slot] for slot in lost), "a slot is neither free nor in use"
 
     @invariant()
     def each_lease_has_its_owner(self) -> None:
         plan = self.plan
         held = sum(len(hold.slots) + len(hold.awaited) for hold in self.live_holds)
-        assert sum(plan._leases) == held + len(self.slot_of) + len(plan._pins)
+        assert sum(plan._use.leases) == held + len(self.slot_of) + len(plan._pins)
         assert plan.leases == len(self.live_holds) + len(self.slot_of) + len(plan._pins)
+
+    @invariant()
+    def what_could_go_is_known(self) -> None:
+        """Ready, used by nobody and continued by nothing: neither one less nor one more."""
+        plan, use = self.plan, self.plan._use
+        index = plan.index
+        could_go = {
+            slot
+            for slot in range(self.SLOTS)
+            if index.state(slot) == ChunkState.READY
+            and not use.leases[slot]
+            and index.leaf(slot) == slot
+        }
+        ring, slot = [], use.after[use.end]
+        while slot != use.end:
+            assert use._before[use.after[slot]] == slot
+            ring.append(slot)
+            slot = use.after[slot]
+        assert sorted(ring) == sorted(could_go)
 
     @invariant()
     def nothing_is_an_orphan(self) -> None:
@@ -600,7 +632,7 @@ class PlannerMachine(RuleBasedStateMachine):
             )
         plan = self.plan
         assert plan.leases == 0
-        assert sum(plan._leases) == 0
+        assert sum(plan._use.leases) == 0
         assert plan.pending == 0
         assert len(plan._free) + self.SLOTS - plan._unused + plan.chunks == self.SLOTS
         assert not any(name == "leases_forgotten" for name, _ in plan._counters.snapshot())

@@ -466,7 +466,7 @@ def test_aborted_requests_leave_nothing_behind(
         planner = engine.scheduler._planner
         assert planner.pending == 0
         assert planner.leases == 0
-        assert sum(planner._leases) == 0
+        assert sum(planner._use.leases) == 0
         assert engine.scheduler._requests == {}
 
 

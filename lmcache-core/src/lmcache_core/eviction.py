@@ -2,7 +2,7 @@
 
 Knows small integers, the numbers of arena slots, and when they were used.
 Knows nothing about keys, leases or memory: the planner asks for victims and
-skips those that somebody is using.
+skips those that somebody is using, a few of them at the most.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ class CachePolicy(ABC):
     What the planner guarantees: `added` comes before anything else for a slot, `removed` ends it,
     and only then may it be added again; all calls come from one thread at a time; after any
     other call it doesn't go on with an iterator that `victims` returned earlier.
+
+    The planner looks at the first few slots that `victims` shows. Where these are all in use, the
+    chunk goes that nobody has used for the longest, and the policy is told with `removed`.
 
     A call that raises otherwise than it says here, and a victim that is none, are counted, and the
     planner finds another; a policy that goes on so is replaced.

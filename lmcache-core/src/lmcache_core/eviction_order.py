@@ -1,45 +1,44 @@
-"""A cache policy that can do no harm: whatever it raises or answers, the planner finds a victim.
+"""A cache policy that can do no harm, nor take long: whatever it shows, the planner finds a victim.
 
 A policy is a plugin, called in an engine's scheduler. Each call is attempted, and each victim is
-looked at before it is believed. Where that fails, slots are swept in the order of their numbers,
-which is about that in which they were filled; and a policy that goes on failing is replaced.
+looked at before it is believed. Where that fails, or the first that it shows are all in use, the
+chunk goes that nobody has used for the longest; and a policy that goes on failing is replaced.
 
-Knows slots, their leases and the index. Knows nothing about keys, nor when a victim is needed.
+Knows slots, their users and the index. Knows nothing about keys, nor when a victim is needed.
 """
 
 from __future__ import annotations
 
 import logging
-from array import array
 
-from lmcache_core.chunk_index import ChunkIndex, ChunkState
+from lmcache_core.chunk_index import NONE, ChunkIndex, ChunkState
 from lmcache_core.eviction import LRU, CachePolicy
 from lmcache_core.guard import attempt
 from lmcache_core.metrics import Counters
+from lmcache_core.slot_use import SlotUse
 
 logger = logging.getLogger(__name__)
 
 READY = int(ChunkState.READY)
 MAX_FAILURES = 5
 """So often a policy may fail; then it is LRU's turn, for the rest of the process."""
-SWEPT_SLOTS = 4096
-"""So many slots are looked at, at the most, where the policy is of no help."""
+LOOKED_AT = 16
+"""So many slots are looked at, at the most, of those that a policy shows: others may be in use."""
 
 
 class EvictionOrder:
-    """Which READY slot goes next. ``leases`` counts the users of each slot, and is only read."""
+    """Which READY slot goes next. ``use`` says which could, and is only read."""
 
     def __init__(
-        self, policy: CachePolicy, index: ChunkIndex, leases: array[int], counters: Counters
+        self, policy: CachePolicy, index: ChunkIndex, use: SlotUse, counters: Counters
     ) -> None:
         self._policy = policy
         self._index = index
-        self._leases = leases
+        self._use = use
         self._counters = counters
         self._ready = 0
         self._failures = 0
-        self._hand = 0
-        self._found: int | None = None
+        self._found = NONE
 
     def added(self, slot: int) -> None:
         """``slot`` is READY from now on."""
@@ -66,38 +65,34 @@ class EvictionOrder:
         """The slot to evict: the policy's choice, or rather the end of the prefix it is part of.
 
         Leaves go first: a chunk without its parents can't be found. ``spared`` isn't chosen.
+        Where the policy's first choices are all in use, the chunk goes that was used by nobody for
+        the longest. The steps that this takes don't grow with the number of slots.
         """
-        self._found = None
-        if (error := attempt(self._choose, spared)) is None:
-            return self._found
-        self._failed("victims", error)
-        return self._swept(spared)
+        use, self._found = self._use, NONE
+        if use.after[use.end] == use.end:
+            return None
+        if (error := attempt(self._choose, spared)) is not None:
+            self._failed("victims", error)
+        found = use.idle_longest(spared) if self._found == NONE else self._found
+        return None if found == NONE else found
 
     def _choose(self, spared: int) -> None:
-        leases, index, slots, shown = self._leases, self._index, len(self._leases), 0
+        use, index, slots, shown = self._use, self._index, self._index.slots, 0
         for slot in self._policy.victims():
             if not 0 <= slot < slots:
                 raise IndexError(f"slot {slot!r}: there are {slots}")
-            if not leases[slot]:
+            if not use.leases[slot]:
                 leaf = index.leaf(slot)
-                if not leases[leaf] and leaf != spared and index.state(leaf) == READY:
+                if leaf != spared and use.after[leaf] >= 0:
                     self._found = leaf
                     return
             shown += 1
             if shown > self._ready:
                 raise ValueError(f"it shows more than the {self._ready} slots that hold chunks")
+            if shown == LOOKED_AT:
+                return
         if shown < self._ready:
             raise ValueError(f"it shows {shown} of the {self._ready} slots that hold chunks")
-
-    def _swept(self, spared: int) -> int | None:
-        slots = len(self._leases)
-        for _ in range(min(slots, SWEPT_SLOTS)):
-            slot, self._hand = self._hand, (self._hand + 1) % slots
-            if self._index.state(slot) == READY and not self._leases[slot]:
-                leaf = self._index.leaf(slot)
-                if not self._leases[leaf] and leaf != spared and self._index.state(leaf) == READY:
-                    return leaf
-        return None
 
     def _failed(self, operation: str, error: Exception) -> None:
         self._counters.add("plugin_failures", kind="policy", operation=operation)
@@ -110,7 +105,7 @@ class EvictionOrder:
             return
         self._failures = 0
         self._policy = LRU()
-        for slot in range(len(self._leases)):
+        for slot in range(self._index.slots):
             if self._index.state(slot) == READY:
                 self._policy.added(slot)
         logger.error(

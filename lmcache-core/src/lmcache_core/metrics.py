@@ -66,9 +66,12 @@ class Counters:
 
     def add(self, name: str, value: float = 1, /, **labels: str) -> None:
         """Add ``value`` to the series of ``name`` with these labels."""
-        series = (name, tuple(sorted(labels.items())))
+        # Called for each chunk that is evicted: one label needs no sorting.
+        series = (name, tuple(labels.items() if len(labels) < 2 else sorted(labels.items())))
         with self._lock:
-            self._add(series, value)
+            totals, fresh = self._totals, self._fresh
+            totals[series] = totals.get(series, 0) + value
+            fresh[series] = fresh.get(series, 0) + value
 
     def snapshot(self) -> Snapshot:
         """All totals, as a copy."""
@@ -85,11 +88,8 @@ class Counters:
         """Add another process's `delta`. It is part of this one's next `delta` too."""
         with self._lock:
             for series, value in delta.items():
-                self._add(series, value)
-
-    def _add(self, series: Series, value: float) -> None:
-        self._totals[series] = self._totals.get(series, 0) + value
-        self._fresh[series] = self._fresh.get(series, 0) + value
+                self._totals[series] = self._totals.get(series, 0) + value
+                self._fresh[series] = self._fresh.get(series, 0) + value
 
 
 def render_prometheus(snapshot: Mapping[Series, float]) -> str:

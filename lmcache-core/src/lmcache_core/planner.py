@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -29,6 +30,7 @@ from lmcache_core.keys import ChunkKey
 from lmcache_core.leases import Ledger
 from lmcache_core.metrics import Counters
 from lmcache_core.plan import FetchOp, Report, StoreOp
+from lmcache_core.slot_use import SlotUse
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +66,13 @@ class Planner:
         self._clock = clock
         self._pin_timeout_s = pin_timeout_s
         self._holds = Ledger("slot", counters)
-        self._leases = array("i", bytes(4 * slots))  # by slot: holds, operations and pins
-        self._order = EvictionOrder(policy, self.index, self._leases, counters)
+        self._use = SlotUse(slots)  # its leases are holds, operations and pins
+        self._order = EvictionOrder(policy, self.index, self._use, counters)
         self._unused = 0  # slots from here on were never used
         self._free = array("I")
         self._operations: dict[int, Operation] = {}
         self._next_op = 1
-        self._pins: dict[ChunkKey, tuple[int, float]] = {}  # slot, and until when
+        self._pins: OrderedDict[ChunkKey, tuple[int, float]] = OrderedDict()  # slot, until when
         self.on_ready: Callable[[ChunkKey], None] | None = None
         self.on_failed: Callable[[ChunkKey], None] | None = None
         self.on_evicted: Callable[[ChunkKey], None] | None = None
@@ -120,16 +122,19 @@ class Planner:
         ``parent`` is the chunk that it continues. Where that was dropped, and no slow tier may have
         it, nobody could find the chunk: it is dropped too. ``start`` is for the operation.
         """
+        if self._pins:
+            self._pins_expire()
         if self.index.find(key) != NONE:
             return None
-        if not self.persist and parent is not None and self.index.find(parent) == NONE:
+        before = NONE if parent is None else self.index.find(parent)
+        if before == NONE and parent is not None and not self.persist:
             self._counters.add("store_dropped", reason="parent_missing")
             return None
-        slot = self._take_slot(parent)
+        slot = self._take_slot(before)
         if slot is None:
             self._counters.add("store_dropped", reason="memory_full")
             return None
-        op = self._begin(key, slot, parent, ChunkState.STORING)
+        op = self._begin(key, slot, before, ChunkState.STORING)
         return StoreOp(op, key, slot, span, self.persist, start)
 
     def plan_fetch(
@@ -149,13 +154,15 @@ class Planner:
             ValueError: the chunk isn't absent.
         """
         check_live(hold)
+        self._pins_expire()
         if self.index.find(key) != NONE:
             raise ValueError(f"chunk {key.hex()} is here or on its way: `join` those who fetch it")
-        slot = self._take_slot(parent)
+        before = NONE if parent is None else self.index.find(parent)
+        slot = self._take_slot(before)
         if slot is None:
             self._counters.add("load_failures", tier="host", reason="memory_full")
             return None
-        op = self._begin(key, slot, parent, ChunkState.FETCHING)
+        op = self._begin(key, slot, before, ChunkState.FETCHING)
         self.join(key, hold)
         return FetchOp(op, key, slot, tokens, tier)
 
@@ -170,7 +177,7 @@ class Planner:
         slot = self.index.find(key)
         if slot == NONE:
             raise ValueError(f"chunk {key.hex()} is absent: nobody is having it fetched")
-        self._leases[slot] += 1
+        self._use.lease((slot,))
         hold.awaited.append(slot)
 
     def withdraw(self, ops: Iterable[StoreOp | FetchOp]) -> None:
@@ -213,9 +220,10 @@ class Planner:
 
     def clear(self) -> int:
         """Forget everything that is ready; answer how many chunks that were."""
-        self._pins_expire(float("inf"))
+        self.unpin(list(self._pins))
         state = self.index.state  # what is there doesn't depend on what a policy knows
         ready = [slot for slot in range(self._unused) if state(slot) == ChunkState.READY]
+        self._use.part()
         for slot in ready:
             self._drop(slot)
         for operation in self._operations.values():
@@ -226,20 +234,19 @@ class Planner:
 
     def pin(self, keys: Sequence[ChunkKey]) -> int:
         """Keep the leading ready chunks from being evicted, for ``pin_timeout_s`` at the most."""
-        self._pins_expire(self._clock())
+        self._pins_expire()
         slots = self.index.ready_slots(keys)
         until = self._clock() + self._pin_timeout_s
         for key, slot in zip(keys, slots, strict=False):
-            if key not in self._pins:
-                self._leases[slot] += 1
-            self._pins[key] = slot, until
+            if self._pins.pop(key, None) is None:
+                self._use.lease((slot,))
+            self._pins[key] = slot, until  # so that they are in the order in which they expire
         return len(slots)
 
     def unpin(self, keys: Iterable[ChunkKey]) -> int:
         """Undo `pin`; answer how many of ``keys`` were pinned."""
         pinned = [pin for key in keys if (pin := self._pins.pop(key, None)) is not None]
-        for slot, _ in pinned:
-            self._unlease(slot)
+        self._unlease([slot for slot, _ in pinned])
         return len(pinned)
 
     # -- figures ---------------------------------------------------------------------------
@@ -261,11 +268,11 @@ class Planner:
 
     # -- inside ----------------------------------------------------------------------------
 
-    def _begin(self, key: ChunkKey, slot: int, parent: ChunkKey | None, state: ChunkState) -> int:
+    def _begin(self, key: ChunkKey, slot: int, parent: int, state: ChunkState) -> int:
         op = self._next_op
         self._next_op += 1
-        self.index.insert(key, slot, NONE if parent is None else self.index.find(parent), state)
-        self._leases[slot] += 1
+        self.index.insert(key, slot, parent, state)
+        self._use.filled(slot, parent)
         self._operations[op] = Operation(
             key, slot, self._every_rank, self._every_rank, state is ChunkState.FETCHING
         )
@@ -275,15 +282,12 @@ class Planner:
         """Lease the slots of the leading ready chunks to one more user."""
         slots = self.index.ready_slots(keys)
         self._order.touched(slots[::-1])
-        for slot in slots:
-            self._leases[slot] += 1
+        self._use.lease(slots)
         return slots
 
     def _end_hold(self, slots: list[int], awaited: list[int]) -> None:
-        for slot in slots:
-            self._unlease(slot)
-        for slot in awaited:
-            self._unlease(slot)
+        self._unlease(awaited)
+        self._unlease(slots)
         slots.clear()
         awaited.clear()
 
@@ -319,6 +323,8 @@ class Planner:
         if here and not operation.failed:
             self.index.set_state(slot, ChunkState.READY)
             self._order.added(slot)
+            if self._keep:
+                self._use.cached(slot)
             told = self.on_ready
         else:
             if here:
@@ -336,18 +342,18 @@ class Planner:
         if operation.results_due or operation.releases_due:
             return
         del self._operations[op]
-        self._unlease(operation.slot)
+        slot = operation.slot
+        if self._use.unlease((slot,)):
+            self._unused_now(slot)
 
-    def _take_slot(self, parent: ChunkKey | None) -> int | None:
-        """An empty slot for a chunk that continues ``parent``, which isn't evicted for it."""
+    def _take_slot(self, parent: int) -> int | None:
+        """An empty slot for a chunk that continues the one in ``parent``, which isn't evicted."""
         if self._free:
             return self._free.pop()
         if self._unused < self.slots:
             self._unused += 1
             return self._unused - 1
-        if self._pins:
-            self._pins_expire(self._clock())
-        victim = self._order.victim(NONE if parent is None else self.index.find(parent))
+        victim = self._order.victim(parent)
         if victim is None:
             return None
         self._drop(victim)
@@ -372,29 +378,37 @@ class Planner:
         key = self.index.key(slot)
         if key is None:
             return
-        if self._pins.pop(key, None) is not None:
-            self._leases[slot] -= 1
+        if self._pins and self._pins.pop(key, None) is not None:
+            self._use.unlease((slot,))
         if self.index.state(slot) == ChunkState.READY:
             self._order.removed(slot)
             if self.on_evicted is not None:
                 self._tell(self.on_evicted, key)
+        orphans = self.index.descendants(slot) if self._use.children[slot] else ()
+        self._use.removed(slot, orphans)
         self.index.remove(slot)
-        if not self._leases[slot]:
+        if not self._use.leases[slot]:
             self._free.append(slot)
 
-    def _unlease(self, slot: int) -> None:
-        self._leases[slot] -= 1
-        if self._leases[slot]:
-            return
+    def _unlease(self, slots: Sequence[int]) -> None:
+        for slot in self._use.unlease(slots):
+            self._unused_now(slot)
+
+    def _unused_now(self, slot: int) -> None:
+        """Nobody uses a slot any more, and its chunk, if it has one, isn't kept."""
         if self.index.state(slot) == ChunkState.ABSENT:
             self._free.append(slot)
-        elif not self._keep:
+        else:
             self._drop(slot)
 
-    def _pins_expire(self, now: float) -> None:
-        for key in [key for key, (_, until) in self._pins.items() if until <= now]:
-            slot, _ = self._pins.pop(key)
-            self._unlease(slot)
+    def _pins_expire(self) -> None:
+        now = self._clock()
+        while self._pins:
+            key, (slot, until) = next(iter(self._pins.items()))
+            if until > now:
+                return
+            del self._pins[key]
+            self._unlease((slot,))
 
 
 def _checked(index: ChunkIndex, slots: int) -> ChunkIndex:
