@@ -22,7 +22,7 @@ from lmcache_core.creation import NotCreated
 from lmcache_core.errors import BackendUnavailable, ConfigError, LeaseError, PluginLoadError
 from lmcache_core.host_memory import PAGE_BYTES
 from lmcache_core.isolation import wire
-from lmcache_core.isolation.process import describe_exit
+from lmcache_core.isolation.process import Child, describe_exit
 from lmcache_core.isolation.scratch import Extent, Scratch
 from lmcache_core.isolation.wire import (
     Answers,
@@ -72,6 +72,7 @@ def test_messages_arrive_whole_however_they_are_cut(
     [
         (framed(b"\xff\xfe"), "isn't JSON"),
         (framed(b"[1, 2]"), "not a message"),
+        (framed(b"[" * 20_000 + b"]" * 20_000), "isn't JSON"),
         (b"\xff\xff\xff\xff", "4294967295 bytes"),
     ],
 )
@@ -81,6 +82,17 @@ def test_nonsense_ends_the_conversation(stream: bytes, wrong: str) -> None:
     received.channel.connection_lost(None)
     assert received.messages == []
     assert wrong in received.lost[0]
+
+
+@pytest.mark.parametrize("number", [None, 3, "3", [3], {}, True, 1.5])
+def test_an_answer_to_nothing_ends_the_process(number: object) -> None:
+    async def answered() -> Child:
+        child, loop = Child("toy"), asyncio.get_running_loop()
+        child._calls[7] = "load", loop.create_future(), loop.call_later(60, int)
+        child._answered({"id": number, "ok": 1})
+        return child
+
+    assert "wasn't asked" in asyncio.run(answered()).end
 
 
 def test_what_isnt_plain_cant_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +168,9 @@ def test_what_kept_a_backend_from_being_made_is_kept(problem: Any) -> None:
     assert str(again.problem) == "why"
 
 
-@pytest.mark.parametrize("plain", [None, [], ["rejected"], ["rejected", 7], "rejected"])
+@pytest.mark.parametrize(
+    "plain", [None, [], ["rejected"], ["rejected", 7], "rejected", ["not_created"] * 5000]
+)
 def test_an_error_that_makes_no_sense_is_an_error(plain: Any) -> None:
     assert isinstance(error_from_plain(plain), ClientError)
 

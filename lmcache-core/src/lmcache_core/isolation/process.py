@@ -227,10 +227,12 @@ class Child:
     # -- the loop --------------------------------------------------------------------------
 
     def _answered(self, answer: Message) -> None:
-        _, future, timer = self._calls.pop(answer.get("id", 0), ("", None, None))
-        if future is None or timer is None:
+        number = answer.get("id")
+        asked = self._calls.pop(number, None) if isinstance(number, int) else None
+        if asked is None:
             self.kill("died", "it answered what it wasn't asked")
             return
+        _, future, timer = asked
         timer.cancel()
         usage = answer.get("usage")
         if isinstance(usage, list) and len(usage) == 2:

@@ -107,7 +107,7 @@ class Channel(asyncio.Protocol):
     def _message(self, body: bytes) -> None:
         try:
             message = json.loads(body)
-        except ValueError as error:  # json's and Unicode's are both of this kind
+        except (ValueError, RecursionError) as error:  # Unicode's are ValueErrors, too
             self._fail(f"it sent what isn't JSON: {error}")
             return
         if isinstance(message, dict):
@@ -194,7 +194,7 @@ def error_from_plain(plain: Any) -> Exception:
     """The error that `error_to_plain` described."""
     if not isinstance(plain, list) or len(plain) < 2 or not all(isinstance(p, str) for p in plain):
         return ClientError(f"it sent an error that makes no sense: {plain!r:.80}")
-    if plain[0] == "not_created":
+    if plain[0] == "not_created" and plain[1] != "not_created":
         problem = error_from_plain(plain[1:])
         if not isinstance(problem, LMCacheError):
             problem = ClientError(str(problem))
