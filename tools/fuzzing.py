@@ -1,0 +1,400 @@
+"""The parsers that `fuzz` feeds: for each valid samples, a call, and the errors it documents."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import random
+import struct
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+from lmcache_backend_infinistore import wire as infinistore
+from lmcache_backend_redis.blocking import BlockingWire, at_once
+from lmcache_backend_redis.resp import ReplyError
+from lmcache_core import Plugins, load_config
+from lmcache_core.errors import BackendError, ConfigError, FrameError
+from lmcache_core.frame import HEADER_BYTES, checksums, read_header, write_header
+from lmcache_core.isolation import wire as isolation
+from lmcache_core.keys import CacheNamespace, ChunkKey
+from lmcache_core.layout import DType, KVLayout, full_attention
+from lmcache_core.lm import greeting, protocol
+from lmcache_core.serde import Serde
+from lmcache_core.storage import BackendContext
+from lmcache_core.transfer_tcp import wire as tcp
+
+Errors = tuple[type[BaseException], ...]
+_LENGTHS = (0, 1, 0x7F, 0xFF, 0x100, 0x7FFF, 0xFFFF, 1 << 31, (1 << 32) - 1, 1 << 63, (1 << 64) - 1)
+
+
+def mutated(sample: bytes, others: Sequence[bytes], chance: random.Random) -> bytes:
+    """``sample`` with one to four things done to it."""
+    data = bytearray(sample)
+    for _ in range(chance.choice((1, 1, 1, 2, 4))):
+        at = chance.randrange(len(data) + 1)
+        kind = chance.randrange(8)
+        if kind == 0 and data:
+            data[at % len(data)] ^= 1 << chance.randrange(8)
+        elif kind == 1 and data:
+            data[at % len(data)] = chance.randrange(256)
+        elif kind == 2:
+            del data[at:]
+        elif kind == 3:
+            del data[at : at + chance.randint(1, 8)]
+        elif kind == 4:
+            data[at:at] = chance.randbytes(chance.randint(1, 8))
+        elif kind == 5:
+            data[at:at] = data[at : at + chance.randint(1, 64)] * chance.randint(1, 8)
+        elif kind == 6:
+            size = chance.choice((1, 2, 4, 8))
+            number = (chance.choice(_LENGTHS) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+            data[at : at + size] = number
+        else:
+            other = chance.choice(others)
+            data[at:] = other[chance.randrange(len(other) + 1) :]
+    return bytes(data)
+
+
+class Target(ABC):
+    """A parser."""
+
+    name: str
+    documented: Errors
+
+    @abstractmethod
+    def samples(self) -> list[bytes]:
+        """Valid input, of each kind."""
+
+    @abstractmethod
+    def parse(self, data: bytes, chance: random.Random) -> None:
+        """Parse it; raise what is `documented`, or nothing."""
+
+    def close(self) -> None:  # noqa: B027  most have nothing to let go of
+        """Let go of everything."""
+
+
+class Frame(Target):
+    """What a tier gave back."""
+
+    name = "frame"
+    documented = (FrameError,)
+    _key, _place = ChunkKey(bytes(range(16))), "0123456789abcdef"
+
+    def samples(self) -> list[bytes]:
+        return [self._made(nbytes, raw) for nbytes in (64, 4096) for raw in (True, False)]
+
+    def _made(self, nbytes: int, raw: bool) -> bytes:
+        frame = bytearray(HEADER_BYTES + nbytes)
+        sums = checksums(memoryview(frame)[HEADER_BYTES:], 2)
+        write_header(
+            memoryview(frame),
+            key=self._key,
+            fingerprint=self._place,
+            serde=1,
+            exact=True,
+            raw_bytes=nbytes,
+            payload_bytes=nbytes,
+            chunk_sums=sums,
+            raw=raw,
+        )
+        return bytes(frame)
+
+    def parse(self, data: bytes, chance: random.Random) -> None:
+        if chance.random() < 0.5 and len(data) >= HEADER_BYTES:  # what a checksum would hide
+            import xxhash
+
+            head = data[:120] + xxhash.xxh3_64_intdigest(data[:120]).to_bytes(8, "little")
+            data = head + data[HEADER_BYTES:]
+        read_header(memoryview(data), key=self._key, fingerprint=self._place)
+
+
+class Parsers(Target):
+    """All functions ``parse_…`` of some modules, one after the other, on the same bytes."""
+
+    modules: tuple[ModuleType, ...]
+    exact: Mapping[str, int] = MappingProxyType({})
+    """Functions that are always given so many bytes."""
+
+    def facts(self, chance: random.Random) -> dict[str, Any]:
+        """Values for their further parameters, by name."""
+        numbers = [chance.choice((0, 1, 7, 64, 1 << 20)) for _ in range(chance.randrange(5))]
+        return {
+            "count": chance.choice((0, 1, 2, 3, 64)),
+            "slots": chance.choice((1, 64)),
+            "bound": chance.choice((0, 4096, 1 << 30)),
+            "capacities": numbers,
+            "sizes": numbers,
+        }
+
+    def parse(self, data: bytes, chance: random.Random) -> None:
+        given, raised = self.facts(chance), None
+        for module in self.modules:
+            for name, function in inspect.getmembers(module, inspect.isfunction):
+                if not name.startswith("parse_") or function.__module__ != module.__name__:
+                    continue
+                size = self.exact.get(f"{module.__name__.rpartition('.')[2]}.{name}")
+                part = data if size is None else data[:size].ljust(size, b"\0")
+                names = list(inspect.signature(function).parameters)[1:]
+                try:
+                    function(memoryview(part), *(given[one] for one in names))
+                except self.documented as error:
+                    raised = error
+        if raised is not None:
+            raise raised
+
+
+def _structs(module: ModuleType, start: bytes) -> list[bytes]:
+    """Something of the length of each structure in ``module``."""
+    sizes = [one.size for one in vars(module).values() if isinstance(one, struct.Struct)]
+    return [start + bytes(max(0, size - len(start))) for size in sizes]
+
+
+class Lm(Parsers):
+    """Messages of ``lm://``, of clients and of servers."""
+
+    name = "lm"
+    documented = (protocol.ProtocolError,)
+    modules = (protocol, greeting)
+    exact = MappingProxyType({"protocol.parse_header": protocol.HEADER_BYTES})
+
+    def samples(self) -> list[bytes]:
+        keys = [ChunkKey(bytes([i]) * 16) for i in range(3)]
+        version = getattr(greeting, "VERSION", getattr(protocol, "VERSION", 1))
+        return [
+            *(protocol.header(op, 7, count=3, meta=51, payload=64) for op in protocol.Op),
+            protocol.names(keys),
+            protocol.names(keys) + protocol.numbers([1, 2, 3]),
+            protocol.numbers([7, 64, protocol.MISSING, 0, 0, 4096]),
+            protocol.extents([(0, 64), (4096, 7)]) + protocol.extents([(64, 64)]),
+            protocol.usage(3, 4096) + b"more",
+            *_structs(greeting, struct.pack("<H", version)),
+        ]
+
+
+class Tcp(Parsers):
+    """Messages and addresses of the ``tcp`` channel."""
+
+    name = "tcp"
+    documented = (tcp.WireError,)
+    modules = (tcp,)
+    exact = MappingProxyType(
+        {
+            "wire.parse_greeting": tcp.GREETING.size,
+            "wire.parse_hello": tcp.HELLO.size,
+            "wire.parse_request": tcp.REQUEST.size,
+            "wire.parse_places": 32,
+        }
+    )
+
+    def facts(self, chance: random.Random) -> dict[str, Any]:
+        return {"asked": tcp.Request(tcp.Op.READ, 0, 2, chance.choice((0, 64, 4096)))}
+
+    def samples(self) -> list[bytes]:
+        return [
+            tcp.greeting(bytes(16)),
+            tcp.hello(b"me", bytes(16), bytes(32)),
+            tcp.request(tcp.Op.WRITE, [(0, 64), (4096, 64)], 128, b"note"),
+            tcp.Address("localhost", 1, bytes(32), True).encode(),
+        ]
+
+    def parse(self, data: bytes, chance: random.Random) -> None:
+        super().parse(data, chance) if chance.random() < 0.7 else tcp.Address.decode(data)
+
+
+class Isolation(Target):
+    """What the process of an isolated backend says, and what it is told."""
+
+    name = "isolation"
+    documented = (ConfigError, ValueError, KeyError, TypeError)
+    """A context that makes no sense may raise any of these: it comes from the engine itself."""
+
+    def samples(self) -> list[bytes]:
+        group = full_attention(layers=2, heads=1, head_size=8, dtype=DType.BF16)
+        context = BackendContext("me", CacheNamespace("model", KVLayout(16, (group,))))
+        plain = isolation.context_to_plain(context)
+        messages: list[Any] = [
+            {"id": 7, "do": "load", "keys": ["0a"], "places": [[0, 4096, 512]]},
+            {"id": 7, "ok": [512]},
+            {"id": 7, "error": ["not_created", "config", "no"]},
+            {"context": plain},
+        ]
+        texts = [json.dumps(message, default=str).encode() for message in messages]
+        texts += [b'{"id": 7, "error": ["no' + b'", "no' * 3000 + b'"]}']
+        texts += [b'{"id": 7, "error": ["not_created' + b'", "not_created' * 3000 + b'"]}']
+        texts += [b"[" * 20_000 + b"]" * 20_000]
+        return [len(text).to_bytes(4, "little") + text for text in texts]
+
+    def parse(self, data: bytes, chance: random.Random) -> None:
+        messages: list[isolation.Message] = []
+        channel = isolation.Channel(messages.append, lambda _: None)
+        cut = chance.randrange(len(data) + 1)
+        if chance.random() < 0.5:  # a length that fits
+            data = max(0, len(data) - 4).to_bytes(4, "little") + data[4:]
+        channel.data_received(data[:cut])
+        channel.data_received(data[cut:])
+        channel.connection_lost(None)
+        for message in messages:
+            str(isolation.error_from_plain(message.get("error")))
+            if isinstance(message.get("context"), dict):
+                isolation.context_from_plain(message["context"], None)
+
+
+class Scripted:
+    """A socket that says what it was given, and then is closed."""
+
+    def __init__(self, text: bytes) -> None:
+        self._left = memoryview(text)
+
+    def settimeout(self, timeout: float | None, /) -> None:
+        """Nothing here waits."""
+
+    def setsockopt(self, *_: object) -> None:
+        """Nor is it sent in any special way."""
+
+    def recv_into(self, buffer: memoryview, nbytes: int = 0, *_: int) -> int:
+        count = min(buffer.nbytes, len(self._left), nbytes or buffer.nbytes)
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+    def recv(self, count: int, *_: int) -> bytes:
+        some, self._left = bytes(self._left[:count]), self._left[count:]
+        return some
+
+    def send(self, data: memoryview, /) -> int:
+        return len(data)
+
+    def sendall(self, data: bytes) -> None:
+        """Nobody reads it."""
+
+    def sendmsg(self, buffers: Sequence[memoryview], /) -> int:
+        return sum(map(len, buffers))
+
+
+class Resp(Target):
+    """What a Redis server answers."""
+
+    name = "resp"
+    documented = (BackendError, ReplyError)
+
+    def samples(self) -> list[bytes]:
+        return [
+            b"+OK\r\n:12\r\n$-1\r\n-MOVED 1 host:1\r\n",
+            b"*3\r\n$3\r\nabc\r\n:1\r\n*1\r\n+x\r\n$5\r\nhello\r\n",
+            b":1\r\n:0\r\n:1\r\n:-7\r\n$64\r\n" + bytes(64) + b"\r\n",
+        ]
+
+    def parse(self, data: bytes, chance: random.Random) -> None:
+        until = time.monotonic() + 60
+        reader = BlockingWire(Scripted(data), "peer", idle_s=1.0, until=until)
+        while True:  # until the end, which is an error
+            kind = chance.randrange(4)
+            if kind == 0:
+                at_once(reader.reply())
+            elif kind == 1:
+                at_once(reader.integers(2))
+            elif kind == 2:
+                at_once(reader.came(b"+OK\r\n"))
+                at_once(reader.reply())
+            elif (length := at_once(reader.bulk_length())) is not None:
+                with memoryview(bytearray(min(length, 4096))) as into:
+                    at_once(reader.read_into(into))
+                at_once(reader.skip(length - min(length, 4096)))
+                at_once(reader.end_bulk())
+
+
+class InfiniStore(Target):
+    """What an InfiniStore server answers."""
+
+    name = "infinistore"
+    documented = (BackendError, ConnectionError)
+
+    def samples(self) -> list[bytes]:
+        done = struct.pack("<I", infinistore.DONE)
+        return [
+            (done + bytes(4)) * 3,
+            done + struct.pack("<I", 2),
+            done + struct.pack("<I", 64) + bytes(64),
+            done + struct.pack("<I", 65) + bytes(65) + struct.pack("<I", infinistore.MISSING),
+        ]
+
+    def parse(self, data: bytes, chance: random.Random) -> None:
+        wire = infinistore.Wire.__new__(infinistore.Wire)
+        vars(wire).update(_socket=Scripted(data), _ahead_bytes=0, _answers=bytearray())
+        for _ in range(4):
+            kind = chance.randrange(3)
+            if kind == 0:
+                wire.exist(["a", "b"])
+            elif kind == 1:
+                wire.delete(["a"])
+            else:
+                kept = bytearray(64)
+                address = infinistore.ctypes.addressof(infinistore.ctypes.c_char.from_buffer(kept))
+                wire.get(infinistore.Block("a", address, len(kept)))
+
+
+class Codec(Target):
+    """Containers of every installed codec; ValueError is what `Serde.decode` documents."""
+
+    name = "codec"
+    documented = (ValueError,)
+    _group, _tokens = full_attention(layers=2, heads=2, head_size=32, dtype=DType.BF16), 16
+
+    def __init__(self) -> None:
+        self._serdes: list[Serde] = []
+
+    def samples(self) -> list[bytes]:
+        nbytes = self._group.chunk_bytes(self._tokens)
+        chunk = random.Random(0).randbytes(nbytes)
+        found = []
+        for descriptor in Plugins().serdes():
+            if descriptor.name == "aesgcm":  # its first check is that of a signature
+                continue
+            serde = descriptor.create(descriptor.config())
+            into = bytearray(serde.max_encoded_bytes(self._group, self._tokens))
+            size = serde.encode(memoryview(chunk), memoryview(into), self._group, self._tokens)
+            self._serdes.append(serde)
+            found.append(bytes(into[:size]))
+        return found
+
+    def parse(self, data: bytes, chance: random.Random) -> None:
+        into = bytearray(self._group.chunk_bytes(self._tokens))
+        serde = chance.choice(self._serdes)
+        serde.decode(memoryview(data), memoryview(into), self._group, self._tokens)
+
+
+class Configuration(Target):
+    """A configuration's file."""
+
+    name = "config"
+    documented = (ConfigError,)
+
+    def __init__(self) -> None:
+        self._plugins = Plugins()
+        self._folder = tempfile.TemporaryDirectory(prefix="fuzz-")
+        self._file = Path(self._folder.name) / "config.yaml"
+
+    def samples(self) -> list[bytes]:
+        return [
+            b"chunk_size: 256\nlocal_cpu: true\nmax_local_cpu_size: 1.5\ncache_policy: LRU\n",
+            b"backends:\n  disk: {type: filesystem, path: /tmp/x, serde: raw}\n  lm: {host: a}\n",
+            b"remote_url: redis://host:6379\nextra_config: {a: 1}\nserdes: {cachegen: {step: t4}}",
+            b"local_disk: file:///tmp/x\nmax_local_disk_size: 5\nremote_serde: naive\n",
+        ]
+
+    def parse(self, data: bytes, chance: random.Random) -> None:  # noqa: ARG002
+        self._file.write_bytes(data)
+        load_config(self._plugins, file=self._file, environ={})
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+
+TARGETS: dict[str, Callable[[], Target]] = {
+    target.name: target
+    for target in (Frame, Lm, Tcp, Isolation, Resp, InfiniStore, Codec, Configuration)
+}
