@@ -2,7 +2,7 @@
 
     python3 tools/fault_harness.py                              20,000 faults over all tiers
     python3 tools/fault_harness.py --faults 300000 --seed 7     the long one; an hour or more
-    python3 tools/fault_harness.py --tiers redis,lm-unix        some tiers
+    python3 tools/fault_harness.py --tiers redis,lm-unix --minutes 5
     python3 tools/fault_harness.py --break wrong-byte           must fail: see below
 
 Six threads store, load, look up, prefetch, pin, flush and clear prompts that share prefixes, over
@@ -30,6 +30,7 @@ import json
 import logging
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -72,6 +73,7 @@ class Run:
     def go(self) -> None:
         """All of it."""
         wanted, chance = self._arguments.faults, random.Random(self._arguments.seed)
+        ends = time.monotonic() + 60 * self._arguments.minutes
         unique = numbers()
         with (
             ExitStack() as stack,
@@ -86,9 +88,11 @@ class Run:
             def told() -> None:
                 bar.update(min(wanted, self.injected.total()) - bar.n)
 
-            while self.injected.total() < wanted:
+            while self.injected.total() < wanted and time.monotonic() < ends:
                 before = self.injected.total()
                 for name, place in self.places.items():
+                    if time.monotonic() > ends:
+                        break
                     bar.set_description(name)
                     share = max(20, min(ROUND, wanted // len(self.places)))
                     one = Round(name, place, self._folder, self.findings, self._canary, unique)
@@ -171,6 +175,7 @@ def parsed() -> argparse.Namespace:
     add = parser.add_argument
     add("--seed", type=int, default=0, help="of faults and prompts (default: 0)")
     add("--faults", type=int, default=20_000, metavar="N", help="how many (default: 20,000)")
+    add("--minutes", type=float, default=1e6, metavar="M", help="begin no round after so many")
     add("--tiers", type=_tiers, default=list(PLACES), help=f"of {','.join(PLACES)} (default: all)")
     add("--break", dest="broken", choices=plugin.BREAKS, help="put a mistake into the plugins")
     add("--json", action="store_true", help="print the report as JSON")
@@ -186,11 +191,16 @@ def _tiers(text: str) -> list[str]:
     return names
 
 
+def _end(*_: object) -> None:
+    sys.exit(2)
+
+
 def main() -> int:
     arguments = parsed()
     faulthandler.enable()
     sys.setswitchinterval(5e-4)  # or the canary loses more to its own process than to others
     logging.basicConfig(level=arguments.log.upper())
+    signal.signal(signal.SIGTERM, _end)  # so that servers don't outlive it
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder:
         os.environ |= {
