@@ -90,6 +90,7 @@ class Traffic:
     ) -> None:
         self.hits = 0
         self._gives_up = gives_up
+        self._given_back: list[memoryview] = []
         self._backend = backend
         self._room = room
         self._used = 0
@@ -135,13 +136,24 @@ class Traffic:
             WrongByteError: there is a wrong byte.
         """
         into = [memoryview(bytearray(len(content(key)))) for key in keys]
-        sizes = await self._backend.load(keys, into)
+        try:
+            sizes = await self._backend.load(keys, into)
+        except BaseException:
+            for view in into:
+                view[:] = b"\xee" * view.nbytes
+            self._given_back += into
+            raise
         for key, size, view in zip(keys, sizes, into, strict=True):
             if size != MISS and bytes(view[:size]) != content(key):
                 raise WrongByteError(f"{key!r}: {bytes(view[:16])!r} ... of {size} bytes")
         hits = sum(size != MISS for size in sizes)
         self.hits += hits
         return hits
+
+    @property
+    def untouched(self) -> bool:
+        """Whether buffers of loads that failed are as they were left then."""
+        return all(bytes(view) == b"\xee" * view.nbytes for view in self._given_back)
 
     def _buffer(self, data: bytes) -> memoryview:
         room = self._room
