@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from infini_server import DEVICE, Server, emulated_nic
+from open_ports import documented, open_ports
 
 from lmcache_backend_infinistore.backend import InfinistoreBackend
 from lmcache_backend_infinistore.layout import Head
@@ -152,6 +154,13 @@ def opened(run: Loop, server: Server, options: dict[str, Any]) -> Iterator[Calla
     yield one
     for each in made:
         run(each.backend.close())
+
+
+def test_it_listens_nowhere(opened: Callable[..., Opened]) -> None:
+    before = open_ports(os.getpid())
+    opened()
+    found = {one for one in open_ports(os.getpid()) - before if one[0] == "TCP"}  # not the NIC's
+    assert found == documented("engine with `infinistore://`")
 
 
 def forget(server: Server, *names: str) -> int:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import pytest
 from mooncake_master import MIB, Holder, Master, MetadataServer, need_libraries
+from open_ports import documented, open_ports
 
 from lmcache_backend_mooncake import machine
 from lmcache_backend_mooncake.backend import MooncakeBackend
@@ -158,6 +159,15 @@ def test_two_clients_share_the_arena_s_values(
     assert reader.load(names(4)) == [VALUE, VALUE, VALUE, MISS]
     assert reader.store(names(3)) == [STORED] * 3  # a second time: the old values are kept
     assert writer.load(names(3)) == [VALUE] * 3
+
+
+def test_it_listens_where_the_security_page_says(
+    master: Master, opened: Callable[..., Opened]
+) -> None:
+    before = open_ports(os.getpid())
+    opened(master.config())
+    found = open_ports(os.getpid()) - before
+    assert set(found) == documented("Mooncake client")
 
 
 def test_no_master_at_the_start(run: Loop, arena: HostRegion) -> None:

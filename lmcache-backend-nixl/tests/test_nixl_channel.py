@@ -6,9 +6,12 @@ Always isolated, as it is by default.
 from __future__ import annotations
 
 import asyncio
+import os
+from collections import Counter
 from dataclasses import replace
 
 import pytest
+from open_ports import documented, open_ports
 from pydantic import ValidationError
 
 from lmcache_backend_nixl.config import NixlChannelConfig
@@ -42,6 +45,22 @@ class TestUcxOverTcp(BetweenProcesses):
 async def opened(options: dict[str, object]) -> TransferChannel:
     context = TransferContext("one", allocate_region(1 << 16, shared=True).region)
     return await open_channel(Plugins(environ={}), "nixl", options, context)
+
+
+@pytest.mark.parametrize("options", [{"transport": "tcp"}, OVER_TCP], ids=str)
+def test_it_listens_where_the_security_page_says(options: dict[str, object]) -> None:
+    """On the network whatever ``devices`` says, for NIXL itself."""
+
+    async def run() -> Counter[tuple[str, str]]:
+        before = open_ports(os.getpid())
+        channel = await opened(options)
+        try:
+            return open_ports(os.getpid()) - before
+        finally:
+            await channel.close()
+
+    found = asyncio.run(run())
+    assert set(found) - {("TCP", "this machine")} == documented("`nixl` channel")
 
 
 @pytest.mark.parametrize("transport", ["shm", "sysv", "self"])

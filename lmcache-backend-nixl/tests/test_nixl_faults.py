@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from nixl_servers import S3, s3_server
+from open_ports import documented, open_ports
 
 from lmcache_backend_nixl.agent import Agent, Moves, TransferFailed, address_of
 from lmcache_backend_nixl.config import NixlConfig
@@ -64,6 +65,15 @@ def load(backend: BlockingBackend, run: Loop, names: list[ChunkKey]) -> list[int
         if size != MISS
     )
     return sizes
+
+
+def test_a_store_listens_nowhere(run: Loop, tmp_path: Path) -> None:
+    before = open_ports(os.getpid())
+    backend = files(tmp_path)
+    opened(backend, run)
+    found = open_ports(os.getpid()) - before
+    run(backend.close())
+    assert set(found) == documented("NIXL's stores")
 
 
 def data_file(path: Path) -> Path:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from faulty_link import FaultyLink, Traffic
+from open_ports import documented, open_ports
 from redis_servers import Server, cluster, replicated, running, until
 
 from lmcache_backend_redis.backend import RedisBackend
@@ -68,6 +69,15 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     most = 1 << 30 if where == "on the loop" else -1
     monkeypatch.setattr("lmcache_backend_redis.backend.ON_LOOP_BYTES", most)
     return where
+
+
+def test_it_listens_nowhere(server: Server, run: Loop) -> None:
+    before = open_ports(os.getpid())
+    backend = RedisBackend(RedisConfig(url=server.url))
+    run(backend.open(BackendContext("far", NAMESPACE)))
+    found = open_ports(os.getpid()) - before
+    run(backend.close())
+    assert set(found) == documented("engine with `redis://`")
 
 
 everywhere = pytest.mark.usefixtures("where")

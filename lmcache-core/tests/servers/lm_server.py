@@ -39,7 +39,7 @@ class RunningServer:
         self.scheme, self.port = found[1], int(found[2])
         unix = re.search(r"lm\+unix://([^\s,]+)", self.text)
         self.unix = Path(unix[1]) if unix else None
-        metrics = re.search(r"http://\S+/metrics", self.text)
+        metrics = re.search(r"https?://\S+/metrics", self.text)
         self.metrics = metrics[0] if metrics else ""
 
     @property

@@ -62,8 +62,9 @@ def run(args: Namespace) -> int:
     from lmcache_core.lm.server import Server, ServerOptions
 
     disk = None if args.storage in ("cpu", "cuda") else Path(args.storage)
-    if args.token_file is not None:
-        remark_if_public(args.token_file, "--token-file")
+    for name in ("token_file", "metrics_token_file"):
+        if (file := getattr(args, name)) is not None:
+            remark_if_public(file, f"--{name.replace('_', '-')}")
     memory = None if args.memory_gib is None else int(args.memory_gib * 2**30)
     Server(
         ServerOptions(
@@ -79,6 +80,8 @@ def run(args: Namespace) -> int:
             unix=args.unix,
             metrics_host=args.metrics_host,
             metrics_port=args.metrics_port,
+            metrics_token=_metrics_token(args.metrics_token_file),
+            metrics_tls=args.metrics_tls,
             threads=args.threads,
             max_connections=args.max_connections,
             stall_s=args.stall_timeout,
@@ -123,6 +126,13 @@ def _add_options(parser: ArgumentParser) -> None:
     )
     add("--metrics-port", type=_port, metavar="PORT", help="serve /metrics and /health there")
     add("--metrics-host", default="127.0.0.1", metavar="HOST", help="(default: 127.0.0.1)")
+    add(
+        "--metrics-token-file",
+        type=Path,
+        metavar="FILE",
+        help="ask for this file's content (Authorization: Bearer) before showing numbers",
+    )
+    add("--metrics-tls", action="store_true", help="serve them over HTTPS, with --tls-cert")
     add("--threads", type=int, default=0, help="that serve (default: two for each CPU, up to 8)")
     add(
         "--max-connections",
@@ -137,6 +147,10 @@ def _add_options(parser: ArgumentParser) -> None:
         metavar="SECONDS",
         help="close a connection that makes no progress for so long (default: 30)",
     )
+
+
+def _metrics_token(file: Path | None) -> bytes:
+    return b"" if file is None else read_token(None, file)
 
 
 def _port(text: str) -> int:

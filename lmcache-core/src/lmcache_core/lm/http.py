@@ -1,12 +1,15 @@
 """``/metrics`` in Prometheus' text format and ``/health``, on a port of their own.
 
-Knows HTTP and counters; nothing about what they count.
+Knows HTTP, who may ask, and counters; nothing about what they count.
 """
 
 from __future__ import annotations
 
+import hmac
 import json
 import logging
+import socket
+import ssl
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,21 +21,43 @@ from lmcache_core.metrics import PREFIX, Counters, render_prometheus
 logger = logging.getLogger(__name__)
 
 
+_MAX_REQUESTS = 16
+"""At the same time; more are turned away."""
+
+
 class MetricsServer:
     """Serves on threads of its own, so that it answers while clients keep the others busy.
+
+    With a ``token``, numbers are for requests with ``Authorization: Bearer TOKEN``, and others
+    learn from ``/health`` that it is up. With ``tls``, it is HTTPS.
 
     Raises:
         ConfigError: the port can't be had.
     """
 
     def __init__(
-        self, host: str, port: int, counters: Counters, totals: Callable[[], Mapping[str, int]]
+        self,
+        host: str,
+        port: int,
+        counters: Counters,
+        totals: Callable[[], Mapping[str, int]],
+        *,
+        token: bytes = b"",
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        right = b"Bearer " + token
+
         class Handler(BaseHTTPRequestHandler):
             timeout = 5.0  # a client that says nothing holds a thread for so long at most
 
             def do_GET(self) -> None:
-                if self.path == "/metrics":
+                said = self.headers.get("Authorization", "").encode("latin-1", "replace")
+                if token and not hmac.compare_digest(said, right):
+                    if self.path == "/health":
+                        self._reply(200, "application/json", json.dumps({"status": "ok"}))
+                    else:
+                        self._reply(401, "text/plain", "Authorization: Bearer TOKEN is needed\n")
+                elif self.path == "/metrics":
                     gauges = "".join(
                         f"# TYPE {PREFIX}{name} gauge\n{PREFIX}{name} {value}\n"
                         for name, value in totals().items()
@@ -47,6 +72,8 @@ class MetricsServer:
             def _reply(self, status: int, kind: str, text: str) -> None:
                 data = text.encode()
                 self.send_response(status)
+                if status == 401:
+                    self.send_header("WWW-Authenticate", "Bearer")
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
@@ -56,12 +83,13 @@ class MetricsServer:
                 logger.debug(format, *args)
 
         try:
-            self._server = ThreadingHTTPServer((host, port), Handler)
+            self._server = _Server((host, port), Handler, tls)
         except OSError as error:
             raise ConfigError(f"--metrics-port {port} on {host}: {error.strerror}") from error
-        self._server.daemon_threads = True
         bound = self._server.server_address
-        self.address = f"{bound[0]!s}:{bound[1]}"
+        scheme = "http" if tls is None else "https"
+        self.url = f"{scheme}://{bound[0]!s}:{bound[1]}/metrics"
+        self.host = str(bound[0])
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="lmcache-server-metrics", daemon=True
         )
@@ -72,3 +100,44 @@ class MetricsServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(2.0)
+
+
+class _Server(ThreadingHTTPServer):
+    """Bounded, and quiet about what strangers do."""
+
+    daemon_threads = True
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        handler: type[BaseHTTPRequestHandler],
+        tls: ssl.SSLContext | None,
+    ) -> None:
+        self._tls = tls
+        self._places = threading.BoundedSemaphore(_MAX_REQUESTS)
+        super().__init__(address, handler)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        sock, peer = super().get_request()
+        if self._tls is not None:  # its greeting is the request's thread's business
+            sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        return sock, peer
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._places.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._places.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+        logger.debug("a request for metrics from %s ended badly", client_address, exc_info=True)

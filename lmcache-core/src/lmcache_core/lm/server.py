@@ -68,6 +68,9 @@ class ServerOptions:
     """A path, ``auto``, or ``none``."""
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None
+    metrics_token: bytes = b""
+    metrics_tls: bool = False
+    """HTTPS, with the certificate of the TCP port."""
     threads: int = 0
     """0: two for each CPU, at most 8: the system spreads busy sessions better than we can."""
     max_connections: int | None = None
@@ -130,6 +133,8 @@ class Server:
                 options.metrics_port,
                 self.counters,
                 self.service.values.totals,
+                token=options.metrics_token,
+                tls=self._tls if options.metrics_tls else None,
             )
         try:
             asyncio.run(self._accept())
@@ -181,7 +186,7 @@ class Server:
             f" and lm+unix://{self._unix_path}" if self._unix_path else "",
             arena.capacity / 2**30,
             f", files in {options.disk}" if options.disk else "",
-            f", metrics on http://{self._metrics.address}/metrics" if self._metrics else "",
+            f", metrics on {self._metrics.url}" if self._metrics else "",
         )
         addresses = [listener.getsockname()[0] for listener in self._listeners]
         if not options.token and not all(map(is_loopback, addresses)):
@@ -189,6 +194,13 @@ class Server:
                 "%s is reachable from other machines, and no token is set: whoever can connect can "
                 "read and write every value. Set --token-file, or listen on localhost",
                 options.host,
+            )
+        metrics = self._metrics
+        if metrics is not None and not options.metrics_token and not is_loopback(metrics.host):
+            logger.warning(
+                "metrics on %s are reachable from other machines, and no token is set: whoever can "
+                "connect can read every number. Set --metrics-token-file, or --metrics-host",
+                metrics.host,
             )
 
     def _take(self, sock: socket.socket, address: Any, tls: ssl.SSLContext | None) -> None:
@@ -382,8 +394,9 @@ def _memory_bytes(options: ServerOptions) -> int:
 
 def _tls_context(options: ServerOptions) -> ssl.SSLContext | None:
     if options.tls_cert is None:
-        if options.tls_key is not None:
-            raise ConfigError("--tls-key is set without --tls-cert")
+        for name, given in (("--tls-key", options.tls_key), ("--metrics-tls", options.metrics_tls)):
+            if given:
+                raise ConfigError(f"{name} is set without --tls-cert")
         return None
     try:
         return server_context(options.tls_cert, options.tls_key)
