@@ -64,7 +64,7 @@ HOLDING = (*SERVER_MODULES, arena, service, values)
 LAYOUT = KVLayout(16, (full_attention(layers=2, heads=2, head_size=8, dtype=DType.BF16),))
 NAMESPACE = CacheNamespace("kills", LAYOUT)
 OWN = CacheNamespace("a client's own", LAYOUT)
-SIZES = (100, 70_003, (2 << 20) + 4099, 300_007)
+SIZES = (100, 70_003, (1 << 20) + 4099, 300_007)
 """The first goes through the socket, the others through shared memory where there is some."""
 KEYS = [chunk_key(bytes([i]) * 16) for i in range(1, 25)]
 HUNG_S = 60
