@@ -7,6 +7,7 @@ import errno
 import os
 import resource
 import socket
+import threading
 import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -15,9 +16,11 @@ from pathlib import Path
 import pytest
 from lm_server import RunningServer
 
+from lmcache_core.builtin.filesystem import FilesystemConfig
 from lmcache_core.errors import ConfigError
 from lmcache_core.keys import ChunkKey
 from lmcache_core.lm import accepting as accepting_module
+from lmcache_core.lm import folders as folders_module
 from lmcache_core.lm import greeting, protocol
 from lmcache_core.lm.accepting import (
     DEFAULT_CONNECTIONS,
@@ -27,6 +30,7 @@ from lmcache_core.lm.accepting import (
 )
 from lmcache_core.lm.arena import LEASE_BYTES, Arena, whole_pages
 from lmcache_core.lm.disk import Disk
+from lmcache_core.lm.folders import MOST_OPEN, THREADS, TURNS, Folders
 from lmcache_core.lm.protocol import HEADER_BYTES, MAX_KEYS, MAX_META_BYTES, Op, Status
 from lmcache_core.lm.service import Epochs, Regions, Service
 from lmcache_core.lm.session import META_BYTES, SCRATCH_BYTES, Session
@@ -571,3 +575,173 @@ def test_descriptors_that_nobody_asked_for_are_closed() -> None:
             assert b"descriptors" in text
 
     served(MIB, work)
+
+
+# -- namespaces of the disk tier ---------------------------------------------------------------
+
+
+def space(number: int) -> str:
+    return f"{number:016x}"
+
+
+class Files:
+    """A disk's folders, on this event loop, with a clock that stands still."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.now = 0.0
+        self.folders = Folders(FilesystemConfig(path=path), clock=lambda: self.now)
+
+    async def store(self, number: int) -> None:
+        folder = await self.folders.take(space(number), make=True)
+        assert folder is not None
+        value = memoryview(b"value")
+        assert await folder.store([key(1)], [value]) == [StoreOutcome.STORED]
+        self.folders.give(space(number))
+
+    async def has(self, number: int) -> bool | None:
+        folder = await self.folders.take(space(number))
+        if folder is None:
+            return None
+        try:
+            return (await folder.contains([key(1)]))[0]
+        finally:
+            self.folders.give(space(number))
+
+    async def closed(self) -> None:
+        while self.folders._closing:
+            await asyncio.sleep(0.001)
+
+
+def with_files(path: Path, work: Callable[[Files], Awaitable[None]]) -> None:
+    async def run() -> None:
+        files = Files(path)
+        try:
+            await work(files)
+        finally:
+            await files.folders.close()
+        assert not [one for one in threading.enumerate() if "server-disk" in one.name]
+
+    asyncio.run(run())
+
+
+def test_a_namespace_that_is_asked_for_takes_no_folder_and_no_thread(tmp_path: Path) -> None:
+    async def work(server: Served) -> None:
+        for number in range(40):
+            peer = await server.peer(space(number))
+            names = protocol.names([key(1)])
+            assert await peer.ask(Op.CONTAINS, 1, names) == b"\0"
+            assert (await peer.ask(Op.COUNT, 1, names)) == protocol.number(0)
+            assert (await peer.ask(Op.DELETE, 1, names))[16:] == protocol.number(0)
+            assert (await peer.ask(Op.CLEAR))[16:] == protocol.number(0)
+        assert server.service.disk is not None
+        assert len(server.service.disk._folders) == 0
+        assert list(tmp_path.iterdir()) == []
+        names_of_threads = [one.name for one in threading.enumerate()]
+        assert sum("server-disk" in name for name in names_of_threads) <= THREADS + 1
+
+    served(MIB, work, tmp_path)
+
+
+def test_a_bounded_number_of_namespaces_is_open(tmp_path: Path) -> None:
+    """Those that were used last; what the others hold is still found."""
+
+    async def work(files: Files) -> None:
+        count = MOST_OPEN + 20
+        for number in range(count):
+            await files.store(number)
+            assert len(files.folders) <= MOST_OPEN
+        await files.closed()
+        assert list(files.folders._open) == [space(n) for n in range(20, count)]
+        names = [one.name for one in threading.enumerate()]
+        assert sum("server-disk" in name for name in names) <= THREADS
+        assert [await files.has(number) for number in range(count)] == [True] * count
+
+    with_files(tmp_path, work)
+
+
+def test_a_namespace_in_use_is_not_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders_module, "MOST_OPEN", 2)
+
+    async def work(files: Files) -> None:
+        first = await files.folders.take(space(0), make=True)
+        assert first is not None
+        for number in range(1, 6):
+            await files.store(number)
+        assert space(0) in files.folders._open
+        assert len(files.folders) == 2
+        assert await first.store([key(1)], [memoryview(b"value")]) == [StoreOutcome.STORED]
+        files.folders.give(space(0))
+
+    with_files(tmp_path, work)
+
+
+def test_a_namespace_that_nobody_uses_is_closed(tmp_path: Path) -> None:
+    async def work(files: Files) -> None:
+        await files.store(1)
+        files.now = 50.0
+        await files.store(2)
+        files.folders.close_idle(60.0)
+        assert len(files.folders) == 2
+        files.now = 70.0
+        files.folders.close_idle(60.0)
+        assert list(files.folders._open) == [space(2)]
+        assert await files.has(1)  # it waits until it is closed, and opens again
+
+    with_files(tmp_path, work)
+
+
+def test_a_namespace_that_holds_nothing_leaves_no_folder(tmp_path: Path) -> None:
+    async def work(files: Files) -> None:
+        await files.store(1)
+        await files.store(2)
+        folder = await files.folders.take(space(1))
+        assert folder is not None
+        assert await folder.clear() == 1
+        files.folders.give(space(1))
+        files.folders.close_idle(0.0)
+        await files.closed()
+        assert [one.name for one in tmp_path.iterdir()] == [space(2)]
+        assert await files.has(1) is None
+
+    with_files(tmp_path, work)
+
+
+def test_the_start_leaves_no_folder(tmp_path: Path) -> None:
+    async def work(server: Served) -> None:
+        disk = server.service.disk
+        assert disk is not None
+        await asyncio.get_running_loop().run_in_executor(None, disk.check)
+        await server.until(lambda: not disk._folders._closing)
+        assert list(tmp_path.iterdir()) == []
+
+    served(MIB, work, tmp_path)
+
+
+def test_one_namespace_does_not_take_every_thread(tmp_path: Path) -> None:
+    """While one waits for its disk with all that it may, another one is served."""
+    going = threading.Event()
+    waiting = threading.Semaphore(0)
+
+    def hang() -> None:
+        waiting.release()
+        assert going.wait(60)
+
+    async def work(files: Files) -> None:
+        await files.store(2)
+        busy = await files.folders.take(space(1), make=True)
+        assert busy is not None
+        calls = [asyncio.ensure_future(busy._run(hang)) for _ in range(4 * THREADS)]
+        for _ in range(TURNS):
+            while not waiting.acquire(blocking=False):
+                await asyncio.sleep(0.001)
+        assert await files.has(2)
+        assert not waiting.acquire(blocking=False)
+        going.set()
+        await asyncio.gather(*calls)
+        files.folders.give(space(1))
+
+    try:
+        with_files(tmp_path, work)
+    finally:
+        going.set()

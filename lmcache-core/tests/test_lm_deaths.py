@@ -27,7 +27,7 @@ import pytest
 from stepping import Chain, Sources, Stepped, Steps
 
 from lmcache_core.lm import disk as disk_module
-from lmcache_core.lm import greeting, intake, protocol, session, wire
+from lmcache_core.lm import folders, greeting, intake, protocol, session, wire
 from lmcache_core.lm.arena import LEASE_BYTES, Arena, whole_pages
 from lmcache_core.lm.disk import Disk
 from lmcache_core.lm.proof import Side, Transcript
@@ -38,13 +38,16 @@ from lmcache_core.lm.values import Values
 from lmcache_core.lm.wire import Wire
 from lmcache_core.metrics import Counters
 
-MODULES = (session, intake, wire, disk_module)
+MODULES = (session, intake, wire, disk_module, folders)
 ELSEWHERE = {
     "wire.Wire.handshake self._attempt 1": "TLS's own greeting, before anything is held",
     "session.Session._greet self.wire.handshake 1": "the same",
-    "disk.Disk.fetch.read self._open 1": "what is fetched was found before, in an open folder",
+    "disk.Disk._try self._folders.take 1": "the server's start",
 }
-STOPPING = {"disk.Disk._close_all asyncio.wait 1", "disk.Disk._close_all task.result().close 1"}
+STOPPING = {
+    "folders.Folders.close asyncio.wait 1",
+    "folders.Folders.close asyncio.wrap_future 1",
+}
 """The server's own end, when no request is left: reached, but nothing to strike."""
 SPACE = "5" * 16
 SIZES = (100, 5_000, 70_003)
@@ -423,6 +426,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (wire, "_YIELD_BYTES", 8192),
         (session, "META_BYTES", 160),
         (intake, "_TURN_BYTES", 2048),
+        (folders, "TURNS", 1),
+        (folders, "MOST_OPEN", 0),
         (intake, "_TOGETHER_BYTES", 60_000),
     ):
         monkeypatch.setattr(module, name, number)

@@ -1,8 +1,8 @@
 """The server's disk tier: values that were stored go to files too, and come back from there.
 
 Writing is behind: a store is acknowledged from memory, and where the disk can't keep up, the newest
-values aren't written. Knows the ``filesystem`` backend and its loop. Knows nothing
-about connections.
+values aren't written. Knows the event loop that files are asked for on. Knows nothing about
+connections, nor about which folders are open.
 """
 
 from __future__ import annotations
@@ -12,40 +12,28 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
+from lmcache_core.builtin.filesystem import FilesystemConfig
 from lmcache_core.errors import BackendError
 from lmcache_core.guard import LOG_EVERY_S
 from lmcache_core.io_loop import IOLoop
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.layout import DType, KVLayout, full_attention
+from lmcache_core.keys import ChunkKey
 from lmcache_core.lm.arena import Arena
+from lmcache_core.lm.folders import Folder, Folders
 from lmcache_core.lm.values import Held, Value, Values
 from lmcache_core.metrics import Counters
-from lmcache_core.storage import MISS, BackendContext, StoreOutcome
+from lmcache_core.storage import MISS, StoreOutcome
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 WAITING_BYTES = 1 << 30
 """Values that wait to be written stay leased, so at most this, or a quarter of the memory, may."""
-
-
-class ForeignNamespace(CacheNamespace):
-    """A namespace of which only the fingerprint is known: what it stands for stays with clients."""
-
-    def __init__(self, fingerprint: str) -> None:
-        layout = KVLayout(1, (full_attention(layers=1, heads=1, head_size=1, dtype=DType.BF16),))
-        super().__init__(model="", layout=layout)
-        self.__dict__["fingerprint"] = fingerprint
-
-    def facts(self) -> dict[str, object]:
-        return {"known_to": "clients of lmcache_server, which knows fingerprints only"}
 
 
 class Disk:
@@ -65,8 +53,8 @@ class Disk:
         self._values = values
         self._arena = arena
         self._counters = counters
-        self._spaces: dict[str, asyncio.Task[FilesystemBackend]] = {}
         self._loop = IOLoop("server-disk")
+        self._folders = Folders(self._config)
         self._lock = threading.Lock()
         self._waiting_bytes = 0
         self._most_waiting = min(WAITING_BYTES, arena.capacity // 4)
@@ -80,7 +68,7 @@ class Disk:
         Raises:
             BackendError: it can't.
         """
-        self._loop.run(self._open("0" * 16), 60.0)
+        self._loop.run(self._try(), 60.0)
 
     # -- from sessions ---------------------------------------------------------------------
 
@@ -91,10 +79,10 @@ class Disk:
     async def sizes(self, space: str, keys: Sequence[ChunkKey]) -> list[int]:
         """Bytes of each key's file, 0 where there is none."""
 
-        async def ask() -> list[int]:
-            return await (await self._open(space)).sizes(keys)
-
-        return await self._run("contains", ask(), [0] * len(keys))
+        absent = [0] * len(keys)
+        return await self._run(
+            "contains", self._in(space, lambda folder: folder.sizes(keys), absent), absent
+        )
 
     async def fetch(
         self,
@@ -115,12 +103,13 @@ class Disk:
                     places.append(place)
             mine = [value for value in coming.values if value is not None]
 
-            async def read() -> list[int]:
-                backend = await self._open(space)
+            def read(folder: Folder) -> Awaitable[list[int]]:
                 targets = [self._arena.views(value.parts, value.nbytes)[0] for value in mine]
-                return await backend.load([value.key for value in mine], targets)
+                return folder.load([value.key for value in mine], targets)
 
-            reading = asyncio.ensure_future(self._run("load", read(), [MISS] * len(mine)))
+            nothing = [MISS] * len(mine)
+            work = self._in(space, read, nothing)
+            reading = asyncio.ensure_future(self._run("load", work, nothing))
             try:
                 came = await asyncio.shield(reading)
             finally:
@@ -154,7 +143,7 @@ class Disk:
 
         async def forget() -> int:
             await self._stored(space)
-            return await (await self._open(space)).delete(keys)
+            return await self._in(space, lambda folder: folder.delete(keys), 0)
 
         return await self._run("delete", forget(), 0)
 
@@ -163,7 +152,7 @@ class Disk:
 
         async def forget() -> int:
             await self._stored(space)
-            return await (await self._open(space)).clear()
+            return await self._in(space, lambda folder: folder.clear(), 0)
 
         return await self._run("clear", forget(), 0)
 
@@ -174,33 +163,28 @@ class Disk:
             time.sleep(0.02)
         try:
             # Before the loop ends: what runs on it then is cancelled, and folders' threads stay.
-            self._loop.run(self._close_all(), max(0.1, until - time.monotonic()))
+            self._loop.run(self._folders.close(), max(0.1, until - time.monotonic()))
         except (RuntimeError, TimeoutError) as error:
             logger.warning("disk: %s wasn't closed: %s", self._config.path, error)
         self._loop.close(max(0.1, until - time.monotonic()))
 
     # -- on the disk's own loop ------------------------------------------------------------
 
-    async def _open(self, space: str) -> FilesystemBackend:
-        task = self._spaces.get(space)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = self._spaces[space] = asyncio.ensure_future(self._opened(space))
-        return await asyncio.shield(task)
+    async def _try(self) -> None:
+        space = "0" * 16
+        await self._folders.take(space, make=True)
+        self._folders.give(space)
+        self._folders.close_idle(0.0)
 
-    async def _opened(self, space: str) -> FilesystemBackend:
-        backend = FilesystemBackend(self._config)
-        await backend.open(BackendContext("lmcache_server", ForeignNamespace(space)))
-        return backend
-
-    async def _close_all(self) -> None:
-        for space, task in list(self._spaces.items()):
-            await asyncio.wait([task])  # it may be opening
-            if task.cancelled() or task.exception() is not None:
-                continue
-            try:
-                await task.result().close()
-            except (BackendError, OSError) as error:  # the others are closed all the same
-                logger.warning("disk: folder %s wasn't closed: %s", space, error)
+    async def _in(self, space: str, ask: Callable[[Folder], Awaitable[_T]], otherwise: _T) -> _T:
+        """What a namespace's folder answers; ``otherwise`` if there is none."""
+        folder = await self._folders.take(space)
+        if folder is None:
+            return otherwise
+        try:
+            return await ask(folder)
+        finally:
+            self._folders.give(space)
 
     async def _stored(self, space: str) -> None:
         """Wait for files that are being written of values that were just forgotten in memory."""
@@ -215,10 +199,15 @@ class Disk:
         try:
             if not value.linked:  # forgotten meanwhile
                 return
-            backend = await self._open(value.space)
-            views = self._arena.views(value.parts, value.nbytes)
-            source = views[0] if len(views) == 1 else memoryview(b"".join(views))
-            (outcome,) = await backend.store([value.key], [source])
+            folder = await self._folders.take(value.space, make=True)
+            if folder is None:  # stopping
+                return
+            try:
+                views = self._arena.views(value.parts, value.nbytes)
+                source = views[0] if len(views) == 1 else memoryview(b"".join(views))
+                (outcome,) = await folder.store([value.key], [source])
+            finally:
+                self._folders.give(value.space)
             if outcome is StoreOutcome.NOT_ADMITTED:
                 self._counters.add("server_disk_dropped", reason="full")
                 self._log("the disk is full: %s takes no more values", self._config.path)

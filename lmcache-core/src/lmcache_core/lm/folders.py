@@ -1,0 +1,215 @@
+"""Which folders of the server's disk tier are open: one a namespace, a bounded number of them.
+
+All share one pool of threads, each gets its turn there, and one that nobody asks for is closed.
+Knows the ``filesystem`` backend and the event loop that all of this runs on. Knows nothing about
+values.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
+from lmcache_core.daemon_pool import DaemonPool
+from lmcache_core.errors import BackendError
+from lmcache_core.keys import CacheNamespace
+from lmcache_core.layout import DType, KVLayout, full_attention
+from lmcache_core.storage import BackendContext
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+THREADS = 16
+TURNS = 8
+"""So many of the threads one namespace may keep busy."""
+MOST_OPEN = 64
+"""More are open only while all of them are in use."""
+IDLE_S = 300.0
+
+
+class ForeignNamespace(CacheNamespace):
+    """A namespace of which only the fingerprint is known: what it stands for stays with clients."""
+
+    def __init__(self, fingerprint: str) -> None:
+        layout = KVLayout(1, (full_attention(layers=1, heads=1, head_size=1, dtype=DType.BF16),))
+        super().__init__(model="", layout=layout)
+        self.__dict__["fingerprint"] = fingerprint
+
+    def facts(self) -> dict[str, object]:
+        return {"known_to": "clients of lmcache_server, which knows fingerprints only"}
+
+
+class Folder(FilesystemBackend):
+    """A namespace's files, which are read and written by threads that others have, too."""
+
+    def __init__(self, config: FilesystemConfig, pool: DaemonPool) -> None:
+        super().__init__(config)
+        self._pool = pool
+        self._turns = asyncio.Semaphore(TURNS)
+
+    async def open(self, context: BackendContext) -> None:
+        await self._run(self.open_blocking, context)
+
+    async def close(self) -> None:
+        await self._run(self.close_blocking)
+
+    async def _run(self, call: Callable[..., _T], *args: Any) -> _T:
+        await self._turns.acquire()
+        try:
+            return await super()._run(call, *args)
+        finally:
+            self._turns.release()
+
+
+class _Open:
+    """One that is open, or opening."""
+
+    def __init__(self, opening: asyncio.Task[Folder]) -> None:
+        self.opening = opening
+        self.users = 0
+        self.used_at = 0.0
+
+
+class Folders:
+    """The folders below ``config.path``. Everything but `__init__` on one event loop."""
+
+    def __init__(
+        self, config: FilesystemConfig, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._config = config
+        self._top = config.path.expanduser().absolute()
+        self._clock = clock
+        self._pool = DaemonPool(THREADS, "lmcache-server-disk")
+        self._open: OrderedDict[str, _Open] = OrderedDict()
+        """The one that was used last comes last."""
+        self._closing: dict[str, asyncio.Task[None]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    async def take(self, space: str, *, make: bool = False) -> Folder | None:
+        """A namespace's folder, until `give`.
+
+        ``None``: there is none, and it isn't to be made; or all were closed.
+
+        Raises:
+            BackendError: it can't be used.
+        """
+        if space not in self._open and not make and not await self._is_there(space):
+            return None
+        # Whoever closes one may be about to remove it.
+        while (closing := self._closing.get(space)) is not None:
+            await asyncio.wait([closing])
+        entry = self._open.get(space)
+        if entry is None:
+            if self._closed:
+                return None
+            entry = self._open[space] = _Open(asyncio.ensure_future(self._opened(space)))
+            # Whoever waits for it may be gone when it fails.
+            entry.opening.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self._open.move_to_end(space)
+        entry.users += 1
+        self._close_beyond(MOST_OPEN)
+        try:
+            return await asyncio.shield(entry.opening)
+        except BaseException:
+            opening = entry.opening
+            if opening.done() and (opening.cancelled() or opening.exception() is not None):
+                if self._open.get(space) is entry:
+                    del self._open[space]  # the next one tries again
+            else:
+                self.give(space)
+            raise
+
+    def give(self, space: str) -> None:
+        """Somebody who took it doesn't need it any more."""
+        entry = self._open.get(space)
+        if entry is None:  # all were closed meanwhile
+            return
+        entry.users -= 1
+        entry.used_at = self._clock()
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(IDLE_S, self._look)
+        self._close_beyond(MOST_OPEN)
+
+    def close_idle(self, idle_s: float) -> None:
+        """Begin to close what nobody used for so long."""
+        until = self._clock() - idle_s
+        for space, entry in list(self._open.items()):
+            if not entry.users and entry.used_at <= until:
+                self._close_soon(space)
+
+    async def close(self) -> None:
+        """Close all, after whatever is opening or closing; nothing is opened any more."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for space in list(self._open):
+            self._close_soon(space)
+        if self._closing:
+            await asyncio.wait(list(self._closing.values()))
+        for ended in self._pool.shutdown():
+            await asyncio.wrap_future(ended)
+        self._pool.join(1.0)
+
+    def _look(self) -> None:
+        self._timer = None
+        self.close_idle(IDLE_S)
+        if self._open:
+            self._timer = asyncio.get_running_loop().call_later(IDLE_S / 2, self._look)
+
+    def _close_beyond(self, most: int) -> None:
+        if len(self._open) <= most:
+            return
+        for space, entry in list(self._open.items()):
+            if not entry.users:
+                self._close_soon(space)
+                if len(self._open) <= most:
+                    return
+
+    def _close_soon(self, space: str) -> None:
+        entry = self._open.pop(space)
+        task = asyncio.ensure_future(self._close(space, entry))
+        self._closing[space] = task
+        task.add_done_callback(lambda _: self._closing.pop(space, None))
+
+    async def _close(self, space: str, entry: _Open) -> None:
+        await asyncio.wait([entry.opening])
+        if entry.opening.cancelled() or entry.opening.exception() is not None:
+            return
+        try:
+            await entry.opening.result().close()
+            await self._pool.run(_remove_if_empty, self._top / space)
+        except (BackendError, OSError, RuntimeError) as error:  # others are closed all the same
+            logger.warning("disk: folder %s wasn't closed: %s", space, error)
+
+    async def _opened(self, space: str) -> Folder:
+        folder = Folder(self._config, self._pool)
+        await folder.open(BackendContext("lmcache_server", ForeignNamespace(space)))
+        return folder
+
+    async def _is_there(self, space: str) -> bool:
+        return not self._closed and await self._pool.run(os.path.isdir, self._top / space)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Leave nothing of a namespace that holds nothing."""
+    try:
+        inside = os.listdir(folder)
+    except OSError:  # it was never made
+        return
+    for name in inside:
+        with contextlib.suppress(OSError):  # there is something in it
+            os.rmdir(folder / name)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
