@@ -277,23 +277,32 @@ class Values:
             refused = self._refused(space, key, nbytes)
             if refused is not None:
                 return refused
+            if nbytes <= self._unsent.left(space):  # nearly always
+                parts = self._allocate(nbytes, MAX_EXTENTS)
+                if parts is None:
+                    return StoreOutcome.NOT_ADMITTED
+                value = Value(space, key, nbytes, parts)
+                value.unsent = nbytes
+                self._unsent.take(space, nbytes)
+                return value
             value = Value(space, key, nbytes, [])
             value.room = 0
-            if not self._extend(value, partly=alone):
+            if not alone or not self._extend(value):
                 return StoreOutcome.NOT_ADMITTED
             return value
 
     def _grow(self, value: Value) -> list[Extent]:
         with self._lock:
             self._came(value)
-            return self._extend(value, partly=True)
+            return self._extend(value)
 
     def _commit(self, values: list[Value | None]) -> list[StoreOutcome]:
         outcomes: list[StoreOutcome] = []
         with self._lock:
             for value in values:
                 if value is not None:
-                    self._came(value)
+                    if value.unsent:
+                        self._came(value)
                     outcomes.append(self._link(value))
                     self._let_go(value)
         values.clear()
@@ -346,14 +355,12 @@ class Values:
             return StoreOutcome.NOT_ADMITTED
         return None
 
-    def _extend(self, value: Value, *, partly: bool) -> list[Extent]:
+    def _extend(self, value: Value) -> list[Extent]:
         """Memory for what follows `Value.room`, all of which came: as much as may be ahead."""
         rest = value.nbytes - value.room
         left = MAX_EXTENTS - len(value.parts)
         some = max(self._unsent.left(value.space), value.room, PAGE_BYTES)
         if some < rest:
-            if not partly:
-                return []
             some -= some % PAGE_BYTES
             left //= 2  # the others are for what comes after that
         else:
