@@ -327,7 +327,7 @@ def test_a_damaged_chunk_file_is_a_miss_and_a_counter(tmp_path: Path, kind: str)
     options = config(f"local_disk={tmp_path}")
     with Cache.open(model="m", layout=LAYOUT, config=options) as cache:
         cache.store(prompt, stored)
-    files = sorted(p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size > 1000)
+    files = sorted(tmp_path.glob("*/??/*"))
     assert len(files) == 4
     for file in files:
         damage(kind, file)
@@ -349,9 +349,8 @@ def test_a_damaged_chunk_is_replaced_when_it_is_stored_again(tmp_path: Path, kin
     options = config(f"local_disk={tmp_path}")
     with Cache.open(model="m", layout=LAYOUT, config=options) as cache:
         cache.store(prompt, stored)
-    for file in tmp_path.rglob("*"):
-        if file.is_file() and file.stat().st_size > 1000:
-            damage(kind, file)
+    for file in tmp_path.glob("*/??/*"):
+        damage(kind, file)
     with Cache.open(model="m", layout=LAYOUT, config=options) as cache:
         assert cache.load(prompt, bytearray(len(stored))) == 0
         cache.store(prompt, stored)
@@ -365,11 +364,11 @@ def test_swapped_chunk_files_are_misses(tmp_path: Path) -> None:
     options = config(f"local_disk={tmp_path}")
     with Cache.open(model="m", layout=LAYOUT, config=options) as cache:
         cache.store(prompt, stored)
-    one, two = sorted(p for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size > 1000)
+    one, two = sorted(tmp_path.glob("*/??/*"))
     first, second = one.read_bytes(), two.read_bytes()
-    one.write_bytes(second)
-    two.write_bytes(first)
     with Cache.open(model="m", layout=LAYOUT, config=options) as cache:
+        one.write_bytes(second)
+        two.write_bytes(first)
         assert cache.load(prompt, bytearray(len(stored))) == 0
         counters = cache.counters.snapshot()
         assert counters[("frame_rejected", (("reason", "key"),))] >= 1
@@ -382,9 +381,8 @@ def test_prefetch_brings_a_prefix_into_memory(tmp_path: Path) -> None:
         cache.store(prompt, stored)
     with Cache.open(model="m", layout=LAYOUT, config=options) as cache:
         assert cache.prefetch(prompt).result(timeout=30) == 64
-        for file in tmp_path.rglob("*"):
-            if file.is_file():
-                file.unlink()
+        for file in tmp_path.glob("*/??/*"):
+            file.unlink()
         loaded = bytearray(len(stored))
         assert cache.load(prompt, loaded) == 64
         assert loaded == stored

@@ -422,7 +422,8 @@ def _save(fd: int, ledger: Ledger) -> None:
     try:
         data = ledger.dumped()
         os.pwrite(fd, data, 0)
-        os.ftruncate(fd, len(data))
+        if os.fstat(fd).st_size > len(data):
+            os.ftruncate(fd, len(data))
     except OSError as error:
         # On a full disk it stays as it was, or is damaged and made anew: little can be written.
         if error.errno not in FULL:
