@@ -16,14 +16,8 @@ import pytest
 import xxhash
 
 from lmcache_core.builtin.filesystem_io import ChunkFiles
-from lmcache_core.builtin.filesystem_usage import (
-    BLOCKS,
-    LOCK_PATIENCE_S,
-    FolderUsage,
-    Ledger,
-    Removal,
-    Space,
-)
+from lmcache_core.builtin.filesystem_ledger import Ledger, Removal, Space
+from lmcache_core.builtin.filesystem_usage import BLOCKS, LOCK_PATIENCE_S, FolderUsage
 
 A, B = "a" * 16, "b" * 16
 KIB = 1024

@@ -17,8 +17,9 @@ from pathlib import Path
 from lmcache_core.builtin import filesystem_manifest as manifest
 from lmcache_core.builtin.filesystem_index import FileIndex
 from lmcache_core.builtin.filesystem_io import ChunkFiles, remove
+from lmcache_core.builtin.filesystem_ledger import Removal, Standing
 from lmcache_core.builtin.filesystem_scan import place, remove_empty, scan, spaces
-from lmcache_core.builtin.filesystem_usage import FolderUsage, Removal, Standing
+from lmcache_core.builtin.filesystem_usage import FolderUsage
 from lmcache_core.frame import MAGIC, may_start
 from lmcache_core.keys import ChunkKey
 

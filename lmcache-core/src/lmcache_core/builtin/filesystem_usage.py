@@ -16,23 +16,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import logging
 import os
-import re
 import secrets
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import xxhash
-
 from lmcache_core.builtin.filesystem_io import FULL, ChunkFiles, remove
-from lmcache_core.builtin.filesystem_manifest import described
-from lmcache_core.builtin.filesystem_scan import is_space, spaces
+from lmcache_core.builtin.filesystem_ledger import (
+    LEDGER,
+    TOKEN,
+    Ledger,
+    Removal,
+    Space,
+    Standing,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,91 +41,11 @@ BLOCK_BYTES = 64 << 20
 """Most that is set aside at once."""
 BLOCKS = 64
 """All writers together set aside about one part in so many of the bound."""
-LOCK_PATIENCE_S = 2.0
+LOCK_PATIENCE_S = 5.0
 """The lock is held for less than a millisecond, unless its holder was stopped just then."""
-_LEDGER, _WRITERS = ".usage", ".writers"
-_PAGE, _MOST_BYTES = 4096, 16 << 20
-_TOKEN = re.compile(r"[0-9a-f]{16}")
+_WRITERS = ".writers"
+_MOST_BYTES = 16 << 20
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
-
-
-@dataclass
-class Space:
-    """What is known of a namespace."""
-
-    nbytes: int = 0
-    """Of its files."""
-    written: int = 0
-    """All that was ever added to them."""
-    count: int = 0
-    """Which count ``nbytes`` goes back to: a number that no other count has."""
-
-
-@dataclass(frozen=True)
-class Removal:
-    """``nbytes`` of a namespace's files were removed, after what was known from ``count``."""
-
-    space: str
-    nbytes: int
-    count: int
-
-
-@dataclass
-class Standing:
-    """A namespace with its bytes, written or set aside, and whether a writer of it lives."""
-
-    space: str
-    nbytes: int
-    count: int
-    alive: bool = False
-
-
-@dataclass
-class Ledger:
-    """The content of ``.usage``. ``counted``: the files were counted since it was made."""
-
-    counted: bool = False
-    spaces: dict[str, Space] = field(default_factory=dict)
-    writers: dict[str, tuple[str, int]] = field(default_factory=dict)
-    """For each token its namespace, and the bytes that it has set aside."""
-
-    @property
-    def total(self) -> int:
-        """Bytes of files, and of those that may be written."""
-        aside = sum(nbytes for _, nbytes in self.writers.values())
-        return aside + sum(space.nbytes for space in self.spaces.values())
-
-    def dumped(self) -> bytes:
-        """As `loaded` reads it: JSON, its checksum, and blanks up to whole pages."""
-        facts = {
-            "counted": self.counted,
-            "spaces": {
-                name: [one.nbytes, one.written, one.count] for name, one in self.spaces.items()
-            },
-            "writers": self.writers,
-        }
-        text = json.dumps(facts, separators=(",", ":")).encode()
-        line = text + b"\n" + xxhash.xxh3_64_hexdigest(text).encode() + b"\n"
-        return line.ljust(-(-len(line) // _PAGE) * _PAGE)
-
-    @classmethod
-    def loaded(cls, data: bytes) -> Ledger | None:
-        """What `dumped` wrote; ``None`` if it is anything else."""
-        text, _, rest = data.partition(b"\n")
-        if rest.strip() != xxhash.xxh3_64_hexdigest(text).encode():
-            return None
-        try:
-            facts = json.loads(text)
-            spaces = {name: Space(*map(_count, one)) for name, one in facts["spaces"].items()}
-            writers = {
-                token: (str(space), _count(nbytes))
-                for token, (space, nbytes) in facts["writers"].items()
-            }
-            if not all(map(_TOKEN.fullmatch, writers)) or not all(map(is_space, spaces)):
-                return None
-            return cls(facts["counted"] is True, spaces, writers)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return None
 
 
 class FolderUsage:
@@ -217,7 +138,7 @@ class FolderUsage:
         """
         with self._ledger() as ledger, self._lock:
             for one in removals:
-                _take_off(ledger, one)
+                ledger.take_off(one)
             self._report(ledger)
             del ledger.writers[self._token]
             block = room = max(nbytes, BLOCK_BYTES)
@@ -288,7 +209,7 @@ class FolderUsage:
         own = ledger.spaces.setdefault(self._space, Space())
         own.nbytes += self._written
         own.written += self._written
-        _take_off(ledger, Removal(self._space, self._removed, self._count))
+        ledger.take_off(Removal(self._space, self._removed, self._count))
         self._granted = max(self._granted - self._written, self._reserved)
         self._written = self._removed = 0
         self._count = own.count
@@ -308,7 +229,7 @@ class FolderUsage:
             if ledger is None:
                 ledger, self.uncounted = Ledger(), True
             yield ledger
-            _save(fd, ledger)
+            ledger.save(fd)
         finally:
             if fd is not None:
                 os.close(fd)
@@ -316,7 +237,7 @@ class FolderUsage:
     def _opened(self) -> int | None:
         """The ledger's file, or ``None`` if the disk has no room for it."""
         try:
-            return self._files.open_shared(self._top / _LEDGER)
+            return self._files.open_shared(self._top / LEDGER)
         except OSError as error:
             if error.errno not in FULL:
                 raise
@@ -331,7 +252,7 @@ class FolderUsage:
             except BlockingIOError:
                 if self._clock() > until:
                     raise OSError(
-                        errno.ETIMEDOUT, f"{_LEDGER} is locked by a process that doesn't go on"
+                        errno.ETIMEDOUT, f"{LEDGER} is locked by a process that doesn't go on"
                     ) from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
@@ -392,45 +313,5 @@ class FolderUsage:
             os.scandir(self._top / _WRITERS) as entries,
         ):
             for entry in entries:
-                if _TOKEN.fullmatch(entry.name):
+                if TOKEN.fullmatch(entry.name):
                     self._lives(entry.name)
-
-
-def contents(top: Path) -> list[str]:
-    """A line for each namespace of a folder: what of, and how much as far as was noted."""
-    try:
-        names = sorted(spaces(top))
-        ledger = Ledger.loaded((top / _LEDGER).read_bytes())
-    except OSError:
-        return []
-    noted = {} if ledger is None else ledger.spaces
-    return [
-        f"namespace {name}, {noted.get(name, Space()).nbytes / (1 << 30):.2f} GiB: "
-        f"{described(top / name)}"
-        for name in names
-    ]
-
-
-def _take_off(ledger: Ledger, removal: Removal) -> None:
-    """Less is there, unless a count that ended meanwhile may know it already."""
-    known = ledger.spaces.get(removal.space)
-    if known is not None and known.count == removal.count:
-        known.nbytes = max(0, known.nbytes - removal.nbytes)
-
-
-def _save(fd: int, ledger: Ledger) -> None:
-    try:
-        data = ledger.dumped()
-        os.pwrite(fd, data, 0)
-        if os.fstat(fd).st_size > len(data):
-            os.ftruncate(fd, len(data))
-    except OSError as error:
-        # On a full disk it stays as it was, or is damaged and made anew: little can be written.
-        if error.errno not in FULL:
-            raise
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
-        raise ValueError(f"{value!r} isn't a number of bytes")
-    return value

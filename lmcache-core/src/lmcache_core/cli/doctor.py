@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lmcache_core.builtin.filesystem_usage import contents
+from lmcache_core.builtin.filesystem_ledger import contents
 from lmcache_core.cli.config import add_options, load
 from lmcache_core.collision import refuse_upstream
 from lmcache_core.config import BackendSection, Config
