@@ -295,15 +295,22 @@ def test_reset_forgets(start: Start) -> None:
         assert engine.hit(prompt()) == 192
 
 
-def test_reset_forgets_the_disk_too(start: Start, tmp_path: Path) -> None:
-    with start({"LMCACHE_LOCAL_DISK": str(tmp_path)}) as engine:
+def test_a_reset_leaves_the_disk_to_others(start: Start, tmp_path: Path) -> None:
+    disk = {"LMCACHE_LOCAL_DISK": str(tmp_path)}
+    with start(disk) as engine:
         engine.ask(prompt())
         engine.worker.mover.flush(30)
         assert engine.llm.reset_prefix_cache(reset_connector=True)
-        assert engine.hit(prompt()) == 0, "whether or not the files are gone yet"
+        assert engine.hit(prompt()) == 0, "its weights may be others now"
         assert engine.hit(prompt()) == 192
-    with start({"LMCACHE_LOCAL_DISK": str(tmp_path)}) as engine:
-        assert engine.hit(prompt()) == 0, "after a reset, chunks may be of other weights"
+        engine.ask(prompt(seed=5))
+        engine.worker.mover.flush(30)
+    with start(disk) as engine:
+        assert engine.hit(prompt()) == 192, "what was stored before the reset is still right"
+        assert engine.hit(prompt(seed=5)) == 0, "what was computed after it may not be"
+    with start({**disk, "LMCACHE_WEIGHTS_MAY_CHANGE": "false"}) as engine:
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
+        assert engine.hit(prompt()) == 192
 
 
 def test_requests_that_ask_not_to_be_saved(start: Start) -> None:

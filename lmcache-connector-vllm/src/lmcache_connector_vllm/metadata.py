@@ -43,7 +43,6 @@ class StepPlan(KVConnectorMetadata):
     fetches: list[FetchOp] = field(default_factory=list)
     acknowledged: dict[int, int] = field(default_factory=dict)
     """For each rank, of how many of its failed steps the scheduler knew: see `Mover.fence`."""
-    clear_tiers: bool = False
     adapters: dict[str, AdapterUse] = field(default_factory=dict)
     """What the requests that this step computes are taken to compute with."""
 

@@ -117,7 +117,6 @@ class SchedulerSide:
         self._receiving: dict[str, Hold] = {}
         self._sources: dict[str, tuple[int, int]] = {}
         self._acknowledged: dict[int, int] = {}
-        self._clear_tiers = False
         self._epoch = ""
 
     def _open_tiers(self, ranks: int, rope: Rope | None, weights: str) -> None:
@@ -152,7 +151,7 @@ class SchedulerSide:
         """Remember a request, and start asking slow tiers before vLLM schedules it."""
         tracked = self._track(request)
         known = self._adapter_known(tracked)
-        if known and self._tiers and tracked.loads and tracked.lookup is None:
+        if known and self._asks_tiers and tracked.loads and tracked.lookup is None:
             self._look_up(tracked)
 
     def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
@@ -225,6 +224,8 @@ class SchedulerSide:
         params = request.kv_transfer_params
         limit = self._settings.config.core.priority_limit
         usable = identity.cacheable(request) and (limit is None or request.priority <= limit)
+        if self._epoch and not self._settings.config.core.local_cpu:
+            usable = False  # there is no place for what this engine alone may see
         tracked = self._requests[request.request_id] = _Tracked(
             request,
             self._hasher(request),
@@ -280,13 +281,17 @@ class SchedulerSide:
             if one.adapter is not None and one.adapter.changed(board):
                 one.saves = False
 
+    @property
+    def _asks_tiers(self) -> bool:
+        return bool(self._tiers) and not self._epoch
+
     def _look_up(self, tracked: _Tracked) -> PrefixLookup:
         request, core = tracked.request, self._settings.config.core
         tokens = request.all_token_ids
         hasher, size = tracked.hasher, self._chunk_tokens
         tracked.lookup_chunks = len(tokens) // size
         counts = [size] * tracked.lookup_chunks
-        if self._tiers or core.save_unfull_chunk:
+        if self._asks_tiers or core.save_unfull_chunk:
             keys = list(hasher.extend(tokens))
             if core.save_unfull_chunk and (tail := hasher.tail(tokens)) is not None:
                 keys.append(ChunkKey(tail))
@@ -303,7 +308,7 @@ class SchedulerSide:
             self._planner,
             find,
             counts,
-            locate=self._locate if self._tiers else None,
+            locate=self._locate if self._asks_tiers else None,
             submit=self._fetches.extend,
             deadline_s=core.blocking_timeout_secs,
         )
@@ -387,9 +392,8 @@ class SchedulerSide:
             loads=self._loads,
             fetches=self._fetches[:],
             acknowledged=dict(self._acknowledged),
-            clear_tiers=self._clear_tiers,
         )
-        self._loads, self._clear_tiers = [], False
+        self._loads = []
         self._fetches.clear()
         self._stop_changed(self._requests.values())
         for new in output.scheduled_new_reqs:
@@ -531,19 +535,32 @@ class SchedulerSide:
         self._sources.pop(request.request_id, None)
 
     def reset(self) -> bool:
-        """Forget all chunks, in host memory and in tiers that can, and never believe one again.
+        """Forget all chunks in host memory, and never believe one of changed weights.
 
-        vLLM's users reset when they have changed the weights. So what is stored from now on is
-        stored under names of a new epoch: nothing from before is found again, in whatever tier,
-        and nothing from after passes for the original weights' when the server restarts.
+        vLLM resets in ``/pause`` and ``/sleep``, too, and doesn't say whether weights are changed.
+        Slow tiers are shared: they keep what they have, which was computed with the weights that
+        its names say. Where this engine's may change, it has names of its own from now on, which
+        no other process can make, and keeps what has them in its host memory only.
         """
+        chunks = self._planner.clear()
+        logger.info("Reset: forgot %d chunks in host memory", chunks)
+        names = [tier.name for tier in self._tiers[0].tiers] if self._tiers else []
+        if not self._settings.config.core.weights_may_change:
+            for name in names:
+                logger.info("Reset: %s keeps its chunks, and this engine goes on using them", name)
+            return True
         self._epoch = uuid.uuid4().hex
+        self._planner.persist = False
         for tracked in self._requests.values():
             self._end_lookup(tracked)
             tracked.loads = tracked.saves = False
-        chunks = self._planner.clear()
-        self._clear_tiers = bool(self._tiers)
-        logger.info("Reset: forgot %d chunks in host memory", chunks)
+        for name in names:
+            logger.warning(
+                "Reset: %s keeps its chunks for those who share it; this engine neither loads from "
+                "it nor stores there until it restarts, because its weights may have been changed. "
+                "If nobody changes them while it runs, set weights_may_change=false",
+                name,
+            )
         return True
 
     def take_events(self) -> Iterable[KVCacheEvent]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,7 +98,6 @@ class WorkerSide:
         self._layer_of: dict[str, int] = {}
         self._layer_loads: list[Future[None]] = []
         self._layers_stored: set[int] = set()
-        self._clearing: Future[int] | None = None
         self._lock = threading.Lock()
         self._received: set[str] = set()
         self._invalid_blocks: set[int] = set()
@@ -161,8 +160,6 @@ class WorkerSide:
         self._mover.fence(plan.acknowledged.get(self._rank, 0))
         self._refuse_other_adapters(plan)
         self._mover.fetch(plan.fetches)
-        if plan.clear_tiers and self._tiers is not None and self._loop is not None:
-            self._clearing = self._loop.submit(self._tiers.clear())
 
     def _refuse_other_adapters(self, plan: StepPlan) -> None:
         """Take out of the plan what was made for another adapter than is loaded.
@@ -356,8 +353,6 @@ class WorkerSide:
         if self._adapters is not None:
             self._adapters.close()
         self._background.shutdown(wait=True)
-        if self._clearing is not None:
-            wait([self._clearing], FLUSH_AT_SHUTDOWN_S)
         if self._mover is not None and not self._mover.flush(FLUSH_AT_SHUTDOWN_S):
             logger.warning("Stopped before all chunks were written to the slow tiers")
         if self._tiers is not None:

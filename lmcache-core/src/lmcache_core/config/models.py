@@ -91,6 +91,11 @@ class CoreConfig(BaseModel):
     enable_kv_events: bool = Field(
         False, description="Tell the engine which blocks were stored, for routers."
     )
+    weights_may_change: bool = Field(
+        True,
+        description="Whether an engine's weights may be replaced while it runs. After each reset "
+        "(vLLM's `/pause`, `/sleep`, `/reset_prefix_cache`) it then uses its own host memory only.",
+    )
     lmcache_instance_id: str | None = Field(
         None, description="Name of this instance in logs and metrics."
     )

@@ -1,0 +1,195 @@
+"""What the scheduler's half promises vLLM, without an engine: resets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
+
+pytest.importorskip("vllm.distributed.kv_events")
+
+from lmcache_connector_vllm.scheduler import SchedulerSide  # noqa: E402
+from lmcache_connector_vllm.settings import Settings  # noqa: E402
+from lmcache_core.config import load_config  # noqa: E402
+from lmcache_core.keys import CacheNamespace, ChunkKey  # noqa: E402
+from lmcache_core.layout import DType, KVLayout, full_attention  # noqa: E402
+from lmcache_core.mover import slots_in  # noqa: E402
+from lmcache_core.plan import FetchOp, Report, StoreOp  # noqa: E402
+from lmcache_core.plugins import Plugins  # noqa: E402
+
+CHUNK, SLOTS = 16, 40
+NAMESPACE = CacheNamespace(
+    model="m",
+    layout=KVLayout(CHUNK, (full_attention(layers=1, heads=1, head_size=8, dtype=DType.BF16),)),
+)
+Make = Callable[..., SchedulerSide]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    """A scheduler's half with `SLOTS` slots; with ``disk`` it has a tier."""
+    made: list[SchedulerSide] = []
+
+    def start(*, disk: bool = False, **options: Any) -> SchedulerSide:
+        slot_bytes = (1 << 30) // slots_in(1 << 30, NAMESPACE)
+        gib = SLOTS * slot_bytes / 2**30
+        extra: dict[str, Any] = {"lmcache.chunk_size": CHUNK, "lmcache.max_local_cpu_size": gib}
+        if disk:
+            extra |= {"lmcache.local_disk": str(tmp_path), "lmcache.max_local_disk_size": 1}
+        extra |= {f"lmcache.{name}": value for name, value in options.items()}
+        plugins = Plugins()
+        config = load_config(plugins, engine=("test", extra))
+        settings = Settings(config, plugins, saves=True, asynchronous=False, layerwise=False)
+        side = SchedulerSide(settings, NAMESPACE, ranks=1, block_tokens=16, events=True)
+        assert side._planner.slots == SLOTS
+        made.append(side)
+        return side
+
+    yield start
+    for side in made:
+        side.close()
+
+
+def request(name: str, chunks: int, first: int = 0, **more: Any) -> Any:
+    tokens = [*range(first, first + chunks * CHUNK), 7]
+    facts = {
+        "request_id": name,
+        "kv_transfer_params": None,
+        "priority": 0,
+        "prompt_token_ids": tokens,
+        "prompt_embeds": None,
+        "resumable": False,
+        "cache_salt": None,
+        "mm_features": [],
+        "all_token_ids": tokens,
+        "num_tokens": len(tokens),
+        "num_prompt_tokens": len(tokens),
+        "lora_request": None,
+        "skip_reading_prefix_cache": False,
+    }
+    return SimpleNamespace(**{**facts, **more})
+
+
+def step(side: SchedulerSide, *new: Any) -> Any:
+    """A step in which ``new`` are computed from their first token on."""
+    scheduled = [
+        SimpleNamespace(
+            req_id=one.request_id,
+            block_ids=(list(range(one.num_tokens // 16 + 1)),),
+            num_computed_tokens=0,
+        )
+        for one in new
+    ]
+    return side.plan_step(
+        SimpleNamespace(  # type: ignore[arg-type]
+            scheduled_new_reqs=scheduled,
+            num_scheduled_tokens={one.request_id: one.num_tokens for one in new},
+            scheduled_cached_reqs=SimpleNamespace(req_ids=[], resumed_req_ids=set()),
+        )
+    )
+
+
+def done(side: SchedulerSide, ops: Sequence[StoreOp | FetchOp]) -> None:
+    marks = dict.fromkeys((op.op for op in ops), 1)
+    side._planner.settle(Report(ok=marks, released=dict(marks)))
+
+
+def store(side: SchedulerSide, one: Any) -> list[StoreOp]:
+    side.matched_tokens(one, 0)
+    side.load_into(one, [], 0)
+    plan = step(side, one)
+    ops = [op for stores in plan.stores for op in stores.ops]
+    done(side, ops)
+    side.request_finished(one)
+    return ops
+
+
+def answers(side: SchedulerSide, monkeypatch: pytest.MonkeyPatch, tier: int = 0) -> None:
+    """Let the slow tier have everything, and say so at once."""
+
+    def locate(keys: Sequence[ChunkKey]) -> Future[list[int]]:
+        found: Future[list[int]] = Future()
+        found.set_result([tier] * len(keys))
+        return found
+
+    monkeypatch.setattr(side, "_locate", locate)
+
+
+# -- resets ------------------------------------------------------------------------------------
+
+
+def test_a_reset_empties_no_tier_and_uses_none_from_then_on(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    side = make(disk=True)
+    before = store(side, request("before", 4))
+    assert all(op.persist for op in before)
+    answers(side, monkeypatch)
+    assert side.reset()
+    assert side._planner.chunks == 0
+    again = request("again", 4)
+    side.new_request(again)
+    assert side.matched_tokens(again, 0) == (0, False), "the tier's are of other weights"
+    side.load_into(again, [], 0)
+    ops = [op for stores in step(side, again).stores for op in stores.ops]
+    assert len(ops) == 4
+    assert not any(op.persist for op in ops), "nobody else could find it, nor this one later"
+    assert not {op.key for op in ops} & {op.key for op in before}
+    done(side, ops)
+    assert side.matched_tokens(request("third", 4), 0) == (4 * CHUNK, False)
+    assert "forgot 4 chunks in host memory" in caplog.text
+    assert "local_disk keeps its chunks" in caplog.text
+    assert "set weights_may_change=false" in caplog.text
+
+
+def test_two_resets_share_nothing(make: Make) -> None:
+    side = make()
+    names = []
+    for n in range(3):
+        names.append({op.key for op in store(side, request(f"r{n}", 4))})
+        side.reset()
+    assert not names[0] & names[1]
+    assert not names[1] & names[2]
+    assert side._planner.chunks == 0
+
+
+def test_what_ran_during_a_reset_is_neither_loaded_nor_stored(make: Make) -> None:
+    side = make()
+    store(side, request("before", 4))
+    running = request("running", 4)
+    assert side.matched_tokens(running, 0)[0] == 4 * CHUNK
+    side.reset()
+    assert side.matched_tokens(running, 0) == (0, False)
+    side.load_into(running, [], 0)
+    assert step(side, running).stores == []
+    assert side._planner.leases == 0
+
+
+def test_weights_that_never_change_keep_their_tiers_through_a_reset(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    side = make(disk=True, weights_may_change=False)
+    before = store(side, request("before", 4))
+    assert side.reset()
+    assert side._planner.chunks == 0
+    answers(side, monkeypatch)
+    again = request("again", 4)
+    side.new_request(again)
+    assert side.matched_tokens(again, 0) == (None, False)
+    plan = step(side)
+    assert [op.key for op in plan.fetches] == [op.key for op in before]
+    done(side, plan.fetches)
+    assert side.matched_tokens(again, 0) == (4 * CHUNK, False)
+    assert "goes on using them" in caplog.text
+
+
+def test_without_host_memory_nothing_is_kept_after_a_reset(make: Make) -> None:
+    side = make(disk=True, local_cpu=False)
+    side.reset()
+    assert store(side, request("after", 4)) == []
