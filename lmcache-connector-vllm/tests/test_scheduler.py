@@ -1,4 +1,4 @@
-"""What the scheduler's half promises vLLM, without an engine: resets."""
+"""What the scheduler's half promises vLLM, without an engine: resets and events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
-pytest.importorskip("vllm.distributed.kv_events")
+kv_events = pytest.importorskip("vllm.distributed.kv_events")
 
 from lmcache_connector_vllm.scheduler import SchedulerSide  # noqa: E402
 from lmcache_connector_vllm.settings import Settings  # noqa: E402
@@ -193,3 +193,49 @@ def test_without_host_memory_nothing_is_kept_after_a_reset(make: Make) -> None:
     side = make(disk=True, local_cpu=False)
     side.reset()
     assert store(side, request("after", 4)) == []
+
+
+# -- events ------------------------------------------------------------------------------------
+
+
+def test_events_have_vllms_medium_and_the_chunks_tokens(make: Make) -> None:
+    side = make()
+    ops = store(side, request("one", 2))
+    stored = list(side.take_events())
+    assert [event.medium for event in stored] == [kv_events.MEDIUM_CPU] * 2 == ["CPU"] * 2
+    assert [event.token_ids for event in stored] == [list(range(16)), list(range(16, 32))]
+    side._planner.forget(ops[0].key)
+    gone = list(side.take_events())
+    assert [type(event) for event in gone] == [kv_events.BlockRemoved] * 2
+    assert {event.medium for event in gone} == {"CPU"}
+
+
+@pytest.mark.parametrize("unfull", [False, True])
+def test_what_comes_from_a_tier_is_an_event_when_it_is_here(
+    make: Make, monkeypatch: pytest.MonkeyPatch, unfull: bool
+) -> None:
+    side = make(disk=True, save_unfull_chunk=unfull)
+    answers(side, monkeypatch)
+    one = request("one", 3)
+    assert side.matched_tokens(one, 0) == (None, False)
+    plan = step(side)
+    assert len(plan.fetches) == 3 + unfull
+    assert list(side.take_events()) == []
+    failed = plan.fetches.pop(2)
+    done(side, plan.fetches)
+    side._planner.settle(Report(bad={failed.op: 1}, released={failed.op: 1}))
+    stored = list(side.take_events())
+    assert [e.token_ids for e in stored if isinstance(e, kv_events.BlockStored)][:2] == [
+        list(range(16)),
+        list(range(16, 32)),
+    ]
+    came = [e.block_hashes for e in stored if isinstance(e, kv_events.BlockStored)]
+    assert stored[0].parent_block_hash is None
+    assert [stored[1].parent_block_hash] == stored[0].block_hashes
+    side.request_finished(one)
+    side.reset()
+    went = [e.block_hashes for e in side.take_events()]
+    went += [e.block_hashes for e in stored if isinstance(e, kv_events.BlockRemoved)]
+    assert sorted(went) == sorted(came), "each that came has gone, and no other"
+    assert side._events is not None
+    assert side._events._planned == {}

@@ -368,6 +368,16 @@ def test_events() -> None:
     assert op is not None
     plan.settle(failed(op))
     assert seen == [("ready", key(1)), ("evicted", key(1)), ("failed", key(2))]
+    seen.clear()
+    hold = plan.acquire([])
+    fetches = [plan.plan_fetch(key(3), 16, 0, hold)]
+    plan.settle(done(*[op for op in fetches if op]))
+    hold.release()
+    hold = plan.acquire([])
+    fetches = [plan.plan_fetch(key(4), 16, 0, hold)]
+    plan.settle(failed(*[op for op in fetches if op]))
+    hold.release()
+    assert seen == [("ready", key(3)), ("evicted", key(3)), ("failed", key(4))]
 
 
 @pytest.mark.parametrize("index", INDEXES)

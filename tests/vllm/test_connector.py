@@ -435,7 +435,7 @@ def test_kv_events(start: Start) -> None:
 
             def received() -> list[BlockStored]:
                 batch = decoder.decode(subscriber.recv_multipart()[-1])
-                return [e for e in batch.events if isinstance(e, BlockStored) and e.medium == "cpu"]
+                return [e for e in batch.events if isinstance(e, BlockStored) and e.medium == "CPU"]
 
             seed = 1
             while not subscriber.poll(100):  # a publisher drops what it sends before it connects

@@ -1,22 +1,20 @@
 """KV events: tells vLLM's event stream which chunks host memory gained and lost.
 
 Consumers (routers) see a chunk as a block of ``chunk_size`` tokens on medium
-``cpu``; its hash is the first 8 bytes of our digest.
+``CPU``; its hash is the first 8 bytes of our digest.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVCacheEvent
+from vllm.distributed.kv_events import MEDIUM_CPU, BlockRemoved, BlockStored, KVCacheEvent
 
 from lmcache_core.hashing import PrefixHasher
 from lmcache_core.keys import ChunkKey
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
-
-MEDIUM = "cpu"
 
 
 def block_hash(key: bytes) -> int:
@@ -38,7 +36,7 @@ class ChunkEvents:
     def planned(
         self, key: ChunkKey, request: Request, begin: int, tokens: int, hasher: PrefixHasher
     ) -> None:
-        """A store was planned; it becomes an event if it succeeds."""
+        """A store or fetch was planned; it becomes an event if it succeeds."""
         index = begin // self._chunk_tokens
         lora = request.lora_request
         self._planned[key] = BlockStored(
@@ -47,7 +45,7 @@ class ChunkEvents:
             token_ids=list(request.all_token_ids[begin : begin + tokens]),
             block_size=tokens,
             lora_id=lora.lora_int_id if lora is not None else None,
-            medium=MEDIUM,
+            medium=MEDIUM_CPU,
             lora_name=lora.lora_name if lora is not None else None,
         )
 
@@ -57,12 +55,12 @@ class ChunkEvents:
             self._events.append(event)
 
     def failed(self, key: ChunkKey) -> None:
-        """A planned store didn't happen."""
+        """What was planned didn't happen."""
         self._planned.pop(key, None)
 
     def evicted(self, key: ChunkKey) -> None:
         """A chunk left host memory."""
-        self._events.append(BlockRemoved(block_hashes=[block_hash(key)], medium=MEDIUM))
+        self._events.append(BlockRemoved(block_hashes=[block_hash(key)], medium=MEDIUM_CPU))
 
     def take(self) -> list[KVCacheEvent]:
         """Events since the last call."""

@@ -309,10 +309,21 @@ class SchedulerSide:
             find,
             counts,
             locate=self._locate if self._asks_tiers else None,
-            submit=self._fetches.extend,
+            submit=partial(self._submit, tracked),
             deadline_s=core.blocking_timeout_secs,
         )
         return tracked.lookup
+
+    def _submit(self, tracked: _Tracked, fetches: list[FetchOp]) -> None:
+        """Have chunks fetched by the next step; each becomes an event when it is here."""
+        self._fetches += fetches
+        if self._events is None:
+            return
+        places = {key: index for index, key in enumerate(tracked.hasher.digests)}
+        for op in fetches:
+            index = places.get(op.key, tracked.lookup_chunks)  # else it is the unfull last one
+            begin = index * self._chunk_tokens
+            self._events.planned(op.key, tracked.request, begin, op.tokens, tracked.hasher)
 
     def _locate(self, keys: Sequence[ChunkKey]) -> Future[list[int]]:
         if self._loop is None:

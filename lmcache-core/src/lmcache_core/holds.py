@@ -56,7 +56,6 @@ class Operation:
     slot: int
     results_due: int
     releases_due: int
-    fetch: bool
     failed: bool = False
 
 

@@ -41,7 +41,8 @@ class Planner:
     ``index`` is an empty one with as many slots; without, one of Python's own containers is made.
     ``keep``: whether host memory is a cache; otherwise (``local_cpu: false``) it is only where
     chunks wait on their way to and from slow tiers, and a slot is free as soon as nobody uses it.
-    ``on_ready``, ``on_failed`` (stores) and ``on_evicted`` are told about keys, for KV events.
+    ``on_ready`` and ``on_failed`` (of stores and fetches) and ``on_evicted`` are told about keys,
+    for KV events.
     """
 
     def __init__(
@@ -273,9 +274,7 @@ class Planner:
         self._next_op += 1
         self.index.insert(key, slot, parent, state)
         self._use.filled(slot, parent)
-        self._operations[op] = Operation(
-            key, slot, self._every_rank, self._every_rank, state is ChunkState.FETCHING
-        )
+        self._operations[op] = Operation(key, slot, self._every_rank, self._every_rank)
         return op
 
     def _lease_ready(self, keys: Sequence[ChunkKey]) -> list[int]:
@@ -330,7 +329,7 @@ class Planner:
             if here:
                 self._drop_with_descendants(slot)
             told = self.on_failed
-        if told is not None and not operation.fetch:
+        if told is not None:
             self._tell(told, key)
 
     def _tell(self, listener: Callable[[ChunkKey], None], key: ChunkKey) -> None:
