@@ -1,4 +1,4 @@
-"""What the scheduler's half promises vLLM, without an engine: resets and events."""
+"""What the scheduler's half promises vLLM, without an engine: leases, resets and events."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ kv_events = pytest.importorskip("vllm.distributed.kv_events")
 
 from lmcache_connector_vllm.scheduler import SchedulerSide  # noqa: E402
 from lmcache_connector_vllm.settings import Settings  # noqa: E402
+from lmcache_core.chunk_index import ChunkState  # noqa: E402
 from lmcache_core.config import load_config  # noqa: E402
 from lmcache_core.keys import CacheNamespace, ChunkKey  # noqa: E402
 from lmcache_core.layout import DType, KVLayout, full_attention  # noqa: E402
@@ -119,6 +120,68 @@ def answers(side: SchedulerSide, monkeypatch: pytest.MonkeyPatch, tier: int = 0)
         return found
 
     monkeypatch.setattr(side, "_locate", locate)
+
+
+# -- what waiting requests may lease -----------------------------------------------------------
+
+
+def test_waiting_requests_leave_half_of_host_memory_to_those_that_run(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = make(disk=True)
+    answers(side, monkeypatch)
+    queue = [request(f"r{n}", 8, first=n * 1000) for n in range(50)]
+    for one in queue:
+        side.new_request(one)
+    for _ in range(3):
+        assert all(side.matched_tokens(one, 0) == (None, False) for one in queue)
+        step(side)
+    leased = sum(1 for count in side._planner._use.leases if count)
+    assert leased == 16, "two requests of eight chunks, of twenty that may be"
+    assert side.counters.snapshot()["lookups_deferred", ()] == 48
+    running = request("running", 20, first=10**6)
+    assert len(store(side, running)) == 20
+
+
+def test_those_that_waited_are_looked_up_in_the_order_in_which_they_are_asked_for(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = make(disk=True)
+    answers(side, monkeypatch)
+    big, small = request("big", 19, first=0), request("small", 1, first=5000)
+    first = request("first", 8, first=9000)
+    for one in (first, big, small):
+        side.new_request(one)
+    assert [side.matched_tokens(one, 0)[0] for one in (first, big, small)] == [None] * 3
+    done(side, step(side).fetches)
+    need = side.matched_tokens(first, 0)[0]
+    assert need == 8 * CHUNK
+    assert [side.matched_tokens(one, 0)[0] for one in (big, small)] == [None] * 2
+    assert side._requests["small"].lookup is None, "it comes after the one that is bigger"
+    side.load_into(first, list(range(9)), need)
+    step(side)
+    for _ in range(2):
+        side.matched_tokens(big, 0)
+        done(side, step(side).fetches)
+    assert side.matched_tokens(big, 0)[0] == 19 * CHUNK
+
+
+def test_what_was_offered_stays_until_it_is_loaded(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = make(disk=True)
+    one = request("one", 8)
+    store(side, one)
+    answers(side, monkeypatch, tier=-1)
+    asking = request("asking", 8)
+    assert side.matched_tokens(asking, 0)[0] in (None, 8 * CHUNK)
+    assert side.matched_tokens(asking, 0)[0] == 8 * CHUNK
+    for n in range(1, 8):
+        store(side, request(f"other {n}", 8, first=n * 1000))
+    side.load_into(asking, list(range(9)), 8 * CHUNK)
+    (load,) = step(side).loads
+    assert len(load.ops) == 8
+    assert all(side._planner.state(op.key) is ChunkState.READY for op in load.ops)
 
 
 # -- resets ------------------------------------------------------------------------------------

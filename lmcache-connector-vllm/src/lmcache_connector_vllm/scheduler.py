@@ -34,6 +34,7 @@ from lmcache_core.plan import FetchOp, LoadOp, Report, StoreOp
 from lmcache_core.planner import Planner
 from lmcache_core.serde import Rope
 from lmcache_core.tiers import Tiers
+from lmcache_core.waiting import WaitingBudget
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVCacheEvent
@@ -110,6 +111,7 @@ class SchedulerSide:
             self._planner.on_ready = self._events.ready
             self._planner.on_failed = self._events.failed
             self._planner.on_evicted = self._events.evicted
+        self._waiting = WaitingBudget(slots, self.counters)
         self._requests: dict[str, _Tracked] = {}
         self._loads: list[RequestLoad] = []
         self._fetches: list[FetchOp] = []
@@ -151,7 +153,8 @@ class SchedulerSide:
         """Remember a request, and start asking slow tiers before vLLM schedules it."""
         tracked = self._track(request)
         known = self._adapter_known(tracked)
-        if known and self._asks_tiers and tracked.loads and tracked.lookup is None:
+        asks = known and self._asks_tiers and tracked.loads and tracked.lookup is None
+        if asks and self._may_lease(tracked, asked=False):
             self._look_up(tracked)
 
     def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
@@ -161,11 +164,15 @@ class SchedulerSide:
             return None, False
         self._check_adapter(tracked, computed)
         if not tracked.loads or request.skip_reading_prefix_cache:
+            self._end_lookup(tracked)
             return 0, False
+        if tracked.lookup is None and not self._may_lease(tracked, asked=True):
+            return None, False
         lookup = tracked.lookup or self._look_up(tracked)
         chunks = lookup.poll()
         if chunks is None:
             return None, False
+        self._waiting.holds(request.request_id, chunks)
         total = request.num_tokens
         hit = min(self._tokens_of(tracked, chunks), total)
         need = max(0, min(hit, total - 1) - computed)
@@ -208,6 +215,7 @@ class SchedulerSide:
         memory = min(self._chunk_tokens * lookup.memory_chunks, end) - start
         self._sources[request.request_id] = (max(0, memory), external - max(0, memory))
         hold, tracked.lookup = lookup.hand_on(), None
+        self._waiting.ends(request.request_id)
         if asynchronous:
             self._receiving[request.request_id] = hold
         else:
@@ -284,6 +292,11 @@ class SchedulerSide:
     @property
     def _asks_tiers(self) -> bool:
         return bool(self._tiers) and not self._epoch
+
+    def _may_lease(self, tracked: _Tracked, *, asked: bool) -> bool:
+        """Whether the request may be looked up now, which leases what is found."""
+        chunks = -(-tracked.request.num_tokens // self._chunk_tokens)
+        return self._waiting.admits(tracked.request.request_id, chunks, asked=asked)
 
     def _look_up(self, tracked: _Tracked) -> PrefixLookup:
         request, core = tracked.request, self._settings.config.core
@@ -391,6 +404,7 @@ class SchedulerSide:
         )
 
     def _end_lookup(self, tracked: _Tracked) -> None:
+        self._waiting.ends(tracked.request.request_id)
         if tracked.lookup is not None:
             tracked.lookup.close()
             tracked.lookup = None
@@ -406,6 +420,7 @@ class SchedulerSide:
         )
         self._loads = []
         self._fetches.clear()
+        self._waiting.next_step()
         self._stop_changed(self._requests.values())
         for new in output.scheduled_new_reqs:
             tracked = self._requests.get(new.req_id)

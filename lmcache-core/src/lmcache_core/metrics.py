@@ -19,6 +19,7 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "lookup_requests": ("Lookups that were answered", ()),
     "lookup_tokens": ("Tokens of their prompts", ()),
     "lookup_hit_tokens": ("Of those, tokens that could be loaded", ("tier",)),
+    "lookups_deferred": ("Requests whose lookup waited, others holding their share of slots", ()),
     "store_chunks": ("Chunks copied from an engine to host memory", ()),
     "store_bytes": ("Their bytes", ()),
     "store_dropped": ("Chunks that weren't kept; with a tier: not there", ("reason", "tier")),
