@@ -168,7 +168,7 @@ def test_what_was_planned_and_given_to_nobody_is_withdrawn() -> None:
     ops = [plan.plan_store(key(1), SPAN), plan.plan_fetch(key(2), 16, 0, hold)]
     planned = [op for op in ops if op is not None]
     plan.withdraw(planned)
-    assert lost == [key(1)]
+    assert lost == [key(1), key(2)]
     assert plan.chunks == 0
     hold.release()
     assert plan.leases == 0
