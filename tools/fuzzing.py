@@ -10,6 +10,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from lmcache_backend_infinistore import wire as infinistore
 from lmcache_backend_redis.blocking import BlockingWire, at_once
 from lmcache_backend_redis.resp import ReplyError
 from lmcache_core import Plugins, load_config
-from lmcache_core.errors import BackendError, ConfigError, FrameError
+from lmcache_core.errors import BackendError, ConfigError, FrameError, LMCacheError
 from lmcache_core.frame import HEADER_BYTES, checksums, read_header, write_header
 from lmcache_core.isolation import wire as isolation
 from lmcache_core.keys import CacheNamespace, ChunkKey
@@ -131,19 +132,26 @@ class Parsers(Target):
             "sizes": numbers,
         }
 
-    def parse(self, data: bytes, chance: random.Random) -> None:
-        given, raised = self.facts(chance), None
+    @cached_property
+    def parsers(self) -> list[tuple[Callable[..., object], int | None, list[str]]]:
+        """Each function, the bytes that it is always given, and its further parameters."""
+        found = []
         for module in self.modules:
             for name, function in inspect.getmembers(module, inspect.isfunction):
-                if not name.startswith("parse_") or function.__module__ != module.__name__:
-                    continue
-                size = self.exact.get(f"{module.__name__.rpartition('.')[2]}.{name}")
-                part = data if size is None else data[:size].ljust(size, b"\0")
-                names = list(inspect.signature(function).parameters)[1:]
-                try:
-                    function(memoryview(part), *(given[one] for one in names))
-                except self.documented as error:
-                    raised = error
+                if name.startswith("parse_") and function.__module__ == module.__name__:
+                    size = self.exact.get(f"{module.__name__.rpartition('.')[2]}.{name}")
+                    names = list(inspect.signature(function).parameters)[1:]
+                    found.append((function, size, names))
+        return found
+
+    def parse(self, data: bytes, chance: random.Random) -> None:
+        given, raised = self.facts(chance), None
+        for function, size, names in self.parsers:
+            part = data if size is None else data[:size].ljust(size, b"\0")
+            try:
+                function(memoryview(part), *(given[one] for one in names))
+            except self.documented as error:
+                raised = error
         if raised is not None:
             raise raised
 
@@ -210,7 +218,7 @@ class Isolation(Target):
     """What the process of an isolated backend says, and what it is told."""
 
     name = "isolation"
-    documented = (ConfigError, ValueError, KeyError, TypeError)
+    documented = (LMCacheError, ValueError, KeyError, TypeError)
     """A context that makes no sense may raise any of these: it comes from the engine itself."""
 
     def samples(self) -> list[bytes]:

@@ -175,7 +175,7 @@ class Served(Place):
                 at.unlink()
 
     def annoy(self) -> None:
-        if self.link is not None and self.chance.random() < 0.2:
+        if self.link is not None and self.chance.random() < 0.5:
             self.link.assail()
 
     def harm(self) -> None:

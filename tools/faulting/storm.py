@@ -272,11 +272,12 @@ class Round:
         self._findings.left += [f"{self.name}: {problem}" for problem in problems]
 
     def _annoy(self, ends: threading.Event) -> None:
-        while not ends.wait(0.03):
+        while not ends.wait(0.1):
             self._place.annoy()
 
     def _harm(self, ends: threading.Event, chance: random.Random) -> None:
-        while not ends.wait(chance.uniform(1.0, 6.0)):
+        # Each opens the breaker for ten seconds, in which nothing reaches the tier.
+        while not ends.wait(chance.uniform(3.0, 16.0)):
             self._place.harm()
 
 
