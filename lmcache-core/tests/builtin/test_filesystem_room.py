@@ -19,7 +19,7 @@ from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
 from lmcache_core.builtin.filesystem_io import NOTE_USE_AFTER_S
 from lmcache_core.builtin.filesystem_manifest import NAME, described, read
 from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.lm.disk import ForeignNamespace
+from lmcache_core.lm.folders import ForeignNamespace
 from lmcache_core.storage import MISS, BackendContext, StoreOutcome
 from lmcache_core.testing.storage import LAYOUT, keys, value
 

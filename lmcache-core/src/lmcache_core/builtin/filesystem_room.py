@@ -101,6 +101,21 @@ class Room:
                 self._refused,
             )
 
+    def retire(self) -> None:
+        """After `close`: leave nothing of a namespace that holds nothing and that nobody writes.
+
+        Raises:
+            OSError: the folder failed.
+        """
+        folder = self._top / self._space
+
+        def clean() -> None:
+            if not any(True for _ in scan(folder, self._files)):
+                self._clean(folder)
+
+        if folder.is_dir():
+            self._usage.retire(self._space, clean)
+
     def used(self) -> None:
         """The namespace is in use; others are told now and then."""
         now = self._clock()

@@ -8,13 +8,11 @@ values.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
@@ -60,6 +58,13 @@ class Folder(FilesystemBackend):
 
     async def close(self) -> None:
         await self._run(self.close_blocking)
+
+    def close_blocking(self) -> None:
+        super().close_blocking()
+        try:
+            self._room.retire()
+        except OSError as error:
+            logger.warning("disk: %s can't be tidied up: %s", self._folder, error)
 
     async def _run(self, call: Callable[..., _T], *args: Any) -> _T:
         await self._turns.acquire()
@@ -189,7 +194,6 @@ class Folders:
             return
         try:
             await entry.opening.result().close()
-            await self._pool.run(_remove_if_empty, self._top / space)
         except (BackendError, OSError, RuntimeError) as error:  # others are closed all the same
             logger.warning("disk: folder %s wasn't closed: %s", space, error)
 
@@ -200,16 +204,3 @@ class Folders:
 
     async def _is_there(self, space: str) -> bool:
         return not self._closed and await self._pool.run(os.path.isdir, self._top / space)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    """Leave nothing of a namespace that holds nothing."""
-    try:
-        inside = os.listdir(folder)
-    except OSError:  # it was never made
-        return
-    for name in inside:
-        with contextlib.suppress(OSError):  # there is something in it
-            os.rmdir(folder / name)
-    with contextlib.suppress(OSError):
-        os.rmdir(folder)
