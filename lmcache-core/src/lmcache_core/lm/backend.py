@@ -145,6 +145,8 @@ class LmBackend(StorageBackend):
         self._context = None
         open_ones = [*self._connections.values(), *self._dead]
         self._connections, self._dead = {}, []
+        for connection in open_ones:  # now: a task that is cancelled before it began does nothing
+            connection.end()
         await asyncio.gather(*(connection.close() for connection in open_ones))
 
     # -- inside ----------------------------------------------------------------------------

@@ -118,9 +118,13 @@ class Connection:
         finally:
             self.waiting_bytes -= nbytes
 
-    async def close(self) -> None:
-        """Fail what is under way and end both threads. Idempotent."""
+    def end(self) -> None:
+        """Fail what is under way; both threads will end. Idempotent."""
         self._fail(BackendUnavailable(f"{self.address}: the backend was closed"))
+
+    async def close(self) -> None:
+        """`end`, and wait for the threads."""
+        self.end()
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with self._lock:
             if self._running:
