@@ -114,11 +114,17 @@ def opened(run: Loop, options: dict[str, Any], namespace: CacheNamespace = NAMES
 
 ELSEWHERE = {
     "backend.LmBackend.capabilities": "core asks for them",
+    "backend.LmBackend._notice": "the server is another user's",
     "connection.Connection.ended": "a connection failed before",
     "line.Line.drain": "values come for a call that was given up, by chance",
     "line.Line.refusal": "the server refuses",
     "line.Line.tick": "nothing moves for half a second",
     "mapping.is_sealed": "the server's",
+    **dict.fromkeys(
+        (f"mapping.Backing.{name}" for name in ("__init__", "_next_data", "close", "holds")),
+        "the same",
+    ),
+    **dict.fromkeys(("stream.Plain.binding", "stream.Tls.binding"), "there is no token"),
     "shared.Staging.withdraw": "an offer is given up before its answer comes, by chance",
 }
 ELSEWHERE |= dict.fromkeys(
@@ -284,7 +290,10 @@ SERVERS_ELSEWHERE = {
     "service.Service.log": "a client is rude",
     "session.Session._refuse": "the same",
     "session.Session.check": "once a second",
+    "session.Session._do_long": "requests with thousands of keys",
+    "session.Session._prove": "there is no token",
     "wire.Wire.is_stalled": "the same",
+    "values.Held.discard": "the memory is full half way through a value",
     "values.Held.drop": "an offer is taken back",
     "values.Held.live": "for tests",
     "values.Values.totals": "for operators",
