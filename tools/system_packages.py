@@ -148,6 +148,13 @@ PARTS = (
         _TESTS,
     ),
     Part(
+        "libcurl.so.4",
+        "libcurl4",
+        "Mooncake's client and its master",
+        partial(_library, "libcurl.so.4"),
+        _TESTS,
+    ),
+    Part(
         "infiniband/verbs.h",
         "libibverbs-dev",
         "tests over an emulated NIC",

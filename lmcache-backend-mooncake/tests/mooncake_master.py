@@ -27,7 +27,7 @@ PATIENCE_S = 20.0
 
 def need_libraries() -> None:
     """The wheel's own parts load these."""
-    need("libibverbs.so.1", "libnuma.so.1")
+    need("libibverbs.so.1", "libnuma.so.1", "libcurl.so.4")
 
 
 def binary() -> str:

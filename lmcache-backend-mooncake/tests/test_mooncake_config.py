@@ -247,4 +247,4 @@ except Exception as error:
     run = [sys.executable, "-c", code]
     environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
     told = subprocess.run(run, capture_output=True, text=True, check=True, env=environ).stdout
-    assert "apt-get install libibverbs1 libnuma1" in told
+    assert "apt-get install libibverbs1 libnuma1 libcurl4" in told

@@ -409,7 +409,11 @@ def test_every_option_is_described() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["LMCACHE_KERNEL_THREADS", "LMCACHE_KERNEL_TRITON", "LMCACHE_ENVS", "LMCACHE_VLLM_PYTHON"],
+    [
+        *("LMCACHE_KERNEL_THREADS", "LMCACHE_KERNEL_TRITON"),
+        *("LMCACHE_ENVS", "LMCACHE_INSTALL", "LMCACHE_VLLM_PYTHON"),
+        *(f"LMCACHE_TEST_{name}" for name in ("KILLS", "LAYOUTS", "SEED", "STEPS")),
+    ],
 )
 def test_variables_of_tools_and_kernels_are_no_options(name: str) -> None:
     config = load_config(Plugins(), environ={name: "anything"})

@@ -89,7 +89,9 @@ def python(tmp_path: Path) -> Path:
 
 
 def site_packages(python: str | Path) -> list[str]:
-    return run(python, "-c", "import site; print(*site.getsitepackages(), sep='\\n')").split()
+    """Those that are there: Debian's Python names more."""
+    named = run(python, "-c", "import site; print(*site.getsitepackages(), sep='\\n')").split()
+    return [folder for folder in named if Path(folder).is_dir()]
 
 
 def is_editable(dist_info: Path) -> bool:

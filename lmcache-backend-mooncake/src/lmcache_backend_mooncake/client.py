@@ -62,8 +62,8 @@ def library() -> Any:
         remedy = "reinstall it: " + INSTALL
         if "libcud" in text or "libnv" in text:
             remedy = "this wheel is for another CUDA than there is here: " + INSTALL
-        elif "libibverbs" in text or "libnuma" in text:
-            remedy = "apt-get install libibverbs1 libnuma1"
+        elif any(name in text for name in ("libibverbs", "libnuma", "libcurl")):
+            remedy = "apt-get install libibverbs1 libnuma1 libcurl4"
         raise BackendRejected(f"Mooncake's client can't be loaded ({text}): {remedy}") from error
 
 

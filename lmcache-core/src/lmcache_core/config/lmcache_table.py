@@ -252,6 +252,11 @@ ENVIRONMENT = frozenset(
         "LMCACHE_KERNEL_THREADS",
         "LMCACHE_KERNEL_TRITON",
         "LMCACHE_ENVS",
+        "LMCACHE_INSTALL",
+        "LMCACHE_TEST_KILLS",
+        "LMCACHE_TEST_LAYOUTS",
+        "LMCACHE_TEST_SEED",
+        "LMCACHE_TEST_STEPS",
         "LMCACHE_VLLM_PYTHON",
     }
 )
