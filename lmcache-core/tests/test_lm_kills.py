@@ -493,7 +493,9 @@ def test_servers_are_killed(
         names = complete(HOLDING, SERVERS_ELSEWHERE, partial(dying.record, clients))
         killed = dying.often(clients, random.Random(SEED))
     del clients
-    gc.collect()
-    eventually(lambda: holdings(os.getpid()) <= before, "clients left something")
+    # Threads that end a little later still held something: collected each time.
+    eventually(
+        lambda: gc.collect() >= 0 and holdings(os.getpid()) <= before, "clients left something"
+    )
     where = covered(killed, names)
     print(f"seed {SEED}: {SERVERS} servers killed at {where}; clients' slots and leases at rest 0")
