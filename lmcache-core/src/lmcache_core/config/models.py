@@ -94,7 +94,7 @@ class CoreConfig(BaseModel):
     weights_may_change: bool = Field(
         True,
         description="Whether an engine's weights may be replaced while it runs. After each reset "
-        "(vLLM's `/pause`, `/sleep`, `/reset_prefix_cache`) it then uses its own host memory only.",
+        "of its prefix cache it then uses its own host memory only.",
     )
     lmcache_instance_id: str | None = Field(
         None, description="Name of this instance in logs and metrics."
