@@ -16,7 +16,7 @@ import pytest
 import xxhash
 
 from lmcache_core.builtin.filesystem_io import ChunkFiles
-from lmcache_core.builtin.filesystem_ledger import Ledger, Removal, Space
+from lmcache_core.builtin.filesystem_ledger import Removal, Space, UsageLedger
 from lmcache_core.builtin.filesystem_usage import BLOCKS, LOCK_PATIENCE_S, FolderUsage
 
 A, B = "a" * 16, "b" * 16
@@ -27,8 +27,8 @@ def usage(top: Path, space: str = A, most: int | None = 100 * KIB, **options: An
     return FolderUsage(top, space, ChunkFiles("disk", direct=False, fsync=False), most, **options)
 
 
-def ledger(top: Path) -> Ledger:
-    found = Ledger.loaded((top / ".usage").read_bytes())
+def ledger(top: Path) -> UsageLedger:
+    found = UsageLedger.loaded((top / ".usage").read_bytes())
     assert found is not None
     return found
 
@@ -43,21 +43,21 @@ def wrote(one: FolderUsage, nbytes: int) -> None:
 
 
 def test_a_ledger_is_read_as_it_was_written() -> None:
-    one = Ledger(True, {A: Space(5, 9), B: Space()}, {"0" * 16: (A, 7)})
-    assert Ledger.loaded(one.dumped()) == one
+    one = UsageLedger(True, {A: Space(5, 9), B: Space()}, {"0" * 16: (A, 7)})
+    assert UsageLedger.loaded(one.dumped()) == one
     assert len(one.dumped()) == 4096
     assert one.total == 12
 
 
 def test_a_damaged_ledger_is_none_at_all() -> None:
-    data = Ledger(True, {A: Space(5, 9)}, {"0" * 16: (A, 7)}).dumped()
+    data = UsageLedger(True, {A: Space(5, 9)}, {"0" * 16: (A, 7)}).dumped()
     seeds = random.Random(1)
     for _ in range(2000):
         damaged = bytearray(data)
         damaged[seeds.randrange(200)] ^= 1 << seeds.randrange(8)
-        found = Ledger.loaded(bytes(damaged))
+        found = UsageLedger.loaded(bytes(damaged))
         assert found is None or found.dumped() == data  # blanks at the end
-    assert all(Ledger.loaded(data[:end]) is None for end in range(len(data.rstrip())))
+    assert all(UsageLedger.loaded(data[:end]) is None for end in range(len(data.rstrip())))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_damaged_ledger_is_none_at_all() -> None:
 def test_a_ledger_that_says_something_else(facts: object) -> None:
     text = json.dumps(facts).encode()
     line = text + b"\n" + xxhash.xxh3_64_hexdigest(text).encode() + b"\n"
-    assert Ledger.loaded(line) is None
+    assert UsageLedger.loaded(line) is None
 
 
 # -- writers -------------------------------------------------------------------------------

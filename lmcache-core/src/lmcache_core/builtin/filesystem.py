@@ -26,7 +26,7 @@ from lmcache_core.builtin.filesystem_io import (
     size_of,
     sync_folder,
 )
-from lmcache_core.builtin.filesystem_room import ATTEMPTS, Room
+from lmcache_core.builtin.filesystem_room import ATTEMPTS, FolderRoom
 from lmcache_core.builtin.filesystem_scan import place, scan
 from lmcache_core.errors import BackendRejected
 from lmcache_core.frame import MAGIC, may_start
@@ -88,7 +88,7 @@ class FilesystemBackend(BlockingBackend):
         self._folder = self._top / space
         self._files = ChunkFiles(name, direct=self._config.direct_io, fsync=fsync)
         max_bytes = None if bound is None else int(bound * _GIB)
-        self._room = Room(self._top, space, self._files, max_bytes, name=name)
+        self._room = FolderRoom(self._top, space, self._files, max_bytes, name=name)
         self._index = self._room.index
         self._writes = False
 

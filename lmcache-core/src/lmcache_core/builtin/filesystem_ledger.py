@@ -55,7 +55,7 @@ class Standing:
 
 
 @dataclass
-class Ledger:
+class UsageLedger:
     """The content of ``.usage``. ``counted``: the files were counted since it was made."""
 
     counted: bool = False
@@ -83,7 +83,7 @@ class Ledger:
         return line.ljust(-(-len(line) // _PAGE) * _PAGE)
 
     @classmethod
-    def loaded(cls, data: bytes) -> Ledger | None:
+    def loaded(cls, data: bytes) -> UsageLedger | None:
         """What `dumped` wrote; ``None`` if it is anything else."""
         text, _, rest = data.partition(b"\n")
         if rest.strip() != xxhash.xxh3_64_hexdigest(text).encode():
@@ -124,7 +124,7 @@ def contents(top: Path) -> list[str]:
     """A line for each namespace of a folder: what of, and how much as far as was noted."""
     try:
         names = sorted(spaces(top))
-        ledger = Ledger.loaded((top / LEDGER).read_bytes())
+        ledger = UsageLedger.loaded((top / LEDGER).read_bytes())
     except OSError:
         return []
     noted = {} if ledger is None else ledger.spaces

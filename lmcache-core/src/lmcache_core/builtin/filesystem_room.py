@@ -36,7 +36,7 @@ UNWRITTEN_S = 60.0
 it. Of what was found at the start, these files are looked at."""
 
 
-class Room:
+class FolderRoom:
     """Room for one namespace's chunks in a folder that others write to as well. Thread-safe.
 
     ``max_bytes`` bounds the whole folder. ``clock`` is compared with files' times.

@@ -29,10 +29,10 @@ from lmcache_core.builtin.filesystem_io import FULL, ChunkFiles, remove
 from lmcache_core.builtin.filesystem_ledger import (
     LEDGER,
     TOKEN,
-    Ledger,
     Removal,
     Space,
     Standing,
+    UsageLedger,
 )
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class FolderUsage:
         self._sleep = sleep
         self._token = secrets.token_hex(8)
         self._alive: weakref.finalize[..., FolderUsage] | None = None
-        self._alone: Ledger | None = None
+        self._alone: UsageLedger | None = None
         self._lock = threading.Lock()
         self._granted = self._written = self._removed = self._reserved = self._count = 0
         self.uncounted = False
@@ -204,7 +204,7 @@ class FolderUsage:
 
     # -- the ledger ------------------------------------------------------------------------
 
-    def _report(self, ledger: Ledger) -> None:
+    def _report(self, ledger: UsageLedger) -> None:
         """Enter what was written and removed since the last time."""
         own = ledger.spaces.setdefault(self._space, Space())
         own.nbytes += self._written
@@ -216,18 +216,18 @@ class FolderUsage:
         ledger.writers[self._token] = (self._space, self._granted)
 
     @contextlib.contextmanager
-    def _ledger(self) -> Iterator[Ledger]:
+    def _ledger(self) -> Iterator[UsageLedger]:
         """The ledger, locked, and written back unless something is raised."""
         fd = None if self._alone else self._opened()
         try:
             if fd is not None:
                 self._locked(fd)
             if fd is None or self._alone:
-                yield self._alone or Ledger()
+                yield self._alone or UsageLedger()
                 return
-            ledger = Ledger.loaded(os.pread(fd, _MOST_BYTES, 0))
+            ledger = UsageLedger.loaded(os.pread(fd, _MOST_BYTES, 0))
             if ledger is None:
-                ledger, self.uncounted = Ledger(), True
+                ledger, self.uncounted = UsageLedger(), True
             yield ledger
             ledger.save(fd)
         finally:
@@ -257,7 +257,7 @@ class FolderUsage:
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
-                self._alone = Ledger()
+                self._alone = UsageLedger()
                 logger.warning(
                     "%s: the file system of %s has no locks: max_size_gib bounds what this "
                     "process finds and writes, not what others write meanwhile",
@@ -296,7 +296,7 @@ class FolderUsage:
         remove(path)
         return False
 
-    def _bury(self, ledger: Ledger) -> None:
+    def _bury(self, ledger: UsageLedger) -> None:
         """What writers that died had set aside may be full."""
         for token, (name, nbytes) in list(ledger.writers.items()):
             if token == self._token or self._lives(token):
