@@ -285,10 +285,8 @@ def test_clients_are_killed(nursery: Nursery, run: Loop, tmp_path: Path) -> None
 SERVERS_ELSEWHERE = {
     "arena.Arena._populate": "an option",
     "disk.Disk._failed": "the disk fails",
-    "disk.Disk._log": "the same",
     "service.Epoch.revoke": "a client reads for too long",
-    "service.Service.log": "a client is rude",
-    "session.Session._refuse": "the same",
+    "session.Session._refuse": "a client is rude",
     "session.Session.check": "once a second",
     "session.Session._do_long": "requests with thousands of keys",
     "session.Session._prove": "there is no token",

@@ -29,7 +29,7 @@ from lmcache_core.errors import ConfigError, LayoutError, LeaseError
 from lmcache_core.hashing import PrefixHasher, request_root
 from lmcache_core.holds import Hold
 from lmcache_core.host_memory import HostArena
-from lmcache_core.io_loop import IOLoop
+from lmcache_core.io_loop import LATE, IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import KVLayout
 from lmcache_core.lookup import PrefixLookup
@@ -52,9 +52,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-
-_LATE = 1.05
-"""Of a deadline that the I/O loop keeps itself, how much is waited for it to say so."""
 
 
 class Session:
@@ -409,7 +406,7 @@ class Cache:
         if self._loop is None:
             raise RuntimeError("no slow tiers to ask")
         try:
-            return self._loop.run(asked, _LATE * deadline_s)
+            return self._loop.run(asked, LATE * deadline_s)
         except TimeoutError as error:
             logger.warning("Slow tiers didn't answer: %s", error)
             return otherwise

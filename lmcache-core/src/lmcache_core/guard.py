@@ -30,6 +30,7 @@ from lmcache_core.errors import (
     BackendUnavailable,
     contained,
 )
+from lmcache_core.logging import Seldom
 from lmcache_core.metrics import Counters
 from lmcache_core.redaction import without_passwords_in
 from lmcache_core.room import Room, Share
@@ -168,7 +169,7 @@ class Guard:
         self._rooms: dict[str, Room] = {}
         self._unsettled: set[asyncio.Task[Any]] = set()
         self._abandoned: set[asyncio.Task[Any]] = set()
-        self._logged: dict[str, tuple[float, int]] = {}
+        self._seldom = Seldom(logger, LOG_EVERY_S, clock)
 
     @property
     def state(self) -> BreakerState:
@@ -459,15 +460,8 @@ class Guard:
 
     def log(self, operation: str, error: BaseException) -> None:
         """Say that a call failed, at most once in `LOG_EVERY_S` for each operation."""
-        now = self._clock()
-        last, suppressed = self._logged.get(operation, (now - LOG_EVERY_S, 0))
-        if now - last < LOG_EVERY_S:
-            self._logged[operation] = (last, suppressed + 1)
-            return
-        self._logged[operation] = (now, 0)
-        more = f" ({suppressed} more since the last such line)" if suppressed else ""
-        logger.warning("%s: %s failed: %s%s", self.name, operation, _said(error), more)
-        logger.debug("%s: %s failed", self.name, operation, exc_info=error)
+        if self._seldom.warn(operation, "%s: %s failed: %s", self.name, operation, _said(error)):
+            logger.debug("%s: %s failed", self.name, operation, exc_info=error)
 
 
 @dataclass(slots=True)

@@ -20,6 +20,9 @@ from lmcache_core.guard import attempt
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+LATE = 1.05
+"""Of a deadline that what runs on a loop keeps itself, how much is waited for it to say so."""
+
 
 class IOLoop:
     """An event loop on a thread of its own, started at once. All methods are thread-safe.

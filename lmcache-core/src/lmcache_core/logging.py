@@ -53,17 +53,18 @@ class Seldom:
         self._lock = threading.Lock()
         self._said: dict[str, tuple[float, int]] = {}
 
-    def warn(self, kind: str, text: str, *arguments: object) -> None:
-        """Say it, and how often it wasn't said since the last time; or count it."""
+    def warn(self, kind: str, text: str, *arguments: object) -> bool:
+        """Say it, and how often it wasn't said since the last time; or count it, and say so."""
         now = self._clock()
         with self._lock:
             last, kept = self._said.get(kind, (now - self._every_s, 0))
             if now - last < self._every_s:
                 self._said[kind] = last, kept + 1
-                return
+                return False
             self._said[kind] = now, 0
         more = f" ({kept} more since the last such line)" if kept else ""
-        self._logger.warning("%s%s", text % arguments, more)
+        self._logger.warning("%s%s", text % arguments, more, stacklevel=2)
+        return True
 
 
 def init_logger(name: str) -> logging.Logger:

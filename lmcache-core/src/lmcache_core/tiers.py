@@ -29,7 +29,7 @@ from lmcache_core.errors import (
 from lmcache_core.frame import HEADER_BYTES, VERSION
 from lmcache_core.guard import Answer, Guard, attempted
 from lmcache_core.host_memory import keep_writers_out
-from lmcache_core.io_loop import IOLoop
+from lmcache_core.io_loop import LATE, IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import KVLayout
 from lmcache_core.metrics import Counters
@@ -49,8 +49,6 @@ __all__ = ["LoadAnswer", "StoreAnswer", "Tier", "Tiers"]
 
 logger = logging.getLogger(__name__)
 
-_LATE = 1.05
-"""Of a deadline that the I/O loop keeps itself, how much is waited for it to say so."""
 _PART = 4
 """All tiers' stores together have one part in so many of host memory at one time; so have loads."""
 _IDENTITY = re.compile(r"[!-~]{1,500}")
@@ -221,7 +219,7 @@ class Tiers:
             return
         self._closed = True
         try:
-            self._loop.run(self._close_all(timeout_s), _LATE * timeout_s)
+            self._loop.run(self._close_all(timeout_s), LATE * timeout_s)
         except (TimeoutError, RuntimeError) as error:
             logger.warning("The storage backends couldn't be closed: %s", error)
 

@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 
 from lmcache_core.builtin.filesystem import FilesystemConfig
 from lmcache_core.errors import BackendError
-from lmcache_core.guard import LOG_EVERY_S
 from lmcache_core.io_loop import IOLoop
 from lmcache_core.keys import ChunkKey
 from lmcache_core.lm.arena import Arena
 from lmcache_core.lm.folders import Folder, Folders
 from lmcache_core.lm.values import Held, Value, Values
+from lmcache_core.logging import Seldom
 from lmcache_core.metrics import Counters
 from lmcache_core.storage import MISS, StoreOutcome
 
@@ -60,7 +60,7 @@ class Disk:
         self._most_waiting = min(WAITING_BYTES, arena.capacity // 4)
         self._writes: set[Future[None]] = set()
         self._storing: dict[str, set[asyncio.Future[None]]] = {}
-        self._logged_at = -LOG_EVERY_S
+        self._seldom = Seldom(logger)
 
     def check(self) -> None:
         """Make sure that the folder can be used.
@@ -210,7 +210,9 @@ class Disk:
                 self._folders.give(value.space)
             if outcome is StoreOutcome.NOT_ADMITTED:
                 self._counters.add("server_disk_dropped", reason="full")
-                self._log("the disk is full: %s takes no more values", self._config.path)
+                self._seldom.warn(
+                    "full", "the disk is full: %s takes no more values", self._config.path
+                )
             else:
                 self._counters.add("server_disk_stores")
         finally:
@@ -245,13 +247,7 @@ class Disk:
 
     def _failed(self, operation: str, error: BaseException) -> None:
         self._counters.add("server_disk_errors", operation=operation)
-        self._log("disk: %s failed: %s", operation, error)
-
-    def _log(self, text: str, *arguments: object) -> None:
-        now = time.monotonic()
-        if now - self._logged_at >= LOG_EVERY_S:
-            self._logged_at = now
-            logger.warning(text, *arguments)
+        self._seldom.warn(operation, "disk: %s failed: %s", operation, error)
 
 
 async def _patiently(task: asyncio.Future[Any]) -> None:

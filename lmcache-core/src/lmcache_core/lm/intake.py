@@ -2,8 +2,7 @@
 
 What a client announces is checked, and takes memory as it comes: nothing before its first byte.
 Nobody sees a value before all of it is there, and what came too late or not at all gives its memory
-back. Knows nothing about
-answers, nor about values on their way out.
+back. Knows nothing about answers, nor about values on their way out.
 """
 
 from __future__ import annotations
@@ -138,7 +137,7 @@ class Intake:
             return False
         for at in range(offset, offset + size, _TURN_BYTES):
             if not region.backing.holds(at, min(_TURN_BYTES, offset + size - at)):
-                service.log("sparse", "a client offers memory that nobody has written to")
+                service.seldom.warn("sparse", "a client offers memory that nobody has written to")
                 return False
         return True
 

@@ -219,7 +219,7 @@ class Server:
     def _rests(self, error: OSError) -> None:
         self.service.counters.add("server_accept_pauses")
         text = "no descriptors for more connections, they wait: %s"
-        self.service.log("accept", text, error.strerror)
+        self.service.seldom.warn("accept", text, error.strerror)
 
     def _gone(self, client: str) -> None:
         """A connection ended. From any thread."""
@@ -382,7 +382,7 @@ class _Worker:
 def refuse(service: Service, sock: socket.socket) -> None:
     """Close a connection that is one too many."""
     service.counters.add("server_refused", reason="too_many")
-    service.log("many", "too many connections, no more are accepted (--max-connections)")
+    service.seldom.warn("many", "too many connections, no more are accepted (--max-connections)")
     sock.close()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from lmcache_core.lm.guesses import Guesses
 from lmcache_core.lm.mapping import Backing, ReadOnlyMapping
 from lmcache_core.lm.shares import Budget
 from lmcache_core.lm.values import Values
+from lmcache_core.logging import Seldom
 from lmcache_core.metrics import Counters
 
 if TYPE_CHECKING:
@@ -172,11 +172,5 @@ class Service:
     requests: Budget = field(default_factory=lambda: Budget(LONG_REQUESTS_BYTES))
     """Bytes of meta beyond what every request may have, by client."""
     guesses: Guesses = field(default_factory=Guesses)
-    log_times: dict[str, float] = field(default_factory=dict)
-
-    def log(self, kind: str, text: str, *arguments: object) -> None:
-        """One line for each ``kind`` in half a minute: peers must not fill a disk with lines."""
-        now = time.monotonic()
-        if now - self.log_times.get(kind, now - 31.0) > 30.0:
-            self.log_times[kind] = now
-            logger.warning(text, *arguments)
+    seldom: Seldom = field(default_factory=lambda: Seldom(logger))
+    """Tells of what peers do, who must not fill a disk with lines."""

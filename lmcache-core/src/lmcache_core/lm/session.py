@@ -81,7 +81,7 @@ class Session:
                 await self._serve(await self._next())
         except ProtocolError as error:
             service.counters.add("server_refused", reason=error.status.name.lower())
-            service.log(error.status.name, "%s: %s; connection closed", self.peer, error)
+            service.seldom.warn(error.status.name, "%s: %s; connection closed", self.peer, error)
             await self._refuse(error)
         except (asyncio.TimeoutError, TimeoutError):
             service.counters.add("server_refused", reason="silent")
@@ -109,11 +109,11 @@ class Session:
         until = time.monotonic() - service.stall_s
         if self._borrowed and next(iter(self._borrowed.values()))[0] < until:
             service.counters.add("server_revoked_leases")
-            service.log("lease", "%s: reads for too long; it gets a miss", self.peer)
+            service.seldom.warn("lease", "%s: reads for too long; it gets a miss", self.peer)
             self._revoke()
         if self.wire.is_stalled(service.stall_s):
             service.counters.add("server_stalled_connections")
-            service.log("stall", "%s: makes no progress; connection closed", self.peer)
+            service.seldom.warn("stall", "%s: makes no progress; connection closed", self.peer)
             return False
         return True
 
