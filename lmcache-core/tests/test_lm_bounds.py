@@ -13,8 +13,10 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import lm_service
 import pytest
 from lm_server import RunningServer
+from lm_service import a_service
 
 from lmcache_core.builtin.filesystem import FilesystemConfig
 from lmcache_core.errors import ConfigError
@@ -28,11 +30,9 @@ from lmcache_core.lm.accepting import (
     Accepting,
     connections,
 )
-from lmcache_core.lm.arena import LEASE_BYTES, Arena, whole_pages
-from lmcache_core.lm.disk import Disk
+from lmcache_core.lm.arena import Arena, whole_pages
 from lmcache_core.lm.folders import MOST_OPEN, THREADS, TURNS, Folders
 from lmcache_core.lm.protocol import HEADER_BYTES, MAX_KEYS, MAX_META_BYTES, Op, Status
-from lmcache_core.lm.service import Epochs, Regions, Service
 from lmcache_core.lm.session import META_BYTES, SCRATCH_BYTES, Session
 from lmcache_core.lm.shares import Budget, Shares
 from lmcache_core.lm.values import UNSENT_PART, Value, Values
@@ -58,23 +58,9 @@ class Served:
     """The sessions of a server, on this event loop."""
 
     def __init__(self, nbytes: int, folder: Path | None = None) -> None:
-        self.counters = Counters()
-        self.arena = Arena(nbytes)
-        self.values = Values(self.arena, self.counters)
-        self.epochs = Epochs(self.arena, LEASE_BYTES, self.counters)
-        self.service = Service(
-            self.arena,
-            self.values,
-            self.counters,
-            self.epochs,
-            Regions(self.counters),
-            instance=bytes(16),
-            max_value_bytes=self.arena.capacity,
-        )
-        if folder is not None:
-            self.service.disk = Disk(
-                folder, None, values=self.values, arena=self.arena, counters=self.counters
-            )
+        self.service = a_service(nbytes, folder)
+        self.counters, self.arena = self.service.counters, self.service.arena
+        self.values = self.service.values
         self.scratch = memoryview(bytearray(SCRATCH_BYTES))
         self.sessions: list[Session] = []
         self._open: list[tuple[asyncio.Task[None], Peer]] = []
@@ -182,17 +168,10 @@ def served(
         try:
             await work(server)
             await server.end()
-            assert server.values.leases.out == 0
             assert server.values.totals()["server_unsent_bytes"] == 0
-            used = sum(whole_pages(value.nbytes) for value in server.values._used)
-            assert server.arena.extents.free_bytes + used == server.arena.capacity
+            lm_service.check_at_rest(server.service)
         finally:
-            if server.service.disk is not None:
-                await asyncio.get_running_loop().run_in_executor(
-                    None, server.service.disk.close, 5.0
-                )
-            server.epochs.close()
-            server.arena.close()
+            await asyncio.get_running_loop().run_in_executor(None, lm_service.close, server.service)
 
     asyncio.run(run())
 

@@ -23,21 +23,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import dying
+import lm_service
 import pytest
 from dying import AWAITING, CLIENT_MODULES, KEYS, NAMESPACE, Traffic, content
+from lm_service import a_service
 from statements import Statements, Tracing
 from stepping import Chain, Sources, Stepped, Steps
 
 from lmcache_core.errors import BackendError, BackendUnavailable
 from lmcache_core.host_memory import allocate_region
 from lmcache_core.lm import handshake
-from lmcache_core.lm.arena import LEASE_BYTES, Arena, whole_pages
 from lmcache_core.lm.backend import LmBackend
 from lmcache_core.lm.config import LmConfig
 from lmcache_core.lm.server import _Worker
-from lmcache_core.lm.service import Epochs, Regions, Service
-from lmcache_core.lm.values import Values
-from lmcache_core.metrics import Counters
 from lmcache_core.storage import BackendContext, HostRegion
 
 STRUCK = int(os.environ.get("LMCACHE_TEST_KILLS", "40"))
@@ -61,20 +59,7 @@ class Host:
     """A server in this process, to which clients connect without its listeners."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.counters = Counters()
-        self.arena = Arena(16 << 20)
-        self.values = Values(self.arena, self.counters)
-        self.epochs = Epochs(self.arena, LEASE_BYTES, self.counters)
-        self.service = Service(
-            self.arena,
-            self.values,
-            self.counters,
-            self.epochs,
-            Regions(self.counters),
-            instance=bytes(16),
-            max_value_bytes=self.arena.capacity,
-            unix_path="/where the server is",
-        )
+        self.service = a_service(16 << 20, unix_path="/where the server is")
         self._worker = _Worker(self.service, 0, lambda client: None)
         self.gone = threading.Event()
         self.gone.set()
@@ -105,22 +90,14 @@ class Host:
 
     def at_rest(self) -> None:
         """Nothing is held, nothing is lost, and what is there is right."""
-        leases = (self.values.leases, self.epochs.leases, self.service.regions.leases)
-        eventually(lambda: [ledger.out for ledger in leases] == [0, 0, 0], "leases are held")
-        linked = list(self.values._used)
-        used = sum(whole_pages(value.nbytes) for value in linked)
-        assert self.arena.extents.free_bytes + used == self.arena.capacity
-        for value in linked:
-            stored = b"".join(self.arena.views(value.parts, value.nbytes))
-            assert stored == content(value.key)
-        assert not any(name == "leases_forgotten" for name, _ in self.counters.snapshot())
+        eventually(lambda: lm_service.held(self.service) == 0, "leases are held")
+        lm_service.check_at_rest(self.service, lambda key, _: content(key))
 
     def close(self) -> None:
         self._worker.stop()
         self._worker.join()
         self._listener.close()
-        self.epochs.close()
-        self.arena.close()
+        lm_service.close(self.service)
 
 
 @pytest.fixture

@@ -23,20 +23,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_service
 import pytest
+from lm_service import a_service
 from stepping import Chain, Sources, Stepped, Steps
 
 from lmcache_core.lm import disk as disk_module
 from lmcache_core.lm import folders, greeting, intake, protocol, session, wire
-from lmcache_core.lm.arena import LEASE_BYTES, Arena, whole_pages
-from lmcache_core.lm.disk import Disk
 from lmcache_core.lm.proof import Side, Transcript
 from lmcache_core.lm.protocol import HEADER_BYTES, Op
-from lmcache_core.lm.service import Epochs, Regions, Service
 from lmcache_core.lm.session import SCRATCH_BYTES, Session
-from lmcache_core.lm.values import Values
 from lmcache_core.lm.wire import Wire
-from lmcache_core.metrics import Counters
 
 MODULES = (session, intake, wire, disk_module, folders)
 ELSEWHERE = {
@@ -303,25 +300,10 @@ class Trial:
     """One server with one client, and what must hold when both are gone."""
 
     def __init__(self, steps: Steps, folder: Path | None, token: bytes) -> None:
-        self.counters = Counters()
-        self.arena = Arena(1 << 20)
-        self.values = Values(self.arena, self.counters)
-        self.epochs = Epochs(self.arena, LEASE_BYTES, self.counters)
-        self.service = Service(
-            self.arena,
-            self.values,
-            self.counters,
-            self.epochs,
-            Regions(self.counters),
-            instance=bytes(16),
-            token=token,
-            max_value_bytes=self.arena.capacity,
-        )
+        self.service = a_service(1 << 20, folder, token=token)
+        self.values = self.service.values
         self.steps = steps
-        if folder is not None:
-            self.service.disk = Disk(
-                folder, None, values=self.values, arena=self.arena, counters=self.counters
-            )
+        if self.service.disk is not None:
             steps.watch(self.service.disk._loop._loop)
 
     @property
@@ -390,22 +372,10 @@ class Trial:
 
     def at_rest(self) -> None:
         """Nothing is held, nothing is lost, and what is there is right."""
-        linked = list(self.values._used)
-        leases = (self.values.leases, self.epochs.leases, self.service.regions.leases)
-        assert [ledger.out for ledger in leases] == [0, 0, 0]
-        assert all(value.leases == 0 for value in linked)
-        used = sum(whole_pages(value.nbytes) for value in linked)
-        assert self.arena.extents.free_bytes + used == self.arena.capacity
-        for value in linked:
-            stored = b"".join(self.arena.views(value.parts, value.nbytes))
-            assert stored == content(value.key, value.nbytes)
-        assert not any(name == "leases_forgotten" for name, _ in self.counters.snapshot())
+        lm_service.check_at_rest(self.service, content)
 
     def close(self) -> None:
-        if self.service.disk is not None:
-            self.service.disk.close(5.0)
-        self.epochs.close()
-        self.arena.close()
+        lm_service.close(self.service)
 
 
 def sources() -> Sources:

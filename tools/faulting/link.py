@@ -14,8 +14,9 @@ import time
 from collections import Counter, deque
 from contextlib import suppress
 from pathlib import Path
+from weakref import WeakSet
 
-from faulty_link import FaultyLink, _receive, _send, _shut
+from faulty_link import FaultyLink, _shut
 
 CUTS = (3_000, 30_000, 300_000, 3_000_000)
 HOLDS_S = 1.0
@@ -27,13 +28,12 @@ class Link(FaultyLink):
 
     def __init__(self, target: int | Path, chance: random.Random, at: Path | None = None) -> None:
         self.counts: Counter[str] = Counter()
-        self.calm = False
-        """Pass everything on."""
         self._said: dict[bool, deque[bytes]] = {
             True: deque([b"*1\r\n$4\r\nPING\r\n"], maxlen=32),
             False: deque([b"+PONG\r\n"], maxlen=32),
         }
         """Beginnings of what clients (True) and servers said."""
+        self._heard: WeakSet[socket.socket] = WeakSet()
         self._guests: list[threading.Thread] = []
         super().__init__(target, chance, at=at, cuts=CUTS)
 
@@ -53,13 +53,13 @@ class Link(FaultyLink):
 
     def calm_down(self) -> None:
         """End what is broken, and pass everything on from now on."""
-        self.calm = True
+        self.breaks = False
         with self._lock:
             for one in self._open:
                 _shut(one)
 
     def _connect(self) -> socket.socket:
-        if self.calm or self._chance.random() > 0.05:
+        if not self.breaks or self._chance.random() > 0.05:
             return super()._connect()
         ours, theirs = socket.socketpair()
         self.counts["hostile server"] += 1
@@ -95,37 +95,18 @@ class Link(FaultyLink):
             while time.monotonic() < until and peer.recv(1 << 16):
                 pass
 
-    def _pump(
-        self, source: socket.socket, sink: socket.socket, left: list[int], silent: bool
-    ) -> None:
-        client = source.getsockname() == self._listener.getsockname()
-        first = True
-        try:
-            while (got := _receive(source))[0]:
-                data, fds = got
-                if first:
-                    self._said[client].append(data[:4096])
-                    first = False
-                broken = not self.calm and len(data) > left[0]
-                some = data[: left[0]] if broken else data
-                left[0] = max(0, left[0] - len(some))
-                if not self.calm and some and self._chance.random() < 0.002:
-                    some = spoilt(some, self._chance, flips=1)
-                    self.counts["bit flipped on the way"] += 1
-                _send(sink, some, fds)
-                if broken:
-                    self.counts["fell silent" if silent else "cut"] += 1
-                    while silent and not self.calm and source.recv(1 << 16):
-                        pass  # until somebody gives up
-                    break
-        except OSError:
-            pass
-        finally:
-            for one in (source, sink):
-                _shut(one)
-            with self._lock:
-                self._open.discard(source)
-            source.close()
+    def _passed(self, source: socket.socket, data: bytes) -> bytes:
+        if data and source not in self._heard:
+            self._heard.add(source)
+            client = source.getsockname() == self._listener.getsockname()
+            self._said[client].append(data[:4096])
+        if self.breaks and data and self._chance.random() < 0.002:
+            self.counts["bit flipped on the way"] += 1
+            return spoilt(data, self._chance, flips=1)
+        return data
+
+    def _broke(self, silent: bool) -> None:
+        self.counts["fell silent" if silent else "cut"] += 1
 
 
 def spoilt(data: bytes, chance: random.Random, flips: int) -> bytes:

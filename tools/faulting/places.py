@@ -132,6 +132,7 @@ class Served(Place):
 
     outages = True
     unix = False
+    _server: Any = None
 
     def __init__(self, folder: Path, chance: random.Random) -> None:
         super().__init__(folder, chance)
@@ -145,11 +146,12 @@ class Served(Place):
 
     def kill(self) -> None:
         """End it as a crash does."""
-        raise NotImplementedError
+        if self._server is not None:
+            self._server.kill()
 
     @property
     def pid(self) -> int:
-        raise NotImplementedError
+        return _pid(self._server and self._server.process)
 
     @property
     def target(self) -> int | Path:
@@ -201,22 +203,12 @@ class Served(Place):
 class Redis(Served):
     """A real Redis server, over TCP."""
 
-    _server: redis_servers.Server | None = None
-
     def start(self) -> None:
         if self._server is None:
             arguments = ["--appendonly", "yes", "--maxmemory", "64mb"]
             arguments += ["--maxmemory-policy", "allkeys-lru"]
             self._server = redis_servers.Server(self.data, arguments=arguments)
         self._server.start()
-
-    def kill(self) -> None:
-        if self._server is not None:
-            self._server.kill()
-
-    @property
-    def pid(self) -> int:
-        return _pid(self._server and self._server.process)
 
     @property
     def target(self) -> int:
@@ -231,7 +223,6 @@ class Redis(Served):
 class Lm(Served):
     """A real ``lmcache_server`` with a disk tier, over TCP."""
 
-    _server: RunningServer | None = None
     _port = 0
 
     def start(self) -> None:
@@ -241,14 +232,6 @@ class Lm(Served):
         where = ("127.0.0.1", str(self._port), str(self.data))
         self._server = RunningServer(*where, *options)
         self._port = self._server.port
-
-    def kill(self) -> None:
-        if self._server is not None:
-            self._server.kill()
-
-    @property
-    def pid(self) -> int:
-        return _pid(self._server and self._server.process)
 
     @property
     def target(self) -> int | Path:

@@ -38,6 +38,8 @@ class FaultyLink:
         cuts: Sequence[int] = CUTS,
     ) -> None:
         self.faults = 0
+        self.breaks = True
+        """Otherwise everything is passed on."""
         self._target = target
         self._chance = chance
         self._cuts = cuts
@@ -103,13 +105,13 @@ class FaultyLink:
         try:
             while (got := _receive(source))[0]:
                 data, fds = got
-                some, broken = data[: left[0]], len(data) > left[0]
+                broken = self.breaks and len(data) > left[0]
+                some = data[: left[0]] if broken else data
                 left[0] = max(0, left[0] - len(some))
                 if broken:
-                    with self._lock:
-                        self.faults += 1
-                _send(sink, some, fds)
-                while broken and silent and source.recv(1 << 16):
+                    self._broke(silent)
+                _send(sink, self._passed(source, some), fds)
+                while broken and silent and self.breaks and source.recv(1 << 16):
                     pass  # until somebody gives up
                 if broken:
                     break
@@ -121,6 +123,15 @@ class FaultyLink:
             with self._lock:
                 self._open.discard(source)
             source.close()
+
+    def _passed(self, source: socket.socket, data: bytes) -> bytes:
+        """What becomes of ``data`` on its way from ``source``."""
+        return data
+
+    def _broke(self, silent: bool) -> None:
+        """A connection is broken now, or falls silent."""
+        with self._lock:
+            self.faults += 1
 
 
 def _receive(source: socket.socket) -> tuple[bytes, list[int]]:
