@@ -67,7 +67,7 @@ demo: | system ## real vLLM, two overlapping prompts: what is computed once and 
 bench: $(READY) ## measure: ratios to a calibration of the same run, into bench/results; ten minutes
 	@$(BIN)/python bench/run_all.py
 
-bench-compare: $(READY) ## BASE=revision: this build against that one, in nine interleaved pairs; twenty minutes
+bench-compare: $(READY) ## BASE=revision: this build against that one, in nine interleaved pairs; fifty minutes on two cores
 	@$(BIN)/python bench/compare.py --base $(or $(BASE),$(error BASE=revision, please))
 
 engine-env: | system ## prepare the engine environment; prints its Python

@@ -1,6 +1,6 @@
 """Is this build as fast as another one? Both run in turns, and what is compared are their ratios.
 
-    python3 bench/compare.py --base v0.1.0           nine pairs, under twenty minutes
+    python3 bench/compare.py --base v0.1.0           nine pairs, about fifty minutes on two cores
     python3 bench/compare.py --base HEAD~5 --quick   three short pairs, for a first look
     python3 bench/compare.py --base main --programs disk index
 
@@ -21,7 +21,8 @@ the base, because the API that it uses is new, runs as it was at that revision, 
 a line says so, and its rows mean less.
 
 Judges nothing: the exit status is 1 if a program failed, whatever the speed. Of sixty rows that
-are equally fast three have an interval beside 1.
+are equally fast three have an interval beside 1. Stopped with Ctrl-C or SIGTERM it shows what the
+pairs up to then say, and the exit status is 130.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -276,8 +278,9 @@ class Comparison:
         lines += [f"{row.name:52}{row.median:8.3f}{_both(row.interval)}" for row in rows]
         if rows:
             every = geometric_mean([row.median for row in rows])
-            means = interval_of([geometric_mean(pair) for pair in self.pairs if pair])
-            lines.append(f"{f'geometric mean of {len(rows)} rows':52}{every:8.3f}{_both(means)}")
+            pairs = [geometric_mean(pair) for pair in self.pairs if pair]
+            means = _both(interval_of(pairs)) if pairs else ""
+            lines.append(f"{f'geometric mean of {len(rows)} rows':52}{every:8.3f}{means}")
         slower = [row.name for row in rows if row.interval[1] < SLOWER]
         lines += [f"wholly below {SLOWER}: {name}" for name in slower]
         lines += [] if slower else [f"no interval lies wholly below {SLOWER}"]
@@ -322,16 +325,25 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     arguments = parsed()
     revision = git("rev-parse", "--verify", f"{arguments.base}^{{commit}}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stopped = False
     with worktree(revision) as root:
         this = Build("this", ROOT, kernels_of(ROOT, None))
         base = Build("base", root, kernels_of(root, revision))
         found = Comparison(this, base, chosen(arguments.programs, quick=arguments.quick))
         found.check()
-        found.run(arguments.pairs)
-    print(f"{arguments.pairs} pairs against {revision[:12]}\n{found.report()}")
+        try:
+            found.run(arguments.pairs)
+        except KeyboardInterrupt:
+            stopped = True
+    print(
+        f"{len(found.pairs)} of {arguments.pairs} pairs against {revision[:12]}\n{found.report()}"
+    )
     if arguments.json is not None:
         text = json.dumps([asdict(row) for row in found.rows.values()], indent=1)
         arguments.json.write_text(text + "\n", encoding="utf-8")
+    if stopped:
+        return 130
     return 1 if found.failed else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -108,6 +109,29 @@ def test_pairs_take_turns_and_what_is_shown_is_this_by_base(
     said = capsys.readouterr().out
     assert "geometric mean of 1 rows" in said
     assert "wholly below 0.97: one: row" in said
+    assert len(git(tree.root, "worktree", "list").splitlines()) == 1, "the checkout is gone"
+
+
+def test_stopped_it_shows_the_pairs_that_were_run(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree.has(2.0)
+    tree.program("one")
+    with (tree.root / "bench" / "one.py").open("a") as program:
+        program.write(
+            f"if len(open({str(tree.log)!r}).readlines()) == 3:\n"
+            "    import os, signal\n"
+            "    os.kill(os.getppid(), signal.SIGTERM)\n"
+        )
+    base = tree.commit()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run(monkeypatch, "--base", base, "--pairs", "3") == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    said = capsys.readouterr().out
+    assert "1 of 3 pairs" in said
+    assert "geometric mean of 1 rows" in said
     assert len(git(tree.root, "worktree", "list").splitlines()) == 1, "the checkout is gone"
 
 
