@@ -270,8 +270,8 @@ def leftovers(cache: Cache, slots: int) -> list[str]:
     if not cache.flush():
         return ["the slow tier didn't take in what was stored"]
     cache.lookup([])  # takes in what movers report
-    if cache._mover.leases or cache._planner.pending:
-        leases, pending = cache._mover.leases, cache._planner.pending
+    if cache._running.mover.leases or cache._running.planner.pending:
+        leases, pending = cache._running.mover.leases, cache._running.planner.pending
         return [f"{leases} leases and {pending} operations at rest; there must be none"]
     content, path = Content(), (2,) * slots
     tokens = (np.arange(slots * CHUNK_TOKENS, dtype="<u4") + 1_000_000).tobytes()

@@ -48,7 +48,7 @@ def nothing_happened(cache: Cache) -> None:
     assert cache.lookup(PROMPT) == TOKENS
     again = np.zeros(SHAPE, np.float16)
     assert cache.load(PROMPT, again) == TOKENS
-    assert cache._planner.pending == 0
+    assert cache._running.planner.pending == 0
     figures = cache.counters.snapshot()
     assert not {name for name, *_ in figures} & {"load_failures", "store_dropped"}
 

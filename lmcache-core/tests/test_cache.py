@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ from lmcache_core import (
 )
 from lmcache_core.config import Config
 from lmcache_core.connector import EngineConnectorDescriptor
+from lmcache_core.mover import Mover
 from lmcache_core.paged import CanonicalBuffer
 
 CHUNK = 16
@@ -213,8 +217,8 @@ def test_damaged_host_memory_is_a_miss() -> None:
     with Cache.open(model="m", layout=LAYOUT, config=config()) as cache:
         prompt, stored = tokens(80), kv(80)
         cache.store(prompt, stored)
-        slot = cache._planner.index.find(cache._keys(prompt, "")[2])
-        cache._arena.slot(slot)[200] ^= 1
+        slot = cache._running.planner.index.find(cache._keys(prompt, "")[2])
+        cache._running.arena.slot(slot)[200] ^= 1
         loaded = bytearray(len(stored))
         assert cache.load(prompt, loaded) == 32
         assert rows(loaded, 80, 32) == rows(stored, 80, 32)
@@ -263,8 +267,8 @@ def test_what_many_load_at_once_is_fetched_once(tmp_path: Path) -> None:
         cache.store(prompt, stored)
         cache.flush()
         with cache._news:
-            cache._settle()
-            cache._planner.clear()
+            cache._running.settle()
+            cache._running.planner.clear()
 
         def load(_: int) -> bytearray:
             loaded = bytearray(len(stored))
@@ -408,6 +412,58 @@ def test_clear_forgets_everything(cache: Cache) -> None:
     cache.clear()
     assert cache.lookup(prompt) == 0
     assert cache.load(prompt, kv(64)) == 0
+
+
+def test_closed_it_gives_its_memory_back(tmp_path: Path) -> None:
+    cache = Cache.open(model="m", layout=LAYOUT, config=config(f"local_disk={tmp_path}"))
+    cache.store(tokens(64), kv(64))
+    cache.prefetch(tokens(64)).result()
+    memory = weakref.ref(cache._running.arena)
+    cache.close()
+    cache.close()
+    gc.collect()
+    assert memory() is None
+
+
+CALLS: dict[str, Callable[[Cache], object]] = {
+    "lookup": lambda cache: cache.lookup(tokens(64)),
+    "store": lambda cache: cache.store(tokens(64), kv(64)),
+    "load": lambda cache: cache.load(tokens(64), kv(64)),
+    "prefetch": lambda cache: cache.prefetch(tokens(64)),
+    "pin": lambda cache: cache.pin(tokens(64)),
+    "unpin": lambda cache: cache.unpin(tokens(64)),
+    "clear": lambda cache: cache.clear(),
+    "uncleared": lambda cache: cache.uncleared,
+    "flush": lambda cache: cache.flush(),
+    "session": lambda cache: cache.session(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_closed_it_refuses_every_call(cache: Cache, call: Callable[[Cache], object]) -> None:
+    cache.close()
+    with pytest.raises(RuntimeError, match="the cache is closed"):
+        call(cache)
+
+
+def test_every_call_is_in_the_table() -> None:
+    public = {name for name in vars(Cache) if not name.startswith("_")}
+    assert public == CALLS.keys() | {"open", "close"}
+
+
+def test_a_load_that_is_under_way_ends_as_it_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, stored, into = tokens(64), kv(64), bytearray(GROUP.chunk_bytes(64))
+    cache = Cache.open(model="m", layout=LAYOUT, config=config())
+    cache.store(prompt, stored)
+    load = Mover.load
+
+    def closed_first(*args: Any, **options: Any) -> object:
+        cache.close()
+        return load(*args, **options)
+
+    monkeypatch.setattr(Mover, "load", closed_first)
+    assert cache.load(prompt, into) == 64
+    assert into == stored
 
 
 def test_wrong_sizes_are_refused(cache: Cache) -> None:

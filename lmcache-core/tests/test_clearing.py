@@ -21,8 +21,8 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
 
 def opened(rig: Rig, *tiers: str, again_after_s: float = WAIT_S) -> Cache:
     cache = rig.open(*tiers)
-    assert cache._tiers is not None
-    cache._tiers._again_after_s = again_after_s
+    assert cache._running.tiers is not None
+    cache._running.tiers._again_after_s = again_after_s
     return cache
 
 
@@ -111,7 +111,7 @@ def test_a_store_that_is_under_way_ends_before_the_tier_is_cleared(rig: Rig) -> 
         await release.wait()
 
     with opened(rig, "one", again_after_s=0.01) as cache:
-        assert cache._loop is not None
+        assert cache._running.loop is not None
         one.before["store"] = slow
         tokens, kv = content(2, 1)
         cache.store(tokens, kv)
@@ -120,7 +120,7 @@ def test_a_store_that_is_under_way_ends_before_the_tier_is_cleared(rig: Rig) -> 
         assert list(cache.uncleared) == ["one"]
         assert "clear" not in one.calls
         one.before.clear()
-        cache._loop.call_soon(release.set)
+        cache._running.loop.call_soon(release.set)
         eventually(lambda: not cache.uncleared)
         assert not one.values
         assert cache.lookup(tokens) == 0

@@ -93,7 +93,7 @@ def test_nothing_is_fetched_when_the_deadline_has_passed(rig: Rig) -> None:
         rig.stores["one"].before = {"contains": late}
         assert loaded(cache, tokens)[0] == 0
         assert "load" not in rig.stores["one"].calls
-        assert cache._planner.leases == 0
+        assert cache._running.planner.leases == 0
 
 
 def test_a_lookup_waits_for_its_deadline_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_prefetches_of_one_hanging_chunk_share_a_fetch_and_a_deadline(rig: Rig) 
         cache._hear()
         assert [future.result(WAIT_S) for future in futures] == [0] * 6
         assert rig.stores["one"].calls.count("load") == 1
-        eventually(lambda: cache._planner._holds.out == 0)
+        eventually(lambda: cache._running.planner._holds.out == 0)
 
 
 def test_a_hanging_prefetch_holds_up_no_other(rig: Rig) -> None:
@@ -155,10 +155,10 @@ def test_a_hanging_prefetch_holds_up_no_other(rig: Rig) -> None:
 def test_a_cancelled_prefetch_gives_its_leases_back(rig: Rig) -> None:
     cache, (one, other) = hanging_prefetches(rig, Clock(), 2)
     with cache:
-        eventually(lambda: cache._planner._holds.out == 2)
+        eventually(lambda: cache._running.planner._holds.out == 2)
         assert one.cancel()
         cache._hear()
-        eventually(lambda: cache._planner._holds.out == 1)
+        eventually(lambda: cache._running.planner._holds.out == 1)
         with pytest.raises(CancelledError):
             one.result(WAIT_S)
         assert not other.done()
@@ -226,10 +226,12 @@ def test_the_steps_of_a_call_share_its_deadline(
 
         monkeypatch.setattr(owner, method, step)
 
-    takes_all(cache._mover, "flush", False)
-    takes_all(cache._loop, "run", 0)
-    takes_all(cache._loop, "close", None)
-    takes_all(cache._mover, "close", None)
+    loop = cache._running.loop
+    assert loop is not None
+    takes_all(cache._running.mover, "flush", False)
+    takes_all(loop, "run", 0)
+    takes_all(loop, "close", None)
+    takes_all(cache._running.mover, "close", None)
     began = clock.now
     CALLS[name](cache, timeout_s)
     steps = {"clear": ["run"], "close": ["flush", "run", "close", "close"]}
@@ -237,8 +239,7 @@ def test_the_steps_of_a_call_share_its_deadline(
     assert clock.now - began <= WITHIN * (timeout_s or DEADLINE_S)
     monkeypatch.undo()
     if name == "close":
-        assert cache._loop is not None
-        cache._loop.close(WAIT_S)
+        loop.close(WAIT_S)
     cache.close()
 
 
@@ -246,9 +247,9 @@ def test_closing_a_tier_that_is_opened_again_has_one_deadline(rig: Rig) -> None:
     """What is left of it, not all of it again, is for the backends."""
     cache = opened(rig, Clock())
     asked: list[float] = []
-    tiers = cache._tiers
+    tiers = cache._running.tiers
     assert tiers is not None
-    assert cache._loop is not None
+    assert cache._running.loop is not None
     (tier,) = tiers.tiers
     once = tier.guard.once
 
@@ -268,7 +269,7 @@ def test_closing_a_tier_that_is_opened_again_has_one_deadline(rig: Rig) -> None:
         finally:
             await asyncio.sleep(0)
 
-    cache._loop.run(begin(), WAIT_S)
+    cache._running.loop.run(begin(), WAIT_S)
     tiers.close(20.0)
     cache.close()
     assert len(asked) == 1

@@ -667,7 +667,7 @@ def test_a_cache_over_an_isolated_tier(tmp_path: Path) -> None:
     with Cache.open(model="m", layout=layout, config=config, plugins=plugins) as cache:
         assert cache.store(tokens, kv) == 64
         assert cache.flush()
-        tiers, loop = cache._tiers, cache._loop
+        tiers, loop = cache._running.tiers, cache._running.loop
         assert tiers is not None
         assert loop is not None
         backend = tiers.tiers[0].backend
@@ -697,9 +697,9 @@ def test_a_cache_serves_a_thousand_requests_around_a_bad_client(
     layout = KVLayout(16, (full_attention(layers=2, heads=1, head_size=64, dtype=DType.BF16),))
     hits = 0
     with Cache.open(model="m", layout=layout, config=config, plugins=plugins) as cache:
-        assert cache._tiers is not None
-        assert cache._loop is not None
-        backend = cache._tiers.tiers[0].backend
+        assert cache._running.tiers is not None
+        assert cache._running.loop is not None
+        backend = cache._running.tiers.tiers[0].backend
         assert isinstance(backend, IsolatedBackend)
         for number in range(1000):
             tokens, kv = range(number, number + 16), os.urandom(layout.chunk_bytes())
@@ -710,8 +710,8 @@ def test_a_cache_serves_a_thousand_requests_around_a_bad_client(
                 assert loaded == kv
                 hits += 1
             else:  # or the rest would all be asked while there is no process
-                cache._loop.run(until(lambda: runs(backend)), LONG_S)
-        cache._loop.run(until(lambda: restarts(backend, "memory") > 0), LONG_S)
+                cache._running.loop.run(until(lambda: runs(backend)), LONG_S)
+        cache._running.loop.run(until(lambda: restarts(backend, "memory") > 0), LONG_S)
         assert restarts(backend, "died") == 1
         assert restarts(backend, "hung") == 1
     assert hits >= 950

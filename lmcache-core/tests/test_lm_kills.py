@@ -403,9 +403,9 @@ class Clients:
                 shared = connection._shared
                 assert shared is None or not shared.staging._taken
         cache = self.cache
-        eventually(lambda: cache._mover.leases == 0, "the cache holds slots at rest")
+        eventually(lambda: cache._running.mover.leases == 0, "the cache holds slots at rest")
         cache.lookup([1] * CHUNK)  # takes the last report in
-        assert cache._planner.pending == 0
+        assert cache._running.planner.pending == 0
         for counters in (self.counters, cache.counters):
             counted = {name for name, _ in counters.snapshot()}
             assert not counted & {"backend_timeouts", "leases_forgotten"}

@@ -52,9 +52,9 @@ def at_rest(cache: Cache, slots: int = 8) -> Iterator[Cache]:
     with cache:
         yield cache
         assert cache.flush(WAIT_S)
-        eventually(lambda: cache._mover.leases == 0)
+        eventually(lambda: cache._running.mover.leases == 0)
         cache.lookup(prompt(999))  # takes the last report in
-        assert cache._planner.pending == 0
+        assert cache._running.planner.pending == 0
         # Every slot can be had: as many chunks go in as there are.
         assert cache.store(*content(slots, 998)) == slots * CHUNK
         assert cache.flush(WAIT_S)
@@ -103,7 +103,7 @@ def test_encoded_chunks_need_no_slots_while_they_are_sent(rig: Rig) -> None:
     rig.stores["one"].may_store.clear()
     with at_rest(rig.open("one:odd", slots=2), slots=2) as cache:
         assert cache.store(*content(2, 1)) == 2 * CHUNK
-        eventually(lambda: cache._mover.leases == 0)
+        eventually(lambda: cache._running.mover.leases == 0)
         cache.lookup(prompt(3))
         assert cache.store(*content(2, 2)) == 2 * CHUNK
         rig.stores["one"].may_store.set()
@@ -132,7 +132,7 @@ def test_a_store_that_hangs_keeps_a_part_of_host_memory(rig: Rig, serde: str) ->
         dropped = counted(cache, "store_dropped")
         assert dropped["timeout", "one"] == most
         assert dropped["saturated", "one"] == stored - most
-        assert cache._mover.leases == (most if serde == "raw" else 0)
+        assert cache._running.mover.leases == (most if serde == "raw" else 0)
         assert rig.stores["one"].calls.count("store") == 4
 
 
@@ -285,8 +285,8 @@ def test_a_batch_does_not_wait_until_its_damaged_chunk_is_deleted(rig: Rig) -> N
         assert loaded(cache, tokens)[0] == 2 * CHUNK
         assert store.calls.count("delete") == 1
         assert not store.deleted
-        assert cache._loop is not None
-        cache._loop.call_soon(release.set)
+        assert cache._running.loop is not None
+        cache._running.loop.call_soon(release.set)
         eventually(lambda: store.deleted == [name[1]])
         cache.store(tokens, kv)
         assert cache.flush(WAIT_S)

@@ -147,7 +147,7 @@ class MoverMachine(RuleBasedStateMachine):
     @invariant()
     def there_are_never_more_chunks_than_slots(self) -> None:
         if cache := self.__dict__.get("cache"):
-            assert cache._planner.chunks <= SLOTS
+            assert cache._running.planner.chunks <= SLOTS
 
     def teardown(self) -> None:
         try:
@@ -157,9 +157,9 @@ class MoverMachine(RuleBasedStateMachine):
                     serde.answers = None
                 self.damage = False
                 assert cache.flush(WAIT_S)
-                eventually(lambda: cache._mover.leases == 0)
+                eventually(lambda: cache._running.mover.leases == 0)
                 cache.lookup(content(1, 99)[0])  # takes the last report in
-                assert cache._planner.pending == 0
+                assert cache._running.planner.pending == 0
                 assert cache.store(*content(SLOTS, 98)) == SLOTS * CHUNK  # every slot can be had
                 assert cache.flush(WAIT_S)
                 assert all(n != "leases_forgotten" for n, _ in cache.counters.snapshot())

@@ -71,7 +71,7 @@ class Rest:
         self._content = content
         self._tiers = tiers
         self._numbers = numbers
-        self._slots = cache._planner.index.slots
+        self._slots = cache._running.planner.index.slots
 
     def unworking(self) -> list[str]:
         """Whether a new prompt is stored everywhere, and then loaded from the first tier."""

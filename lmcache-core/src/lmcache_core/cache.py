@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -88,6 +90,7 @@ class Cache:
     are: `lookup` has ``lookup_timeout_ms``; `load`, `prefetch`, `clear` and `close` have
     ``blocking_timeout_secs``, the last two unless the call says otherwise; `flush` has what the
     call says; `store`, `pin` and `unpin` wait for nothing. ``clock`` is what that is measured by.
+    After `close` every call raises `RuntimeError`.
     """
 
     def __init__(
@@ -125,16 +128,16 @@ class Cache:
             populate=core.local_cpu_populate,
             shared=config.shares_region,
         )
-        self._arena = HostArena(region, slot_bytes(namespace))
-        self._loop: IOLoop | None = IOLoop("lmcache") if config.backends else None
-        self._tiers: Tiers | None = None
-        if self._loop is not None:
-            self._tiers = Tiers.open(
+        arena = HostArena(region, slot_bytes(namespace))
+        loop = IOLoop("lmcache") if config.backends else None
+        tiers: Tiers | None = None
+        if loop is not None:
+            tiers = Tiers.open(
                 config.backends,
                 plugins,
                 namespace=namespace,
                 region=region,
-                loop=self._loop,
+                loop=loop,
                 counters=self.counters,
                 lookup_only=False,
                 default_deadline_s=core.blocking_timeout_secs,
@@ -146,29 +149,30 @@ class Cache:
         self._clock = clock
         self._news = threading.Condition()
         slots = slots_in(arena_bytes, namespace)
-        self._planner = Planner(
+        planner = Planner(
             slots,
             plugins.cache_policy(core.cache_policy).create(),
             self.counters,
             keep=core.local_cpu,
-            persist=self._tiers is not None,
+            persist=tiers is not None,
             pin_timeout_s=core.pin_timeout_sec,
             index=plugins.chunk_index(slots),
             clock=clock,
         )
         self._kernels = plugins.host_kernels()
-        self._mover = Mover(
+        mover = Mover(
             None,
-            self._arena,
+            arena,
             namespace,
             self.counters,
             kernels=self._kernels,
-            tiers=self._tiers,
-            loop=self._loop,
+            tiers=tiers,
+            loop=loop,
             queue_chunks=core.store_queue_chunks,
             on_news=self._hear,
         )
         self._prefetches = Prefetches(self._news)
+        self._parts: _Parts | None = _Parts(arena, loop, tiers, planner, mover)
         self._closed = False
 
     @classmethod
@@ -211,14 +215,15 @@ class Cache:
 
         What slow tiers haven't said within ``lookup_timeout_ms`` isn't counted.
         """
+        parts = self._running
         hasher, sequence = self._sequence(tokens, salt)
         with self._news:
-            self._settle()
+            parts.settle()
         ready = len(hasher.find(sequence))
-        keys = hasher.digests if self._tiers is None else hasher.extend(sequence)
-        if self._tiers is not None and self._loop is not None and ready < len(keys):
-            found = self._in_time(
-                self._tiers.locate(keys[ready:], self._lookup_deadline_s),
+        keys = hasher.digests if parts.tiers is None else hasher.extend(sequence)
+        if parts.tiers is not None and ready < len(keys):
+            found = parts.in_time(
+                parts.tiers.locate(keys[ready:], self._lookup_deadline_s),
                 self._lookup_deadline_s,
                 [],
             )
@@ -240,24 +245,25 @@ class Cache:
             IndexError: the engine has no such block.
             OverflowError: a token id doesn't fit into 32 bits.
         """
+        parts = self._running
         hasher, sequence = self._sequence(tokens, salt)
         keys = hasher.extend(sequence)
         paged = self._paged(kv, count(sequence))
         ops: list[StoreOp] = []
         with self._news:
-            self._settle()
+            parts.settle()
             try:
                 for index, key in enumerate(keys):
                     parent = keys[index - 1] if index else None
                     start = index * self._chunk_tokens
                     span = paged.span(index, self._chunk_tokens)
-                    op = self._planner.plan_store(key, span, parent, start)
+                    op = parts.planner.plan_store(key, span, parent, start)
                     if op is not None:
                         ops.append(op)
             except BaseException:
-                self._planner.withdraw(ops)
+                parts.planner.withdraw(ops)
                 raise
-        stored = self._mover.store(ops, paged.engine)
+        stored = parts.mover.store(ops, paged.engine)
         self._hear()
         return stored * self._chunk_tokens
 
@@ -272,16 +278,17 @@ class Cache:
             TypeError, ValueError, IndexError, OverflowError: as `store` does, and where ``into`` is
                 read-only. Nothing has moved then, and no chunk is forgotten.
         """
+        parts = self._running
         hasher, sequence = self._sequence(tokens, salt)
         keys = hasher.extend(sequence)
         paged = self._paged(into, count(sequence), writable=True)
-        with self._held(keys) as hold:
+        with self._held(parts, keys) as hold:
             ops = [
                 LoadOp(hold.keys[i], hold.slots[i], paged.span(i, self._chunk_tokens))
                 for i in range(len(hold))
             ]
             self._count_lookup(len(keys) * self._chunk_tokens, len(ops) * self._chunk_tokens)
-            failed = {op.slot for op in self._mover.load(ops, engine=paged.engine)}
+            failed = {op.slot for op in parts.mover.load(ops, engine=paged.engine)}
             good = next((i for i, op in enumerate(ops) if op.slot in failed), len(ops))
             return good * self._chunk_tokens
 
@@ -291,24 +298,25 @@ class Cache:
         It does so within ``blocking_timeout_secs`` of this call, with what has come by then. Those
         that want the same chunks share one fetch. Cancelling the future ends it.
 
-        Raises:
-            RuntimeError: the cache is closed.
         """
+        parts = self._running
         keys = self._keys(tokens, salt)
-        return self._prefetches.add(_Search(self, keys))
+        return self._prefetches.add(_Search(self, parts, keys))
 
     def pin(self, tokens: Tokens | Session, *, salt: str = "") -> int:
         """Keep a prefix in host memory for ``pin_timeout_sec``; answer how many tokens of it."""
+        parts = self._running
         keys = self._keys(tokens, salt)
         with self._news:
-            self._settle()
-            return self._planner.pin(keys) * self._chunk_tokens
+            parts.settle()
+            return parts.planner.pin(keys) * self._chunk_tokens
 
     def unpin(self, tokens: Tokens | Session, *, salt: str = "") -> int:
         """Undo `pin`; answer how many tokens were pinned."""
+        parts = self._running
         keys = self._keys(tokens, salt)
         with self._news:
-            return self._planner.unpin(keys) * self._chunk_tokens
+            return parts.planner.unpin(keys) * self._chunk_tokens
 
     def clear(self, timeout_s: float | None = None) -> int:
         """Forget everything, in host memory and in tiers that can; answer chunks in memory.
@@ -318,47 +326,53 @@ class Cache:
         used until it is, which is tried again, unless it never can be: then what is in it stays.
         The log says both. If the process ends before, what is in such a tier is back.
         """
-        left_s = self._budget(timeout_s)
-        clearing = None if self._tiers is None else self._tiers.clear(left_s())
+        parts, left_s = self._running, self._budget(timeout_s)
+        clearing = None if parts.tiers is None else parts.tiers.clear(left_s())
         with self._news:
-            self._settle()
-            count = self._planner.clear()
+            parts.settle()
+            count = parts.planner.clear()
         if clearing is not None:
-            self._in_time(clearing, left_s(), 0)
+            parts.in_time(clearing, left_s(), 0)
         return count
 
     @property
     def uncleared(self) -> dict[str, str]:
         """Tiers that the last `clear` didn't clear, nor anybody since then, and why."""
-        tiers = () if self._tiers is None else self._tiers.tiers
+        running = self._running.tiers
+        tiers = () if running is None else running.tiers
         return {tier.name: tier.uncleared for tier in tiers if tier.uncleared}
 
     def flush(self, timeout_s: float = 60.0) -> bool:
         """Wait until what was stored is in the slow tiers or was dropped; False: still not."""
-        return self._mover.flush(timeout_s)
+        return self._running.mover.flush(timeout_s)
 
     def session(self, *, salt: str = "") -> Session:
         """An empty sequence that will grow turn by turn."""
         return Session(self._hasher(salt))
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Write out what is queued and let go of everything. Idempotent.
+        """Write out what is queued and let go of everything, host memory too. Idempotent.
 
         ``timeout_s`` is for all of it; ``blocking_timeout_secs`` if not said. What isn't written in
-        three quarters of it is lost: `flush` before, where that matters.
+        three quarters of it is lost: `flush` before, where that matters. Calls that are under way
+        end as they do; from now on each raises `RuntimeError`. Memory that something still uses
+        then, such as a backend that doesn't come back, goes with it.
         """
-        if self._closed:
-            return
-        self._closed = True
+        with self._news:
+            parts = self._parts
+            if self._closed or parts is None:
+                return
+            self._closed = True
         left_s = self._budget(timeout_s)
         self._prefetches.close(left_s())
-        if not self.flush(0.75 * left_s()):
+        if not parts.mover.flush(0.75 * left_s()):
             logger.warning("Closed before everything was written to the slow tiers")
-        if self._tiers is not None:
-            self._tiers.close(0.5 * left_s())
-        if self._loop is not None:
-            self._loop.close(0.5 * left_s())
-        self._mover.close(left_s())
+        if parts.tiers is not None:
+            parts.tiers.close(0.5 * left_s())
+        if parts.loop is not None:
+            parts.loop.close(0.5 * left_s())
+        parts.mover.close(left_s())
+        self._parts = None
 
     def __enter__(self) -> Cache:
         return self
@@ -387,7 +401,7 @@ class Cache:
     def _hasher(self, salt: str) -> PrefixHasher:
         facts = (f"salt={salt}",) if salt else ()
         root = request_root(self._namespace.root, *facts)
-        return PrefixHasher(root, self._chunk_tokens, index=self._planner.index)
+        return PrefixHasher(root, self._chunk_tokens, index=self._running.planner.index)
 
     def _paged(self, kv: Buffer | Paged, tokens: int, *, writable: bool = False) -> Paged:
         """``kv`` as blocks, all of it checked: a mistake is the caller's to hear of."""
@@ -401,21 +415,11 @@ class Cache:
         until = self._clock() + (self._deadline_s if timeout_s is None else timeout_s)
         return lambda: max(0.0, until - self._clock())
 
-    def _in_time(self, asked: Coroutine[Any, Any, T], deadline_s: float, otherwise: T) -> T:
-        """What the tiers answer. They keep their deadline; if the loop itself is late, not that."""
-        if self._loop is None:
-            raise RuntimeError("no slow tiers to ask")
-        try:
-            return self._loop.run(asked, LATE * deadline_s)
-        except TimeoutError as error:
-            logger.warning("Slow tiers didn't answer: %s", error)
-            return otherwise
-
     @contextmanager
-    def _held(self, keys: list[ChunkKey]) -> Iterator[Hold]:
+    def _held(self, parts: _Parts, keys: list[ChunkKey]) -> Iterator[Hold]:
         """What can be read of ``keys``: finds it, going down the tiers, and leases it within."""
         with self._news:
-            search = _Search(self, keys)
+            search = _Search(self, parts, keys)
         try:
             with self._news:
                 while search.advance() is None:
@@ -425,23 +429,26 @@ class Cache:
             with self._news:
                 search.end()
 
-    def _locate(self, keys: Sequence[ChunkKey]) -> Future[list[int]]:
-        if self._tiers is None or self._loop is None:
+    @property
+    def _running(self) -> _Parts:
+        """What calls work with. Who has it may go on with it while the cache is closed."""
+        parts = self._parts
+        if self._closed or parts is None:
+            raise RuntimeError("the cache is closed; open another one")
+        return parts
+
+    def _locate(self, parts: _Parts, keys: Sequence[ChunkKey]) -> Future[list[int]]:
+        if parts.tiers is None or parts.loop is None:
             raise RuntimeError("no slow tiers to ask")
         deadline_s = min(self._lookup_deadline_s, self._deadline_s)
-        future = self._loop.submit(self._tiers.locate(keys, deadline_s))
+        future = parts.loop.submit(parts.tiers.locate(keys, deadline_s))
         future.add_done_callback(lambda _: self._hear())
         return future
 
-    def _settle(self) -> None:
-        try:
-            self._planner.settle(self._mover.take_report())
-        except LeaseError as error:  # without effect; whoever happens to ask didn't cause it
-            logger.error("%s", error)
-
     def _hear(self) -> None:
         with self._news:
-            self._settle()
+            if self._parts is not None:
+                self._parts.settle()
             self._news.notify_all()
 
     def _count_lookup(self, asked: int, hit: int) -> None:
@@ -451,19 +458,48 @@ class Cache:
             self.counters.add("lookup_hit_tokens", hit, tier="any")
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What a cache works with until it is closed."""
+
+    arena: HostArena
+    loop: IOLoop | None
+    tiers: Tiers | None
+    planner: Planner
+    mover: Mover
+
+    def settle(self) -> None:
+        """Take in what was moved. The cache's lock is held."""
+        try:
+            self.planner.settle(self.mover.take_report())
+        except LeaseError as error:  # without effect; whoever happens to ask didn't cause it
+            logger.error("%s", error)
+
+    def in_time(self, asked: Coroutine[Any, Any, T], deadline_s: float, otherwise: T) -> T:
+        """What the tiers answer. They keep their deadline; if the loop itself is late, not that."""
+        if self.loop is None:
+            raise RuntimeError("no slow tiers to ask")
+        try:
+            return self.loop.run(asked, LATE * deadline_s)
+        except TimeoutError as error:
+            logger.warning("Slow tiers didn't answer: %s", error)
+            return otherwise
+
+
 class _Search:
     """What can be read of ``keys``, leased until `end`. The cache's lock is held for all of it."""
 
-    def __init__(self, cache: Cache, keys: list[ChunkKey]) -> None:
-        self._cache = cache
+    def __init__(self, cache: Cache, parts: _Parts, keys: list[ChunkKey]) -> None:
+        self._parts = parts
+        self._chunk_tokens = cache._chunk_tokens
         self._fetches: list[FetchOp] = []
         with cache._news:
-            cache._settle()
+            parts.settle()
             self.lookup = PrefixLookup(
-                cache._planner,
+                parts.planner,
                 lambda: keys,
                 [cache._chunk_tokens] * len(keys),
-                locate=cache._locate if cache._tiers is not None else None,
+                locate=partial(cache._locate, parts) if parts.tiers is not None else None,
                 submit=self._fetches.extend,
                 deadline_s=cache._deadline_s,
                 clock=cache._clock,
@@ -475,20 +511,19 @@ class _Search:
 
     def advance(self) -> int | None:
         """Tokens that can be read, once that is known."""
-        cache = self._cache
-        cache._settle()
+        self._parts.settle()
         while (chunks := self.lookup.poll()) is None and self._fetches:
             given = self._fetches[:]
             self._fetches.clear()
-            cache._mover.fetch(given)
-            cache._settle()
-        return None if chunks is None else chunks * cache._chunk_tokens
+            self._parts.mover.fetch(given)
+            self._parts.settle()
+        return None if chunks is None else chunks * self._chunk_tokens
 
     def give_up(self) -> int:
-        return self.lookup.give_up() * self._cache._chunk_tokens
+        return self.lookup.give_up() * self._chunk_tokens
 
     def end(self) -> None:
-        self._cache._planner.withdraw(self._fetches)  # if it was interrupted
+        self._parts.planner.withdraw(self._fetches)  # if it was interrupted
         self._fetches.clear()
         self.lookup.close()
 
