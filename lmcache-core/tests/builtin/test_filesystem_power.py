@@ -6,6 +6,7 @@ A run with ``fsync`` is recorded, and the disk built as each of its system calls
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,6 +158,39 @@ def test_what_was_acknowledged_survives(
         backend.close_blocking()
         seen += 1
     assert seen > 60
+
+
+@pytest.mark.parametrize("way", ["delete", "clear"])
+def test_what_was_evicted_before_is_forgotten_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """An eviction doesn't wait for the disk; who forgets the chunk afterwards does."""
+    (tmp_path / "live").mkdir()
+    (tmp_path / "left").mkdir()
+    (key,) = keys(1)
+    with monkeypatch.context() as patch:
+        run = Run(tmp_path / "live", patch)
+        backend = opened(run.path)
+        run.store(backend, {key: 1})
+        backend._room.make_free(1)
+        assert not served(backend, key, 1)
+        assert (backend._delete([key]) if way == "delete" else backend._clear()) == 0
+        log = list(run.log.log)
+        backend.close_blocking()
+    Disk.after(log).rebuild(tmp_path / "left", nothing)
+    backend = opened(tmp_path / "left" / "new" / "kv", fsync=False)
+    assert not served(backend, key, 1)
+    backend.close_blocking()
+
+
+def test_a_folder_that_somebody_deleted_has_nothing_to_forget(tmp_path: Path) -> None:
+    (key,) = keys(1)
+    backend = opened(tmp_path / "kv")
+    backend.store_blocking([key], [memoryview(frame(key, 1))])
+    shutil.rmtree(tmp_path / "kv" / NAMESPACE.fingerprint)
+    assert backend._delete([key]) == 0
+    assert backend._clear() == 0
+    backend.close_blocking()
 
 
 def test_the_model_of_a_power_cut_loses_what_was_not_synced(

@@ -2,39 +2,54 @@
 
 `PowerLog` records what is done below a folder. `Disk.after` replays the log into a file system that
 keeps a file's bytes when the file was synced, and a name when its folder was; `Disk.rebuild` writes
-what such a disk has after a cut into an empty folder. What wasn't synced is kept or not, whichever
-``kept`` says: the two extremes, or some of it by a seed.
+what such a disk has after a cut into an empty folder. What wasn't synced is kept or not, as `Kept`
+says: the two extremes, or names, or names and blocks of bytes, by a seed.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 Entry = tuple[Any, ...]
-Kept = Callable[[], bool]
+BLOCK = 512
+"""So many bytes are written whole or not at all."""
 
 
-def nothing() -> bool:
-    """Only what was synced is there."""
-    return False
+class Kept(NamedTuple):
+    """Asked for each name, and for each block of bytes, that wasn't synced: whether it is there.
+
+    Where ``names`` says so, a file has its length, with zeros for blocks that aren't there.
+    """
+
+    names: Callable[[], bool]
+    blocks: Callable[[], bool]
 
 
-def everything() -> bool:
-    """All names are there, though not the bytes of files that weren't synced."""
-    return True
+nothing = Kept(lambda: False, lambda: False)
+"""Only what was synced is there."""
+everything = Kept(lambda: True, lambda: False)
+"""All names are there, though not the bytes of files that weren't synced."""
 
 
 def some(seed: int) -> Kept:
     """Each name that wasn't synced is there or not."""
     seeds = random.Random(seed)
-    return lambda: seeds.random() < 0.5
+    return Kept(lambda: seeds.random() < 0.5, lambda: False)
+
+
+def torn(seed: int) -> Kept:
+    """Each name and each block is there or not, most of them or few by the seed."""
+    seeds = random.Random(seed)
+    names, blocks = (seeds.choice((0.1, 0.5, 0.9)) for _ in range(2))
+    return Kept(lambda: seeds.random() < names, lambda: seeds.random() < blocks)
 
 
 @dataclass
@@ -43,6 +58,33 @@ class File:
 
     data: bytearray = field(default_factory=bytearray)
     synced: bytes | None = None
+    unsynced: list[tuple[int, bytes]] = field(default_factory=list)
+    """What was written since then, and where."""
+
+    def write(self, at: int, data: bytes) -> None:
+        self.data.extend(bytes(max(0, at - len(self.data))))
+        self.data[at : at + len(data)] = data
+        self.unsynced.append((at, data))
+
+    def sync(self) -> None:
+        self.synced = bytes(self.data)
+        self.unsynced.clear()
+
+    def left(self, kept: Kept) -> bytes:
+        """What a power cut leaves of it."""
+        found = bytearray(self.synced or b"")
+        for at, block in self._blocks():
+            if kept.blocks():
+                found.extend(bytes(max(0, at - len(found))))
+                found[at : at + len(block)] = block
+        if self.synced != self.data and kept.names():
+            found = found[: len(self.data)].ljust(len(self.data), b"\0")
+        return bytes(found)
+
+    def _blocks(self) -> Iterator[tuple[int, bytes]]:
+        for at, data in self.unsynced:
+            for start in range(0, len(data), BLOCK):
+                yield at + start, data[start : start + BLOCK]
 
 
 @dataclass
@@ -128,9 +170,16 @@ class Disk:
         self._opened: dict[int, File | Folder] = {}
 
     @classmethod
-    def after(cls, log: Sequence[Entry]) -> Disk:
-        """The disk when all of ``log`` was done."""
+    def of(cls, place: Path) -> Disk:
+        """A disk with what is in ``place``, all of it synced."""
         disk = cls()
+        disk.root = _folder_of(place)
+        return disk
+
+    @classmethod
+    def after(cls, log: Sequence[Entry], before: Disk | None = None) -> Disk:
+        """The disk when all of ``log`` was done, to an empty one or to a copy of ``before``."""
+        disk = copy.deepcopy(before) if before else cls()
         for operation, *rest in log:
             if operation != "mark":
                 getattr(disk, f"_{operation}")(*rest)
@@ -143,13 +192,12 @@ class Disk:
     def _rebuild(self, folder: Folder, place: Path, kept: Kept) -> None:
         for name in sorted({*folder.names, *folder.synced}):
             now, before = folder.names.get(name), folder.synced.get(name)
-            found = now if now is before or kept() else before
+            found = now if now is before or kept.names() else before
             if isinstance(found, Folder):
                 (place / name).mkdir()
                 self._rebuild(found, place / name, kept)
             elif found is not None:
-                lost = bytes(len(found.data)) if kept() else b""
-                (place / name).write_bytes(lost if found.synced is None else found.synced)
+                (place / name).write_bytes(found.left(kept))
 
     def _find(self, path: str) -> tuple[Folder, str]:
         *above, name = path.split("/")
@@ -172,8 +220,7 @@ class Disk:
     def _write(self, number: int, at: int, data: bytes) -> None:
         file = self._opened[number]
         assert isinstance(file, File)
-        file.data.extend(bytes(max(0, at - len(file.data))))
-        file.data[at : at + len(data)] = data
+        file.write(at, data)
 
     def _truncate(self, number: int, size: int) -> None:
         file = self._opened[number]
@@ -183,7 +230,7 @@ class Disk:
     def _sync(self, number: int) -> None:
         one = self._opened[number]
         if isinstance(one, File):
-            one.synced = bytes(one.data)
+            one.sync()
         else:
             one.synced = dict(one.names)
 
@@ -198,3 +245,14 @@ class Disk:
     def _remove(self, path: str) -> None:
         folder, name = self._find(path)
         del folder.names[name]
+
+
+def _folder_of(place: Path) -> Folder:
+    names: dict[str, File | Folder] = {}
+    for one in place.iterdir():
+        if one.is_dir():
+            names[one.name] = _folder_of(one)
+        else:
+            data = one.read_bytes()
+            names[one.name] = File(bytearray(data), data)
+    return Folder(names, dict(names))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -27,7 +27,7 @@ from lmcache_core.builtin.filesystem_io import (
     sync_folder,
 )
 from lmcache_core.builtin.filesystem_room import ATTEMPTS, FolderRoom
-from lmcache_core.builtin.filesystem_scan import place, scan
+from lmcache_core.builtin.filesystem_scan import folders, place, scan
 from lmcache_core.errors import BackendRejected
 from lmcache_core.frame import MAGIC, may_start
 from lmcache_core.hookspecs import hookimpl
@@ -289,27 +289,36 @@ class FilesystemBackend(BlockingBackend):
                 raise
 
     def _delete(self, keys: Sequence[ChunkKey]) -> int:
-        gone = [path for path in map(self._place, keys) if self._unlink(path)]
+        paths = [self._place(key) for key in keys]
+        gone = sum(map(self._unlink, paths))
         for key in keys:
             self._index.forget(key)
-        self._removed(gone)
-        return len(gone)
+        try:
+            self._settle_removals({Path(path).parent for path in paths})
+        except OSError as error:
+            raise backend_error(error, "delete from", self._folder) from error
+        return gone
 
     def _clear(self) -> int:
         try:
             paths = [self._place(key) for _, key, _ in scan(self._folder, self._files)]
-            gone = [path for path in paths if self._unlink(path)]
+            gone = sum(map(self._unlink, paths))
             self._index.clear()
-            self._removed(gone)
+            self._settle_removals(folders(self._folder) if self._config.fsync else ())
             self._room.settle()
         except OSError as error:
             raise backend_error(error, "look into", self._folder) from error
-        return len(gone)
+        return gone
 
-    def _removed(self, paths: Sequence[str]) -> None:
-        if self._config.fsync:
-            for folder in {os.path.dirname(path) for path in paths}:
-                sync_folder(Path(folder))
+    def _settle_removals(self, places: Iterable[Path]) -> None:
+        """If durability was asked for, have what was removed from ``places`` gone for good.
+
+        Whoever did it: an eviction doesn't wait for the disk, and must not be undone either.
+        """
+        if not self._config.fsync:
+            return
+        if sum(not _synced(folder) for folder in places):
+            _synced(self._folder)  # of which it was gone itself
 
     def _unlink(self, path: str) -> bool:
         size = size_of(path)
@@ -321,6 +330,15 @@ class FilesystemBackend(BlockingBackend):
             raise backend_error(error, "delete", Path(path)) from error
         self._room.removed(size)
         return True
+
+
+def _synced(folder: Path) -> bool:
+    """Make the names in ``folder`` durable, if it is there."""
+    try:
+        sync_folder(folder)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def config_from_url(url: str) -> dict[str, Any]:

@@ -60,12 +60,20 @@ def scan(folder: Path, files: ChunkFiles) -> Iterator[tuple[int, ChunkKey, int]]
             remove(path)
 
 
+def folders(folder: Path) -> list[Path]:
+    """A namespace's folder, after those in it; none if it isn't there."""
+    try:
+        with os.scandir(folder) as level:
+            below = [Path(one.path) for one in level if one.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+    return [*below, folder]
+
+
 def remove_empty(folder: Path) -> None:
     """Remove a namespace's folder, if nothing but empty folders is left in it."""
     try:
-        with os.scandir(folder) as level:
-            below = [one.path for one in level if one.is_dir(follow_symlinks=False)]
-        for one in [*below, str(folder)]:
+        for one in folders(folder):
             os.rmdir(one)
     except OSError:
         return  # it isn't empty, or can't be removed: either way it stays
