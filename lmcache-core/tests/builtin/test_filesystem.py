@@ -255,6 +255,7 @@ def test_temporary_files_of_the_dead_are_swept(opened: Open, run: Loop, tmp_path
         alive.name: True,
         f".{key.hex()}.{host}.{dead}.aa-1.tmp": False,
         f".{key.hex()}.{host}.99999999999999999999.aa-1.tmp": False,
+        f".manifest.json.{host}.{dead}.aa-1.tmp": False,
         f".{key.hex()}.0ther.{dead}.aa-1.tmp": True,
         ".rubbish.tmp": True,
     }

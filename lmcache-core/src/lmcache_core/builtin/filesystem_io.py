@@ -227,10 +227,10 @@ class ChunkFiles:
         """
         if time.time() - modified_s > ABANDONED_AFTER_S:
             return True
-        fields = path.name.split(".")
-        if len(fields) != 6 or fields[2] != self._host or not fields[3].isdecimal():
+        fields = path.name.rsplit(".", 4)  # the name that it was to get may have dots of its own
+        if len(fields) != 5 or fields[1] != self._host or not fields[2].isdecimal():
             return False
-        pid = int(fields[3])
+        pid = int(fields[2])
         try:
             os.kill(pid, 0)
         except (ProcessLookupError, OverflowError):
