@@ -71,6 +71,7 @@ def test_a_damaged_ledger_is_none_at_all() -> None:
         {"counted": True, "spaces": {"../etc": [1, 1]}, "writers": {}},
         {"counted": True, "spaces": {}, "writers": {"../../x": [A, 1]}},
         {"counted": True, "spaces": {}, "writers": {"0" * 16: [A]}},
+        {"counted": True, "spaces": {}, "writers": {"0" * 16: ["../elsewhere", 1]}},
     ],
 )
 def test_a_ledger_that_says_something_else(facts: object) -> None:

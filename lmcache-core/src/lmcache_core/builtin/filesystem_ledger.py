@@ -95,7 +95,8 @@ class UsageLedger:
                 token: (str(space), _count(nbytes))
                 for token, (space, nbytes) in facts["writers"].items()
             }
-            if not all(map(TOKEN.fullmatch, writers)) or not all(map(is_space, spaces)):
+            named = {*spaces, *(space for space, _ in writers.values())}
+            if not all(map(TOKEN.fullmatch, writers)) or not all(map(is_space, named)):
                 return None
             return cls(facts["counted"] is True, spaces, writers)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
