@@ -172,11 +172,21 @@ def test_a_whole_section_fits_into_a_variable(plugins: Plugins) -> None:
     assert config.backends[0].options.model_dump()["port"] == 7
 
 
+@pytest.mark.parametrize("text", ["{a: !!int ''}", "[2001-13-01]", "[" * 2000, "{a"])
+def test_shell_text_that_only_looks_like_yaml_stays_text(text: str, plugins: Plugins) -> None:
+    assert load(plugins, environ={"LMCACHE_EXTRA_CONFIG__A": text})
+
+
 def test_an_empty_variable_is_not_set(plugins: Plugins) -> None:
     assert load(plugins, environ={"LMCACHE_CHUNK_SIZE": "", "LMCACHE_CONFIG_FILE": ""}).core
 
 
 # -- files that can't be read --------------------------------------------------------------
+
+REPEATED = "  a0: &a0 [1]\n" + "".join(
+    f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 7)
+)
+"""Short, and more than half a million entries."""
 
 
 @pytest.mark.parametrize(
@@ -189,6 +199,12 @@ def test_an_empty_variable_is_not_set(plugins: Plugins) -> None:
         ("chunk_size: !!python/object:os.system {}\n", "isn't valid YAML"),
         ("? [a]\n: 1\n", "isn't valid YAML"),
         ("a: 1\n---\nb: 2\n", "isn't valid YAML"),
+        ("a: !!int ''\n", "isn't valid YAML"),
+        ("a: !!bool perhaps\n", "isn't valid YAML"),
+        ("a: !!timestamp then\n", "isn't valid YAML"),
+        ("a: 2001-13-01\n", "isn't valid YAML"),
+        ("a: " + "[" * 2000 + "]" * 2000, "isn't valid YAML"),
+        ("extra_config:\n" + REPEATED, "more than 100,000 entries"),
     ],
 )
 def test_a_file_that_is_wrong_is_named(

@@ -23,6 +23,10 @@ import yaml
 ENV_PREFIX = "LMCACHE_"
 ENV_NESTING = "__"
 MERGE_TAG = "tag:yaml.org,2002:merge"
+_UNREADABLE = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+"""What PyYAML raises of text that isn't right: others than its own where tags like ``!!int`` don't
+fit, or where it is nested too deep."""
+_MOST_ENTRIES = 100_000
 FREE_FORM = "extra_config"
 """LMCache's mapping of backend options. Its keys may have dots in them."""
 
@@ -131,7 +135,7 @@ def file_layer(path: Path, problems: list[str], named_by: str = "") -> Layer:
         return Layer(str(path), yaml.safe_load(text), notes.origins)
     except OSError as error:
         problems.append(f"can't read the configuration file {path}{named_by}: {error.strerror}")
-    except (yaml.YAMLError, ValueError) as error:
+    except _UNREADABLE as error:
         problems.append(f"{path}{named_by} isn't valid YAML: {error}")
     return empty
 
@@ -143,10 +147,16 @@ class _Notes:
     file: str
     problems: list[str]
     origins: dict[KeyPath, str] = field(default_factory=dict)
+    entries: int = 0
 
     def take(self, node: yaml.Node, prefix: KeyPath, parents: tuple[int, ...]) -> None:
         if id(node) in parents:
             raise ValueError(f"{'.'.join(prefix)} contains itself")
+        self.entries += 1
+        if self.entries > _MOST_ENTRIES:
+            raise ValueError(
+                f"there are more than {_MOST_ENTRIES:,} entries, with all that * repeats"
+            )
         parents = (*parents, id(node))
         if isinstance(node, yaml.SequenceNode):
             for item in node.value:
@@ -229,6 +239,6 @@ def _from_text(text: str) -> Any:
     if plain[:1] in ("[", "{"):
         try:
             return yaml.safe_load(plain)
-        except yaml.YAMLError:
+        except _UNREADABLE:
             return text
     return text
