@@ -8,8 +8,10 @@ is offered again at the next step, until its deadline.
 
 from __future__ import annotations
 
+import asyncio
+import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +26,7 @@ from lmcache_core.connector import BlockSpan
 from lmcache_core.errors import LeaseError
 from lmcache_core.hashing import PrefixHasher
 from lmcache_core.holds import Hold
-from lmcache_core.io_loop import IOLoop
+from lmcache_core.io_loop import IOLoop, left_of
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.logging import init_logger
 from lmcache_core.lookup import PrefixLookup
@@ -83,6 +85,7 @@ class SchedulerSide:
         rope: Rope | None = None,
         weights: str = "",
         adapters: AdapterNames | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         core = settings.config.core
         self._settings = settings
@@ -90,6 +93,7 @@ class SchedulerSide:
         self._chunk_tokens = core.chunk_size
         self._block_tokens = block_tokens
         self._adapters = adapters
+        self._clock = clock
         self.counters = Counters()
         self._loop: IOLoop | None = None
         self._tiers: list[Tiers] = []
@@ -344,13 +348,12 @@ class SchedulerSide:
         return self._loop.submit(self._locate_all_parts(keys))
 
     async def _locate_all_parts(self, keys: Sequence[ChunkKey]) -> list[int]:
-        """A chunk is in a tier if every rank's part of it is."""
+        """A chunk is in a tier if every rank's part of it is. All are asked at the same time."""
         deadline_s = self._settings.config.core.lookup_timeout_ms / 1000
-        found = await self._tiers[0].locate(keys, deadline_s)
-        for tiers in self._tiers[1:]:
-            other = await tiers.locate(keys, deadline_s)
-            found = [a if a == b else -1 for a, b in zip(found, other, strict=True)]
-        return found
+        parts = await asyncio.gather(*(tiers.locate(keys, deadline_s) for tiers in self._tiers))
+        if len(parts) == 1:
+            return parts[0]
+        return [found[0] if len(set(found)) == 1 else -1 for found in zip(*parts, strict=True)]
 
     def _tokens_of(self, tracked: _Tracked, chunks: int) -> int:
         full = min(chunks, tracked.lookup_chunks)
@@ -594,17 +597,18 @@ class SchedulerSide:
         return self._events.take() if self._events is not None else ()
 
     def close(self) -> None:
-        """Let go of the tiers and the loop."""
+        """Let go of the tiers and the loop, within ``blocking_timeout_secs`` for all of it."""
+        left_s = left_of(self._settings.config.core.blocking_timeout_secs, self._clock)
         for tracked in self._requests.values():
             self._end_lookup(tracked)
         for hold in (*self._to_release, *self._receiving.values()):
             hold.release()  # no step follows in which anybody else could be given the slots
         self._to_release.clear()
         self._receiving.clear()
-        for tiers in self._tiers:
-            tiers.close()
+        for index, tiers in enumerate(self._tiers):
+            tiers.close(0.75 * left_s() / (len(self._tiers) - index))
         if self._loop is not None:
-            self._loop.close(5.0)
+            self._loop.close(left_s())
         if self._adapters is not None:
             self._adapters.close()
 

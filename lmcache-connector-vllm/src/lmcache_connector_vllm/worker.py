@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,9 +19,10 @@ from lmcache_connector_vllm import identity, kv_memory
 from lmcache_connector_vllm.adapter_watch import AdapterWatch
 from lmcache_connector_vllm.metadata import RequestLoad, StepPlan
 from lmcache_connector_vllm.settings import Settings
+from lmcache_core.daemon_pool import DaemonPool
 from lmcache_core.errors import ConfigError
 from lmcache_core.host_memory import HostArena
-from lmcache_core.io_loop import IOLoop
+from lmcache_core.io_loop import IOLoop, left_of
 from lmcache_core.keys import CacheNamespace
 from lmcache_core.logging import init_logger
 from lmcache_core.metrics import Counters
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger(__name__)
-
-FLUSH_AT_SHUTDOWN_S = 10.0
 
 
 class WorkerSide:
@@ -50,6 +49,7 @@ class WorkerSide:
         rank: int,
         weights: str,
         adapters: AdapterWatch | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         core = settings.config.core
         self._settings = settings
@@ -57,6 +57,7 @@ class WorkerSide:
         self._vllm_config = vllm_config
         self._rank = rank
         self._adapters = adapters
+        self._clock = clock
         self.counters = Counters()
         region = settings.plugins.host_region(
             settings.arena_bytes,
@@ -93,7 +94,7 @@ class WorkerSide:
                 weights=weights,
             )
         self._mover: Mover | None = None
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="lmcache-load")
+        self._background = DaemonPool(1, "lmcache-load")
         self._plan = StepPlan()
         self._layer_of: dict[str, int] = {}
         self._layer_loads: list[Future[None]] = []
@@ -349,18 +350,24 @@ class WorkerSide:
             self._adapters.forget(request_ids)
 
     def close(self) -> None:
-        """Write out what is queued, within a bound, and let go of everything."""
+        """Write out what is queued and let go of everything.
+
+        ``blocking_timeout_secs`` are for all of it; what isn't written in three quarters is lost.
+        """
+        left_s = left_of(self._settings.config.core.blocking_timeout_secs, self._clock)
         if self._adapters is not None:
             self._adapters.close()
-        self._background.shutdown(wait=True)
-        if self._mover is not None and not self._mover.flush(FLUSH_AT_SHUTDOWN_S):
+        self._background.shutdown()
+        if not self._background.join(0.5 * left_s()):
+            logger.warning("A load didn't end before the engine; its thread is left behind")
+        if self._mover is not None and not self._mover.flush(0.75 * left_s()):
             logger.warning("Stopped before all chunks were written to the slow tiers")
         if self._tiers is not None:
-            self._tiers.close()
+            self._tiers.close(0.5 * left_s())
         if self._loop is not None:
-            self._loop.close(5.0)
+            self._loop.close(0.5 * left_s())
         if self._mover is not None:
-            self._mover.close()
+            self._mover.close(left_s())
 
 
 def _figures(nbytes: int, seconds: float) -> tuple[float, float, float]:

@@ -31,7 +31,7 @@ from lmcache_core.errors import ConfigError, LayoutError, LeaseError
 from lmcache_core.hashing import PrefixHasher, request_root
 from lmcache_core.holds import Hold
 from lmcache_core.host_memory import HostArena
-from lmcache_core.io_loop import LATE, IOLoop
+from lmcache_core.io_loop import LATE, IOLoop, left_of
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import KVLayout
 from lmcache_core.lookup import PrefixLookup
@@ -411,9 +411,8 @@ class Cache:
         return Paged(buffer, [0], max(tokens, 1))
 
     def _budget(self, timeout_s: float | None = None) -> Callable[[], float]:
-        """What is left of ``timeout_s`` from now on: for each step of a call in turn."""
-        until = self._clock() + (self._deadline_s if timeout_s is None else timeout_s)
-        return lambda: max(0.0, until - self._clock())
+        """What is left of ``timeout_s``; of ``blocking_timeout_secs`` if not said."""
+        return left_of(self._deadline_s if timeout_s is None else timeout_s, self._clock)
 
     @contextmanager
     def _held(self, parts: _Parts, keys: list[ChunkKey]) -> Iterator[Hold]:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future, wait
 from typing import Any, TypeVar
@@ -22,6 +23,12 @@ T = TypeVar("T")
 
 LATE = 1.05
 """Of a deadline that what runs on a loop keeps itself, how much is waited for it to say so."""
+
+
+def left_of(timeout_s: float, clock: Callable[[], float] = time.monotonic) -> Callable[[], float]:
+    """What is left of ``timeout_s`` from now on, in seconds: for each step of a call in turn."""
+    until = clock() + timeout_s
+    return lambda: max(0.0, until - clock())
 
 
 class IOLoop:
