@@ -52,6 +52,7 @@ PROGRAMS = [
     Program("index"),
     Program("disk"),
     Program("lm_server", ("--runs", "7")),
+    Program("lm_crowd", ("--quick",)),
     Program("redis_store", ("--quick",)),
     Program("mooncake_store", ("--quick",)),
     Program("nixl_store", ("--quick",)),
