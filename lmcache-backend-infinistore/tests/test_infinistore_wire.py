@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from infini_server import Server, emulated_nic
 
+from lmcache_backend_infinistore.layout import BEGINNING, MAX_VALUE_BYTES, Head
 from lmcache_backend_infinistore.wire import Block, Wire
 
 MIB = 1 << 20
@@ -137,3 +138,13 @@ def test_an_end_is_noticed_without_asking(wire: Wire, server: Server) -> None:
     with pytest.raises(OSError):
         wire.exist(["key"])
     server.start()
+
+
+def test_a_head_names_no_more_pieces_than_a_chunk_can_have() -> None:
+    """Whoever deletes a value names all of its pieces, and a head is what a stranger may write."""
+    head = Head.of(MAX_VALUE_BYTES, 64 << 10, bytes(8), 0)
+    assert Head.unpack(memoryview(head.pack())) == head
+    assert len(head.pack()) == BEGINNING
+    for nbytes in (MAX_VALUE_BYTES + 1, 1 << 46):
+        too_long = Head.of(nbytes, 64 << 10, bytes(8), 0)
+        assert Head.unpack(memoryview(too_long.pack())) is None

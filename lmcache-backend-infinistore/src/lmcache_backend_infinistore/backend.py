@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from lmcache_backend_infinistore.client import library
 from lmcache_backend_infinistore.config import InfinistoreConfig
-from lmcache_backend_infinistore.layout import BEGINNING, Head
+from lmcache_backend_infinistore.layout import BEGINNING, MAX_VALUE_BYTES, Head
 from lmcache_backend_infinistore.links import HEAD_BYTES, VALUES, Link, Links, Parts, TcpLink
 from lmcache_backend_infinistore.rdma import RdmaLink, chosen_device
 from lmcache_backend_infinistore.wire import Block
@@ -57,6 +57,7 @@ class InfinistoreBackend(BlockingBackend):
         return BackendCapabilities(
             shared=True,
             persistent=True,
+            max_chunk_bytes=MAX_VALUE_BYTES,
             preferred_batch=VALUES if self._config.connection_type == "TCP" else _OVER_RDMA,
             max_concurrency=self._config.connections + _QUESTIONS,
         )

@@ -25,6 +25,9 @@ _ALIGNED: Final = 64
 BEGINNING: Final = _ALIGNED
 """Bytes of a head before those of the value."""
 LEAST_PIECE: Final = 64 << 10
+MAX_VALUE_BYTES: Final = 512 << 20
+"""No chunk comes near it; a head that says more is damaged, and may name more pieces than there is
+memory for."""
 
 
 class Head(NamedTuple):
@@ -61,11 +64,13 @@ class Head(NamedTuple):
 
     @classmethod
     def unpack(cls, data: memoryview) -> Head | None:
-        """``None`` for what doesn't begin like a head."""
+        """``None`` for what doesn't begin like a head, or says what can't be."""
         magic, pieces, nbytes, nonce = _FIELDS.unpack_from(data)
         room = data.nbytes - BEGINNING
         rest = nbytes - _inline(nbytes, room)
-        if magic != _MAGIC or bool(pieces) != bool(rest) or pieces > 1 + rest // LEAST_PIECE:
+        if magic != _MAGIC or nbytes > MAX_VALUE_BYTES:
+            return None
+        if bool(pieces) != bool(rest) or pieces > 1 + rest // LEAST_PIECE:
             return None
         return cls(nbytes, pieces, nonce, room)
 
