@@ -113,9 +113,11 @@ def test_two_keys_of_one_id_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> N
         ("1", "isn't an id"),
         ("x " + "00" * 16, "isn't an id"),
         ("4294967296 " + "00" * 16, "isn't an id"),
+        ("9" * 5000 + " " + "00" * 16, "isn't an id"),
         ("1 " + "00" * 15, "neither"),
         ("1 " + "00" * 18, "16, 24 or 32"),
         ("1 !!!!", "neither"),
+        ("1 \xe4\xe4\xe4\xe4", "neither"),
         (f"1 {'00' * 16}\n1 {'11' * 16}", "again"),
     ],
 )

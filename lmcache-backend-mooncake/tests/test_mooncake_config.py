@@ -154,6 +154,7 @@ def test_mooncake_s_own_file_fills_in(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         (None, "can't be read: No such file"),
         ("{", "isn't JSON"),
+        ("[" * 100_000, "isn't JSON"),
         ("[]", "isn't a JSON object"),
         ('{"master_server_address": "m:1", "tenant_id": "a"}', "tenants aren't available"),
     ],

@@ -240,12 +240,22 @@ def test_boards_of_engines_that_are_gone_are_taken_away(board: Board, tmp_path: 
     assert [file.name for file in (tmp_path / "boards").iterdir()] == ["other.json"]
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"loaded": 1, "what": 2}', "[]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "[" * 100_000, '{"loaded": 1, "what": 2}', '{"loaded": 1}'),
+        *('{"replaced": {}}', '{"pid": "1"}', f'{{"pid": {1 << 70}}}', '{"pid": -1}'),
+    ],
+    ids=range(10),
+)
 def test_a_damaged_board_says_nothing(board: Board, tmp_path: Path, text: str) -> None:
     board.write(Published(loaded={"1": "x"}))
     assert read(board).loaded == {"1": "x"}
     (tmp_path / "boards" / "engine.json").write_text(text)
     assert board.read() is None
+    (tmp_path / "boards" / "other.json").write_text(text)
+    board.remove()
+    assert list((tmp_path / "boards").iterdir()) == []
 
 
 # -- in the scheduler ------------------------------------------------------------------------------

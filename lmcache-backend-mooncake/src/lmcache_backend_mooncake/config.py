@@ -213,7 +213,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{where} can't be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} isn't JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{where} isn't a JSON object")

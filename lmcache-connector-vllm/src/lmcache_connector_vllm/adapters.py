@@ -57,6 +57,24 @@ class Published:
     replaced: list[list[str]] = field(default_factory=list)
     """Names and paths under which there was more than one content."""
 
+    @classmethod
+    def of(cls, text: str) -> Published:
+        """What was published as JSON.
+
+        Raises:
+            ValueError: ``text`` is anything else.
+        """
+        try:
+            found = cls(**json.loads(text))
+        except (TypeError, RecursionError) as error:
+            raise ValueError(str(error)) from error
+        pid = found.pid
+        if not isinstance(pid, int) or not 0 <= pid < 1 << 31:
+            raise ValueError(f"{pid!r} is no process")
+        if not isinstance(found.loaded, dict) or not isinstance(found.replaced, list):
+            raise ValueError("it isn't what a worker publishes")
+        return found
+
     def content(self, use: AdapterUse) -> str | None:
         """What is loaded under the number, if anything is."""
         return self.loaded.get(str(use.number))
@@ -106,9 +124,9 @@ class Board:
             place = self._place()
             found = os.stat(place)
             if self._seen != (found.st_ino, found.st_mtime_ns):
-                self._read = Published(**json.loads(place.read_text()))
+                self._read = Published.of(place.read_text())
                 self._seen = (found.st_ino, found.st_mtime_ns)
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError):
             return None
         return self._read
 
@@ -129,8 +147,8 @@ class Board:
 
 def _alive(board: Path) -> bool:
     try:
-        os.kill(Published(**json.loads(board.read_text())).pid, 0)
-    except (ProcessLookupError, ValueError, TypeError):
+        os.kill(Published.of(board.read_text()).pid, 0)
+    except (ProcessLookupError, ValueError):
         return False
     except OSError:
         pass  # somebody else's, or gone meanwhile

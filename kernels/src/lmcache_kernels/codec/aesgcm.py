@@ -21,9 +21,9 @@ Random nonces are safe for 2^32 chunks of one key.
 from __future__ import annotations
 
 import base64
-import binascii
 import hmac
 import os
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,6 +45,7 @@ MAGIC = b"KVA1"
 _HEAD = struct.Struct("<4sI12s")
 _TAG_BYTES = 16
 _SIZES = (16, 24, 32)
+_ID = re.compile("[0-9]{1,10}")
 
 
 def read_keys(config: AesGcmConfig, environ: Mapping[str, str]) -> dict[int, bytes]:
@@ -70,7 +71,7 @@ def read_keys(config: AesGcmConfig, environ: Mapping[str, str]) -> dict[int, byt
         if not words:
             continue
         where = f"aesgcm: line {number} of {origin}"
-        if len(words) != 2 or not words[0].isdecimal() or int(words[0]) >= 2**32:
+        if len(words) != 2 or not _ID.fullmatch(words[0]) or int(words[0]) >= 2**32:
             raise ConfigError(f"{where} isn't an id below 2^32 and a key")
         if int(words[0]) in keys:
             raise ConfigError(f"{where} uses the id {words[0]} again: give each key its own")
@@ -91,7 +92,7 @@ def _key(text: str, where: str) -> bytes:
             pass  # base64 of 24 bytes has the length of 16 bytes in hexadecimal
     try:
         key = base64.b64decode(text, validate=True)
-    except binascii.Error:
+    except ValueError:  # also of what isn't ASCII
         raise ConfigError(f"{where}: the key is neither base64 nor hexadecimal") from None
     if len(key) not in _SIZES:
         raise ConfigError(f"{where}: a key has 16, 24 or 32 bytes, not {len(key)}")

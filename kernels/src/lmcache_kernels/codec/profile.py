@@ -191,6 +191,9 @@ class Profile:
         """This profile for a rank's ``group``; ``None`` if it isn't of these layers and heads.
 
         Without its bases, if those mix heads of several ranks.
+
+        Raises:
+            ValueError: it has numbers that no model has.
         """
         first = group.first_head
         rows = [layer - self.first_layer for layer in group.layers]
