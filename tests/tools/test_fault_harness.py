@@ -9,7 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from faulting.kinds import EXCEPTIONS, LABELS, PROGRAMME
+from faulting.canary import TICK_S, Canary, Latencies
+from faulting.findings import Findings
+from faulting.kinds import EXCEPTIONS, KINDS, LABELS
 
 PROGRAM = Path(__file__).parents[2] / "tools" / "fault_harness.py"
 
@@ -60,4 +62,66 @@ def test_a_mistake_is_found(broken: str, kind: str) -> None:
 def test_kinds_are_told_apart() -> None:
     assert len(EXCEPTIONS) == len(set(EXCEPTIONS)) == 17
     assert [name for name, count in Counter(LABELS).items() if count > 1] == []
-    assert len({(operation, fault) for operation, fault, _ in PROGRAMME}) == len(PROGRAMME)
+    assert len(set(KINDS)) == len(KINDS)
+
+
+class Machine:
+    """A clock, and how much CPU a process has had."""
+
+    def __init__(self) -> None:
+        self.now = self.cpu = 100.0
+        self.canary = Canary(lambda: self.now, lambda: self.cpu)
+
+    def goes_on(self, seconds: float, *, ours: float) -> None:
+        """The canary wakes up after so many, of which this process had ``ours``."""
+        self.now += seconds
+        self.cpu += ours
+        self.canary.woke()
+
+
+def test_a_canary_loses_what_others_had_and_not_its_own_work() -> None:
+    machine = Machine()
+    machine.goes_on(TICK_S, ours=0)
+    assert machine.canary.lost_s == pytest.approx(0, abs=1e-9)  # in time
+    machine.goes_on(0.5, ours=0.5)
+    assert machine.canary.lost_s == pytest.approx(0, abs=1e-9)  # somebody here held the interpreter
+    machine.goes_on(0.5, ours=0.1)
+    assert machine.canary.lost_s == pytest.approx(0.4)
+    assert machine.canary.lost_since(machine.now - 0.25) == pytest.approx(0.25)
+    machine.now += 0.2  # it should have woken up
+    assert machine.canary.lost_since(machine.now - 0.2) == pytest.approx(0.2 - TICK_S)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "waits", "late"),
+    [
+        (0.0, 0.0, True, 1),
+        (0.0, 0.3, True, 0),
+        (0.3, 0.0, True, 1),  # it would have given up all the same
+        (0.3, 0.0, False, 0),
+    ],
+)
+def test_a_call_is_late_unless_others_had_the_cpu_after_its_deadline(
+    before: float, after: float, waits: bool, late: int
+) -> None:
+    machine, findings = Machine(), Findings()
+    latencies = Latencies(machine.canary, findings, lambda: machine.now)
+    with latencies.timed("load", 1.0, waits=waits):
+        machine.goes_on(1.0, ours=1.0 - before)
+        machine.goes_on(0.3, ours=0.3 - after)
+    assert len(findings.late) == late
+    assert findings.past == {"load": 1}
+
+
+def test_findings_of_places_add_up() -> None:
+    one = Findings(faults=Counter(a=2), rounds=1, memory_mib={"x": [1.0]}, wrong=["word"])
+    one.calls, one.longest_s = {"load": Counter({3: 1})}, {"load": 0.5}
+    two = Findings(faults=Counter(a=1, b=1), rounds=2, memory_mib={"y": [2.0]})
+    two.calls, two.longest_s = {"load": Counter({3: 2})}, {"load": 0.25, "store": 0.125}
+    one.add(two)
+    assert one.faults == {"a": 3, "b": 1}
+    assert one.rounds == 3
+    assert one.memory_mib == {"x": [1.0], "y": [2.0]}
+    assert one.calls == {"load": {3: 3}}
+    assert one.longest_s == {"load": 0.5, "store": 0.125}
+    assert one.problems == ["WRONG: word"]

@@ -1,94 +1,143 @@
-"""A canary: how late is a thread that only wants to wake up?
+"""A canary: how late is a thread that only wants to wake up, and is that this process's doing?
 
-A call that ends after its deadline is late because of what is tested only where the canary was on
-time. What the canary lost while the call ran is taken off it, however much that is.
+A call that ends after its deadline is late because of what is tested, unless other processes had
+the CPU. They had it where the canary was due and this process used less CPU than the clock went on:
+then whoever the canary waited for waited itself. Only what was lost after the deadline counts:
+before it a call can't be late, it gives up at its deadline whatever it has reached by then.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from math import log
+
+from faulting.findings import Findings
 
 TICK_S = 0.005
 ALLOWED = 1.1
 """Times a deadline."""
+REMEMBERED = 1 << 16
+"""Losses: those of minutes, and no call takes so long."""
 _STEP = log(1.2)
 
 
 class Canary:
-    """A thread that wakes up every `TICK_S` and adds up how much later than that it did."""
+    """A thread that wakes up every `TICK_S` and keeps what other processes cost it.
 
-    def __init__(self) -> None:
+    ``clock`` and ``cpu`` are the time, and how much CPU this process has had.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        cpu: Callable[[], float] = time.process_time,
+    ) -> None:
+        self._clock = clock
+        self._cpu = cpu
         self._lost_s = 0.0
-        self._due = time.monotonic() + TICK_S
+        self._losses: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
+        """From when to when."""
+        self._slept = clock(), cpu()
+        self._lock = threading.Lock()
         self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="harness-canary", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     @property
     def lost_s(self) -> float:
-        """Seconds lost since the start, those of this moment included."""
-        return self._lost_s + max(0.0, time.monotonic() - self._due)
+        """Seconds lost since the start."""
+        return self._lost_s
+
+    def start(self) -> None:
+        """From now on."""
+        self._thread = threading.Thread(target=self._run, name="harness-canary", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         self._ends.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
+
+    def lost_since(self, moment: float) -> float:
+        """Seconds lost from ``moment`` until now, which it may still be losing."""
+        with self._lock:
+            now = self._clock()
+            lost = min(self._losing(now), now - moment)
+            for since, until in reversed(self._losses):
+                if until <= moment:
+                    break
+                lost += until - max(since, moment)
+        return max(0.0, lost)
+
+    def woke(self) -> None:
+        """The canary is awake, and goes to sleep again."""
+        with self._lock:
+            now = self._clock()
+            if lost := self._losing(now):
+                self._losses.append((now - lost, now))
+                self._lost_s += lost
+            self._slept = now, self._cpu()
+
+    def _losing(self, now: float) -> float:
+        """What other processes cost it since it went to sleep."""
+        since, cpu_s = self._slept
+        asleep = now - since
+        return max(0.0, min(asleep - TICK_S, asleep - (self._cpu() - cpu_s)))
 
     def _run(self) -> None:
         while not self._ends.is_set():
-            time.sleep(max(0.0, self._due - time.monotonic()))
-            now = time.monotonic()
-            self._lost_s += max(0.0, now - self._due)
-            self._due = now + TICK_S
+            time.sleep(TICK_S)
+            self.woke()
 
 
-@dataclass
 class Latencies:
-    """How long calls took, by their name. Thread-safe."""
+    """How long calls took, by their name, into ``findings``. Thread-safe."""
 
-    canary: Canary
-    calls: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
-    longest_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    past: Counter[str] = field(default_factory=Counter)
-    """Calls past their deadline and a tenth of it, whoever was to blame."""
-    unexplained: list[str] = field(default_factory=list)
-    """Those of them that the canary doesn't explain, in words."""
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(
+        self, canary: Canary, findings: Findings, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._canary = canary
+        self._findings = findings
+        self._clock = clock
+        self._lock = threading.Lock()
 
     @contextmanager
-    def timed(self, name: str, deadline_s: float) -> Iterator[None]:
-        """Measure the call within; it has ``deadline_s``."""
-        lost, began = self.canary.lost_s, time.monotonic()
+    def timed(self, name: str, deadline_s: float, *, waits: bool = True) -> Iterator[None]:
+        """Measure the call within; it has ``deadline_s``.
+
+        ``waits``: it gives up then, by itself. Otherwise it needs nobody, and may take so long for
+        its own work; then what was lost before that counts, too.
+        """
+        began = self._clock()
         try:
             yield
         finally:
-            took = time.monotonic() - began
-            lost = self.canary.lost_s - lost
+            took = self._clock() - began
+            late = took > ALLOWED * deadline_s
+            lost = self._canary.lost_since(began + deadline_s * waits) if late else 0.0
+            found = self._findings
             with self._lock:
-                self.calls[name][_bucket(took)] += 1
-                self.longest_s[name] = max(self.longest_s[name], took)
-                if took > ALLOWED * deadline_s:
-                    self.past[name] += 1
-                    if took - lost > ALLOWED * deadline_s:
-                        self.unexplained.append(
-                            f"{name} took {took:.2f} s of {deadline_s:g} s, "
-                            f"of which the canary lost {lost:.2f} s"
-                        )
+                found.calls.setdefault(name, Counter())[_bucket(took)] += 1
+                found.longest_s[name] = max(found.longest_s.get(name, 0.0), took)
+                found.past[name] += late
+                if took - lost > ALLOWED * deadline_s:
+                    found.late.append(
+                        f"{name} took {took:.2f} s of {deadline_s:g} s, "
+                        f"of which others had the CPU for {lost:.2f} s"
+                    )
 
-    def quantile(self, name: str, share: float) -> float:
-        """Seconds that so many of the calls took at the most, to within a fifth."""
-        buckets = self.calls[name]
-        wanted = share * sum(buckets.values())
-        for bucket in sorted(buckets):
-            wanted -= buckets[bucket]
-            if wanted <= 0:
-                return 1.2**bucket
-        return 0.0
+
+def quantile(buckets: Counter[int], share: float) -> float:
+    """Seconds that so many of the calls took at the most, to within a fifth."""
+    wanted = share * sum(buckets.values())
+    for bucket in sorted(buckets):
+        wanted -= buckets[bucket]
+        if wanted <= 0:
+            return float(1.2**bucket)
+    return 0.0
 
 
 def _bucket(seconds: float) -> int:

@@ -7,9 +7,9 @@ whole prefix and its salt. So another key's chunk, a torn and a misplaced one ar
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
-from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,17 +18,22 @@ import numpy as np
 from lmcache_core import DType, KVLayout, full_attention
 
 CHUNK_TOKENS = 16
-DEPTH, BRANCHES = 8, (6, 3, 2)
+DEPTH, BRANCHES = 8, (10, 2, 1)
 """A prompt has up to so many chunks; each goes on in one of three ways, with these weights."""
+OF_ONE_TREE = 400
+"""Prompts that are drawn from one tree on the average, before the next one grows."""
 UNTOUCHED = 0xDEAD_BEEF_DEAD_BEEF
 SALTS = ("", "tenant")
 SHAPES = {"small": (2, 1, 32), "large": (4, 2, 64)}
 """Layers, heads and head size: chunks of 4 and of 32 KiB."""
+_FIRST_TREE = 1 << 18
+_TREES = 1 << 17
+"""Their roots are those of no prompt that `rest` makes."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A path in the tree of prompts: which branch after each chunk."""
+    """A path in a tree of prompts: which branch after each chunk."""
 
     path: tuple[int, ...]
     tail: int = 0
@@ -38,18 +43,31 @@ class Prompt:
     @property
     def tokens(self) -> bytes:
         """Token ids: the same for the same branch at the same depth, so that prefixes decide."""
-        ids = array("I")
-        for depth, branch in enumerate(self.path):
-            first = 1000 + CHUNK_TOKENS * (depth << 20 | branch)
-            ids.extend(range(first, first + CHUNK_TOKENS))
-        ids.extend(range(self.tail))
-        return ids.tobytes()
+        firsts = [
+            1000 + CHUNK_TOKENS * (depth << 20 | branch) for depth, branch in enumerate(self.path)
+        ]
+        ids = np.add.outer(np.array(firsts, "<u4"), _IN_CHUNK)
+        return ids.tobytes() + _IN_CHUNK[: self.tail].tobytes()
 
 
-def drawn(chance: random.Random) -> Prompt:
-    """A prompt that shares prefixes with others."""
-    path = chance.choices(range(len(BRANCHES)), BRANCHES, k=chance.randint(1, DEPTH))
-    return Prompt(tuple(path), chance.randrange(CHUNK_TOKENS), chance.choice(SALTS))
+class Prompts:
+    """Draws prompts that share prefixes with others. Thread-safe.
+
+    A tree is left for the next one after a while: a tier refuses for minutes what its serde
+    couldn't decode, and soon nothing of an old tree could be loaded any more. Older ones are asked
+    for again now and then, when they are in slow tiers at most.
+    """
+
+    def __init__(self) -> None:
+        self._drawn = itertools.count()
+
+    def draw(self, chance: random.Random) -> Prompt:
+        """The next prompt."""
+        age = int(chance.expovariate(2.0))
+        tree = max(0, next(self._drawn) // OF_ONE_TREE - age) % _TREES
+        path = chance.choices(range(len(BRANCHES)), BRANCHES, k=chance.randint(1, DEPTH))
+        path[0] += _FIRST_TREE + len(BRANCHES) * tree
+        return Prompt(tuple(path), chance.randrange(CHUNK_TOKENS), chance.choice(SALTS))
 
 
 class Content:
@@ -62,9 +80,9 @@ class Content:
         self.layout = KVLayout(CHUNK_TOKENS, (group,))
         self.chunk_bytes = group.chunk_bytes(CHUNK_TOKENS)
         words = self.chunk_bytes // 8
-        self._positions = np.arange(words, dtype=np.uint64).reshape(
-            (layers, 2, CHUNK_TOKENS, self._row)
-        )
+        one = np.arange(words, dtype=np.uint64).reshape((layers, 2, 1, CHUNK_TOKENS, self._row))
+        self._positions = one.repeat(DEPTH, axis=2)
+        """By layer, plane, chunk, token, and word of these."""
 
     def empty(self, prompt: Prompt) -> np.ndarray:
         """KV of that length, each word `UNTOUCHED`."""
@@ -74,23 +92,20 @@ class Content:
     def made(self, prompt: Prompt) -> np.ndarray:
         """The KV of a prompt."""
         kv = self.empty(prompt)
-        for name, part in self._chunks(kv, prompt, len(prompt.path)):
-            np.bitwise_xor(self._positions, name, out=part)
+        count = len(prompt.path)
+        kv[:, :, : count * CHUNK_TOKENS] = self._expected(prompt, count)
         return kv
 
     def wrong_words(self, kv: np.ndarray, prompt: Prompt, chunks: int) -> int:
         """How many words of its first ``chunks`` aren't what they must be."""
-        return sum(
-            int(np.count_nonzero((part ^ name) != self._positions))
-            for name, part in self._chunks(kv, prompt, chunks)
-        )
+        found = kv[:, :, : chunks * CHUNK_TOKENS]
+        return int(np.count_nonzero(found != self._expected(prompt, chunks)))
 
-    def _chunks(
-        self, kv: np.ndarray, prompt: Prompt, count: int
-    ) -> Iterator[tuple[np.uint64, np.ndarray]]:
-        for index in range(count):
-            part = kv[:, :, index * CHUNK_TOKENS : (index + 1) * CHUNK_TOKENS]
-            yield _name(prompt.path[: index + 1], prompt.salt), part
+    def _expected(self, prompt: Prompt, count: int) -> np.ndarray:
+        """The first ``count`` chunks of a prompt."""
+        names = (_name(prompt.path[: index + 1], prompt.salt) for index in range(count))
+        chunks = self._positions[:, :, :count] ^ _column(names, count)
+        return chunks.reshape((self._layers, 2, count * CHUNK_TOKENS, self._row))
 
 
 def as_bytes(kv: np.ndarray) -> np.ndarray:
@@ -98,7 +113,14 @@ def as_bytes(kv: np.ndarray) -> np.ndarray:
     return kv.view(np.uint8).reshape(-1)
 
 
+def _column(names: Iterable[int], count: int) -> np.ndarray:
+    return np.fromiter(names, np.uint64, count).reshape((count, 1, 1))
+
+
 @lru_cache(maxsize=1 << 14)
-def _name(path: tuple[int, ...], salt: str) -> np.uint64:
+def _name(path: tuple[int, ...], salt: str) -> int:
     digest = hashlib.sha256(repr((path, salt)).encode()).digest()
-    return np.uint64(int.from_bytes(digest[:8], "little"))
+    return int.from_bytes(digest[:8], "little")
+
+
+_IN_CHUNK = np.arange(CHUNK_TOKENS, dtype="<u4")

@@ -11,7 +11,7 @@ import mmap
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
@@ -134,6 +134,28 @@ def _opposite(answer: Any, _: Sequence[int]) -> Any:
     return [not one for one in answer] if isinstance(answer, list) else answer + 1
 
 
+@dataclass(frozen=True)
+class Values(Fault):
+    """What a call has read, each value by itself: ``percent`` of them, in one of several ways."""
+
+    percent: int
+    ways: tuple[Fault, ...]
+
+    def after(self, call: Injection, answer: Any) -> Any:
+        sizes, outputs = list(answer), iter(call.outputs)
+        for position, (size, limit) in enumerate(zip(answer, call.limits, strict=True)):
+            if size <= 0:
+                continue
+            output = next(outputs)
+            if call.draw(100) < self.percent:
+                one = call.besides(self.ways[call.draw(len(self.ways))])
+                (sizes[position],) = one.after([size], [output], [limit])
+        return sizes
+
+    def fits(self, operation: str) -> bool:
+        return operation == "load"
+
+
 LIES: Final = Answer("the opposite", _opposite)
 LOST: Final = Answer("a miss", lambda answer, _: [MISS] * len(answer))
 ONLY_SAID: Final = Answer(
@@ -160,9 +182,10 @@ def _programme() -> Programme:
     return (
         # Five failures in a row open a breaker, and what was damaged is no failure: calls fail
         # seldom, values are damaged often.
-        *_each("load", (Corrupt(), Corrupt(at=0), Short(), Swapped(), Foreign()), 0.5),
-        *_each("load", (LOST, TOO_LARGE), 0.08),
-        *_each("load", (*raised, *halves, *_NONSENSE), 0.08),
+        *_each("load", (*raised, *halves, *_NONSENSE, TOO_LARGE), 0.08),
+        *_each("load", (Swapped(),), 0.06),
+        *(late for op in ("load", "store", "contains") for late in _each(op, _LATE, 0.003)),
+        ("load", Values(50, (Corrupt(), Corrupt(at=0), Short(), Foreign(), LOST)), 0.8),
         *_each("store", (Corrupt(), ONLY_SAID), 0.12),
         *_each("store", (*raised, TOO_FEW, TOO_MANY, WRONG_TYPE), 0.08),
         *_each("contains", (LIES,), 0.08),
@@ -170,7 +193,6 @@ def _programme() -> Programme:
         *_each("count_leading_hits", (LIES, NEGATIVE, WRONG_TYPE, *raised), 0.08),
         *_each("delete", (*raised, NEGATIVE, WRONG_TYPE), 0.1),
         *_each("clear", raised, 0.1),
-        *(late for op in ("load", "store", "contains") for late in _each(op, _LATE, 0.004)),
         *_each("encode", (Corrupt(), Foreign(), TOO_LARGE, NEGATIVE, WRONG_TYPE, *halves), 0.06),
         *_each("encode", raised, 0.03),
         *_each("decode", (Corrupt(), Foreign(), *halves), 0.2),
@@ -179,13 +201,19 @@ def _programme() -> Programme:
         *_each("for_chunk", (*raised, WRONG_TYPE), 0.06),
         *(late for op in ("encode", "decode") for late in _each(op, _LATE, 0.001)),
         # After five failures LRU takes a policy's place, so a round sees no more of these.
-        *(one for op in ("added", "touched", "removed") for one in _each(op, raised, 0.01)),
-        *_each("victims", (*raised, WRONG_TYPE), 0.01),
-        *_each("victim", (*raised, NEGATIVE, TOO_LARGE, WRONG_TYPE), 0.01),
+        *(one for op in ("added", "touched", "removed") for one in _each(op, raised, 0.02)),
+        *_each("victims", (*raised, WRONG_TYPE), 0.02),
+        *_each("victim", (*raised, NEGATIVE, TOO_LARGE, WRONG_TYPE), 0.02),
     )
 
 
 PROGRAMME: Final = _programme()
+KINDS: Final = tuple(
+    (operation, way)
+    for operation, fault, _ in PROGRAMME
+    for way in (fault.ways if isinstance(fault, Values) else (fault,))
+)
+"""What its faults do, and to which calls."""
 SEAM: Final = tuple(
     f"{call}: {what}"
     for call, kinds in {
@@ -202,7 +230,7 @@ SEAM: Final = tuple(
 WHILE_COLD: Final = ("load", "contains", "count_leading_hits", "decode", "preadv")
 """Calls that only happen for what isn't in host memory; and while the breaker is closed, but for
 the one call that tries a backend after that."""
-_ARMED = "armed"
+_ARMED, _TALLY = "armed", "tally-"
 
 
 def label(operation: str, fault: Fault) -> str:
@@ -219,7 +247,7 @@ def label(operation: str, fault: Fault) -> str:
     return f"{operation}: {type(fault).__name__.lower()}"
 
 
-LABELS: Final = (*(label(operation, fault) for operation, fault, _ in PROGRAMME), *SEAM)
+LABELS: Final = (*(label(operation, fault) for operation, fault in KINDS), *SEAM)
 
 
 class Switch:
@@ -254,13 +282,15 @@ class Tally(Faults):
     def __init__(self, folder: Path, seed: int) -> None:
         super().__init__(seed)
         self._switch = switch(folder)
-        self._places = {(op, fault): place for place, (op, fault, _) in enumerate(PROGRAMME)}
+        self._places = {kind: place for place, kind in enumerate(KINDS)}
         for operation, fault, chance in PROGRAMME:
             self.arm(operation, fault, times=None, chance=chance)
-        path = folder / f"tally-{os.getpid()}-{next(self._numbers)}"
+        name = f"{os.getpid()}-{next(self._numbers)}"
+        path = folder / f"new-{name}"
         with path.open("w+b") as file:
             file.truncate(8 * len(LABELS))
             self._counts = memoryview(mmap.mmap(file.fileno(), 8 * len(LABELS))).cast("Q")
+        path.rename(folder / f"{_TALLY}{name}")
 
     def begin(self, operation: str) -> Injection:
         if not self._switch.on:
@@ -287,13 +317,31 @@ class Tally(Faults):
 @cache
 def tally(folder: Path, seed: int) -> Tally:
     """This process's. A child that follows another one has other faults."""
-    return Tally(folder, seed + len(list(folder.glob("tally-*"))))
+    return Tally(folder, seed + len(_tallies(folder)))
 
 
 def counted(folder: Path) -> Counter[str]:
     """How often each kind was injected so far, in all processes."""
     found: Counter[str] = Counter()
-    for path in folder.glob("tally-*"):
-        numbers = memoryview(path.read_bytes()).cast("Q")
-        found.update({name: int(n) for name, n in zip(LABELS, numbers, strict=True) if n})
+    for numbers in _read(folder):
+        found.update({name: n for name, n in zip(LABELS, numbers, strict=True) if n})
     return found
+
+
+def total(folder: Path) -> int:
+    """All of `counted`."""
+    return sum(map(sum, _read(folder)))
+
+
+def _tallies(folder: Path) -> list[str]:
+    return [name for name in os.listdir(folder) if name.startswith(_TALLY)]
+
+
+def _read(folder: Path) -> Iterator[memoryview]:
+    """Counts by `LABELS`, of each process that ever lived."""
+    for name in _tallies(folder):
+        descriptor = os.open(f"{folder}/{name}", os.O_RDONLY)
+        try:
+            yield memoryview(os.read(descriptor, 8 * len(LABELS))).cast("Q")
+        finally:
+            os.close(descriptor)

@@ -35,6 +35,8 @@ class Place:
     policies: tuple[str, ...] = ("harness", "LRU", "LFU")
     most = 1 << 30
     """Faults in one round that there can be."""
+    longest_s = 60.0
+    """So long a round waits for its faults."""
 
     def __init__(self, folder: Path, chance: random.Random) -> None:
         self.folder = folder
@@ -68,7 +70,7 @@ class HostMemory(Place):
     """No tier: what a policy does wrong is all, and that not for long."""
 
     policies = ("harness",)
-    most = 1  # what it breaks counts too, and soon LRU replaces it
+    most, longest_s = 5, 0.5  # what it breaks counts too, and soon LRU replaces it
 
 
 class Memory(Place):
@@ -276,10 +278,9 @@ def sections(place: Place, serde: str) -> dict[str, dict[str, Any]]:
 
 def damage(folder: Path, chance: random.Random, counts: Counter[str]) -> None:
     """Do something to one of the files below ``folder``, in place, as a failing disk does."""
-    files = [path for path in folder.glob("*/*/*") if not path.name.startswith(".")]
-    if not files:
+    path, other = _some_file(folder, chance), _some_file(folder, chance)
+    if path is None or other is None:
         return
-    path, other = chance.choice(files), chance.choice(files)
     kind = chance.choice(("bits flipped", "truncated", "emptied", "swapped", "deleted", "overlong"))
     with suppress(OSError):  # it is gone already
         data = path.read_bytes()
@@ -301,6 +302,16 @@ def damage(folder: Path, chance: random.Random, counts: Counter[str]) -> None:
         else:
             os.truncate(path, 0 if kind == "emptied" else chance.randrange(max(1, len(data))))
         counts[f"file {kind}"] += 1
+
+
+def _some_file(folder: Path, chance: random.Random) -> Path | None:
+    """A file three levels below ``folder``, found without looking at all of them."""
+    path = folder
+    with suppress(OSError):  # nothing is there, or not any more
+        for _ in range(3):
+            path /= chance.choice([name for name in os.listdir(path) if name[0] != "."] or [""])
+        return path if path.is_file() else None
+    return None
 
 
 def children(module: str = "") -> list[int]:

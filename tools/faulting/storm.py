@@ -10,17 +10,19 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from faulting import plugin
 from faulting.canary import Canary, Latencies
-from faulting.content import CHUNK_TOKENS, UNTOUCHED, Content, Prompt, as_bytes, drawn
-from faulting.kinds import DEADLINE_S, LOOKUP_DEADLINE_S, counted, switch
+from faulting.content import CHUNK_TOKENS, UNTOUCHED, Content, Prompt, Prompts, as_bytes
+from faulting.findings import Findings
+from faulting.kinds import DEADLINE_S, LOOKUP_DEADLINE_S, switch, total
 from faulting.places import Place, sections
 from faulting.rest import Held, Rest, settled
 from lmcache_core import Cache, Plugins, load_config
+from lmcache_core.guard import BreakerState
 
 WORKERS = 6
 SLOTS_MIB = {"small": 0.125, "large": 1.0}
@@ -28,70 +30,63 @@ SLOTS_MIB = {"small": 0.125, "large": 1.0}
 AT_ONCE_S = 0.25
 """For calls that wait for nobody."""
 CLOSE_S = 15.0
-LONGEST_ROUND_S = 60.0
 PATIENCE_S = 90.0
 """A thread that makes no progress for so long hangs."""
-
-
-@dataclass
-class Findings:
-    """What a run has seen so far."""
-
-    latencies: Latencies
-    wrong: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
-    """Calls that raised."""
-    operations: int = 0
-    checked_bytes: int = 0
-    asked_chunks: int = 0
-    hit_chunks: int = 0
-    recovered_s: list[float] = field(default_factory=list)
-
-    @property
-    def problems(self) -> list[str]:
-        """Everything that mustn't be."""
-        late = [f"LATE: {text}" for text in self.latencies.unexplained]
-        wrong = [f"WRONG: {text}" for text in self.wrong]
-        raised = [f"RAISED: {text}" for text in self.failed]
-        return [*wrong, *raised, *(f"LEFT: {text}" for text in self.left), *late]
+PAUSE_S = 0.05
+"""Between the calls of a thread while no tier is asked: they only take CPU from other places."""
 
 
 class Worker(threading.Thread):
     """Uses a cache as an engine does, and checks what it gets."""
 
     def __init__(
-        self, cache: Cache, content: Content, findings: Findings, seed: int, ends: threading.Event
+        self,
+        cache: Cache,
+        content: Content,
+        prompts: Prompts,
+        findings: Findings,
+        latencies: Latencies,
+        seed: int,
+        ends: threading.Event,
     ) -> None:
         super().__init__(name=f"harness-worker-{seed}", daemon=True)
         self.progress = time.monotonic()
         self._cache = cache
         self._content = content
+        self._prompts = prompts
         self._findings = findings
+        self._latencies = latencies
         self._chance = random.Random(seed)
         self._ends = ends
-        self._counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        """What it adds to `Findings`, by their name."""
 
     def run(self) -> None:
         kinds: tuple[Callable[[Prompt], None], ...] = (
             *(self._turn, self._store, self._load, self._look_up),
             *(self._prefetch, self._pin, self._flush, self._clear),
         )
-        weights = (40, 10, 30, 10, 5, 5, 1, 0.3)
+        weights = (45, 5, 40, 10, 5, 5, 0.5, 0.1)
         while not self._ends.is_set():
             (kind,) = self._chance.choices(kinds, weights)
-            prompt = drawn(self._chance)
+            prompt = self._prompts.draw(self._chance)
             try:
                 kind(prompt)
             except BaseException:  # noqa: BLE001  whatever it is, it is what we are looking for
                 self._findings.failed.append(f"{kind.__name__}: {traceback.format_exc()}")
-            self._counts["operations"] += 1
+            self.counts["operations"] += 1
+            if self._alone:
+                self._ends.wait(PAUSE_S)
             self.progress = time.monotonic()
-        for name, count in self._counts.items():
-            setattr(self._findings, name, getattr(self._findings, name) + count)
 
-    def _timed(self, name: str, deadline_s: float) -> Any:
-        return self._findings.latencies.timed(name, deadline_s)
+    @property
+    def _alone(self) -> bool:
+        """Whether the breakers of all tiers are open."""
+        tiers = self._cache._tiers.tiers if self._cache._tiers is not None else ()
+        return bool(tiers) and all(one.guard.state is BreakerState.OPEN for one in tiers)
+
+    def _timed(self, name: str, deadline_s: float, *, waits: bool = True) -> Any:
+        return self._latencies.timed(name, deadline_s, waits=waits)
 
     def _turn(self, prompt: Prompt) -> None:
         self._load(prompt)
@@ -99,7 +94,7 @@ class Worker(threading.Thread):
 
     def _store(self, prompt: Prompt) -> None:
         kv = self._content.made(prompt)
-        with self._timed("store", AT_ONCE_S):
+        with self._timed("store", AT_ONCE_S, waits=False):
             self._cache.store(prompt.tokens, as_bytes(kv), salt=prompt.salt)
         kv[:] = UNTOUCHED  # it was copied, or it is found now
 
@@ -108,13 +103,14 @@ class Worker(threading.Thread):
         with self._timed("load", DEADLINE_S):
             loaded = self._cache.load(prompt.tokens, as_bytes(kv), salt=prompt.salt)
         chunks, rest = divmod(loaded, CHUNK_TOKENS)
-        wrong = self._content.wrong_words(kv, prompt, chunks)
-        if wrong or rest or not 0 <= chunks <= len(prompt.path):
+        possible = not rest and 0 <= chunks <= len(prompt.path)
+        wrong = self._content.wrong_words(kv, prompt, chunks) if possible else 0
+        if wrong or not possible:
             text = f"{wrong} words of {loaded} loaded tokens, {prompt}"
             self._findings.wrong.append(text)
-        self._counts["asked_chunks"] += len(prompt.path)
-        self._counts["hit_chunks"] += chunks
-        self._counts["checked_bytes"] += chunks * self._content.chunk_bytes
+        self.counts["asked_chunks"] += len(prompt.path)
+        self.counts["hit_chunks"] += chunks
+        self.counts["checked_bytes"] += chunks * self._content.chunk_bytes
 
     def _look_up(self, prompt: Prompt) -> None:
         with self._timed("lookup", LOOKUP_DEADLINE_S):
@@ -127,10 +123,10 @@ class Worker(threading.Thread):
         self._expect(found, prompt, "prefetch")
 
     def _pin(self, prompt: Prompt) -> None:
-        with self._timed("pin", AT_ONCE_S):
+        with self._timed("pin", AT_ONCE_S, waits=False):
             self._cache.pin(prompt.tokens, salt=prompt.salt)
         self._load(prompt)
-        with self._timed("unpin", AT_ONCE_S):
+        with self._timed("unpin", AT_ONCE_S, waits=False):
             self._cache.unpin(prompt.tokens, salt=prompt.salt)
 
     def _flush(self, _: Prompt) -> None:
@@ -147,7 +143,10 @@ class Worker(threading.Thread):
 
 
 class Round:
-    """A cache on one place, for some faults. The round's ``number`` varies what is configured."""
+    """A cache on one place, for some faults. Its seed varies what is configured.
+
+    Storms of several places take ``turns``; ``enough`` says that the run has seen what it wants.
+    """
 
     def __init__(
         self,
@@ -156,15 +155,22 @@ class Round:
         folder: Path,
         findings: Findings,
         canary: Canary,
+        prompts: Prompts,
         numbers: Iterator[int],
+        turns: AbstractContextManager[object],
+        enough: Callable[[], bool],
     ) -> None:
         self.name = name
         self._place = place
         self._folder = folder
         self._switch = switch(folder)
         self._findings = findings
+        self._latencies = Latencies(canary, findings)
         self._canary = canary
+        self._prompts = prompts
         self._numbers = numbers
+        self._turns = turns
+        self._enough = enough
 
     def run(self, faults: int, seed: int, told: Callable[[], None]) -> None:
         """Go on until so many faults were injected; ``told`` is called now and then."""
@@ -175,11 +181,12 @@ class Round:
         with self._place.used():
             cache = self._opened(content, chance, shape)
             try:
-                self._storm(cache, content, faults, chance, told)
+                with self._turns:
+                    self._storm(cache, content, faults, chance, told)
                 self._calm(cache, content)
             finally:
                 self._switch.turn(False)
-                with self._findings.latencies.timed("close", CLOSE_S):
+                with self._latencies.timed("close", CLOSE_S):
                     cache.close()
         del cache
         self._left(settled(self._canary, lambda: Held.now().more_than(before)))
@@ -216,22 +223,23 @@ class Round:
     ) -> None:
         ends = threading.Event()
         seeds = [chance.getrandbits(32) for _ in range(WORKERS)]
-        workers = [Worker(cache, content, self._findings, seed, ends) for seed in seeds]
+        workers = [
+            Worker(cache, content, self._prompts, self._findings, self._latencies, one, ends)
+            for one in seeds
+        ]
         weather = [threading.Thread(target=self._annoy, args=(ends,), name="harness-annoyer")]
         if self._place.outages:
             rng = random.Random(chance.getrandbits(32))
             weather.append(
                 threading.Thread(target=self._harm, args=(ends, rng), name="harness-harmer")
             )
-        wanted, until = (
-            self.faults + min(faults, self._place.most),
-            time.monotonic() + LONGEST_ROUND_S,
-        )
+        wanted = self.faults + min(faults, self._place.most)
+        until = time.monotonic() + self._place.longest_s
         self._switch.turn(True)
         try:
             for thread in (*workers, *weather):
                 thread.start()
-            while self.faults < wanted and time.monotonic() < until:
+            while self.faults < wanted and time.monotonic() < until and not self._enough():
                 time.sleep(0.1)
                 told()
                 self._require_progress(workers)
@@ -242,6 +250,9 @@ class Round:
                 thread.join(PATIENCE_S)
                 if thread.is_alive():
                     self._left([f"thread {thread.name} doesn't end"])
+            for worker in workers:
+                for name, count in worker.counts.items():
+                    setattr(self._findings, name, getattr(self._findings, name) + count)
         self._place.mend()
 
     def _require_progress(self, workers: list[Worker]) -> None:
@@ -254,7 +265,7 @@ class Round:
         """Injected into this place so far."""
         link = getattr(self._place, "link", None)
         passing = sum(link.counts.values()) if link is not None else 0
-        return counted(self._folder).total() + self._place.counts.total() + passing
+        return total(self._folder) + self._place.counts.total() + passing
 
     def _calm(self, cache: Cache, content: Content) -> None:
         """Everything works again soon, and nothing is held."""
@@ -277,7 +288,7 @@ class Round:
 
     def _harm(self, ends: threading.Event, chance: random.Random) -> None:
         # Each opens the breaker for ten seconds, in which nothing reaches the tier.
-        while not ends.wait(chance.uniform(3.0, 16.0)):
+        while not ends.wait(chance.uniform(5.0, 40.0)):
             self._place.harm()
 
 

@@ -68,6 +68,10 @@ class Injection:
         """A number from 0 on, by the seed."""
         return self._faults._draw(below)
 
+    def besides(self, fault: Fault) -> Injection:
+        """The same call, hit by another fault too; each that happens is recorded."""
+        return Injection(self._faults, self.operation, self.number, fault)
+
     def before(self) -> None:
         """What comes before the real call, on the thread that makes it."""
         if self.fault is not None:
