@@ -327,6 +327,29 @@ def test_closing_ends_the_child_whatever_it_does(run: Loop, options: Callable[..
     run(backend.close())
 
 
+def test_a_close_that_is_cancelled_twice_ends_its_threads(run: Loop) -> None:
+    """At its deadline, and when the loop is closed, which may not wait for the child's end."""
+    backend = isolated(MemoryConfig(), kind="memory")
+
+    async def close_twice() -> None:
+        closing = asyncio.ensure_future(backend.close())
+        for _ in range(2):
+            await asyncio.sleep(0)  # it waits for the child's answer, and then for its end
+            closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+
+    run(backend.open(context()))
+    pool, child = backend._copies, backend._child
+    run(backend.store(keys(1), views([bytearray(b"copied")])))
+    run(close_twice())
+    with pytest.raises(RuntimeError, match="shut down"):
+        pool.submit(print)
+    assert pool.join(LONG_S)
+    run(asyncio.wait_for(asyncio.shield(child.gone), LONG_S))
+    child.join()
+
+
 def test_opening_that_is_cancelled_leaves_no_process(
     run: Loop, options: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,9 +176,11 @@ class IsolatedBackend(StorageBackend):
             if child is not None and child.alive:
                 await asyncio.shield(child.ask("close", OPEN_PATIENCE_S))
         finally:
-            if child is not None:
-                await _finish(child)
-            await self._end_copies()
+            try:
+                if child is not None:
+                    await _finish(child)
+            finally:  # also where nobody waits for the child's end any more
+                await self._end_copies()
 
     # -- the child -------------------------------------------------------------------------
 
