@@ -439,6 +439,27 @@ def test_a_server_killed_in_the_middle(run: Loop, server: Server, what: str) -> 
         assert run(backend.contains([KEY])) == [False]
 
 
+def test_a_close_that_is_cancelled_ends_its_threads(run: Loop, server: Server) -> None:
+    """At its deadline, while a call doesn't end."""
+    backend = RedisBackend(RedisConfig(url=server.url, **QUICK))
+
+    async def cut_short() -> None:
+        await backend._turns.acquire()  # as a call does
+        closing = asyncio.ensure_future(backend.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+
+    run(backend.open(BackendContext("redis", NAMESPACE, None)))
+    pool = backend._pool
+    run(cut_short())
+    assert pool is not None
+    with pytest.raises(RuntimeError, match="shut down"):
+        pool.submit(print)
+    backend._turns.release()
+
+
 def test_a_cancelled_load_leaves_its_buffer_alone(run: Loop, server: Server) -> None:
     (target,) = buffers(1, LONG)
     before = bytes(target)

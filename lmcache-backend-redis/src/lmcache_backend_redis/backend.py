@@ -83,8 +83,13 @@ class RedisBackend(BlockingBackend):
     async def close(self) -> None:
         if self._topology is not None:
             self._topology.abort()  # so that nobody goes on waiting for a server
-            for _ in range(self._config.connections):  # until nobody has a turn any more
-                await self._turns.acquire()
+            try:
+                for _ in range(self._config.connections):  # until nobody has a turn any more
+                    await self._turns.acquire()
+            except asyncio.CancelledError:  # somebody still has one, so the rest isn't safe
+                if self._pool is not None:
+                    self._pool.shutdown()
+                raise
             self._topology.leave_loop()
             for _ in range(self._config.connections):
                 self._turns.release()
