@@ -54,7 +54,7 @@ from tqdm import tqdm
 SHARE = 2
 """A tier sees at most so many times what it would see if all had the same share: some have fewer
 calls than others, or wait for what was stopped."""
-JOBS = 3
+JOBS = 4
 """Two cores are busy then, and what waits for its turn recovers meanwhile."""
 ENDS_S = 60.0
 """For a process to end that was asked to."""

@@ -93,19 +93,21 @@ def test_a_canary_loses_what_others_had_and_not_its_own_work() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "waits", "late"),
+    ("before", "after", "waited", "waits", "late"),
     [
-        (0.0, 0.0, True, 1),
-        (0.0, 0.3, True, 0),
-        (0.3, 0.0, True, 1),  # it would have given up all the same
-        (0.3, 0.0, False, 0),
+        (0.0, 0.0, 0.0, True, 1),
+        (0.0, 0.3, 0.0, True, 0),
+        (0.0, 0.15, 0.15, True, 0),
+        (0.3, 0.0, 0.0, True, 1),  # it would have given up all the same
+        (0.3, 0.0, 0.0, False, 0),
     ],
 )
 def test_a_call_is_late_unless_others_had_the_cpu_after_its_deadline(
-    before: float, after: float, waits: bool, late: int
+    before: float, after: float, waited: float, waits: bool, late: int
 ) -> None:
     machine, findings = Machine(), Findings()
-    latencies = Latencies(machine.canary, findings, lambda: machine.now)
+    waits_s = iter((5.0, 5.0 + waited))  # the calling thread, for a CPU: at first, and at last
+    latencies = Latencies(machine.canary, findings, lambda: machine.now, lambda: next(waits_s))
     with latencies.timed("load", 1.0, waits=waits):
         machine.goes_on(1.0, ours=1.0 - before)
         machine.goes_on(0.3, ours=0.3 - after)

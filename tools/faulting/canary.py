@@ -2,8 +2,9 @@
 
 A call that ends after its deadline is late because of what is tested, unless other processes had
 the CPU. They had it where the canary was due and this process used less CPU than the clock went on:
-then whoever the canary waited for waited itself. Only what was lost after the deadline counts:
-before it a call can't be late, it gives up at its deadline whatever it has reached by then.
+then whoever the canary waited for waited itself. Besides, the calling thread may have waited for a
+CPU; for how long, the system says. Only what was lost after the deadline counts: before it a call
+can't be late, it gives up at its deadline whatever it has reached by then.
 """
 
 from __future__ import annotations
@@ -97,11 +98,16 @@ class Latencies:
     """How long calls took, by their name, into ``findings``. Thread-safe."""
 
     def __init__(
-        self, canary: Canary, findings: Findings, clock: Callable[[], float] = time.monotonic
+        self,
+        canary: Canary,
+        findings: Findings,
+        clock: Callable[[], float] = time.monotonic,
+        waited: Callable[[], float] = lambda: waited_s("/proc/thread-self"),
     ) -> None:
         self._canary = canary
         self._findings = findings
         self._clock = clock
+        self._waited = waited
         self._lock = threading.Lock()
 
     @contextmanager
@@ -111,13 +117,16 @@ class Latencies:
         ``waits``: it gives up then, by itself. Otherwise it needs nobody, and may take so long for
         its own work; then what was lost before that counts, too.
         """
-        began = self._clock()
+        began, waited = self._clock(), self._waited()
         try:
             yield
         finally:
             took = self._clock() - began
-            late = took > ALLOWED * deadline_s
-            lost = self._canary.lost_since(began + deadline_s * waits) if late else 0.0
+            late, lost = took > ALLOWED * deadline_s, 0.0
+            if late:
+                since = deadline_s * waits
+                lost = self._canary.lost_since(began + since) + self._waited() - waited
+                lost = min(lost, took - since)
             found = self._findings
             with self._lock:
                 found.calls.setdefault(name, Counter())[_bucket(took)] += 1
@@ -138,6 +147,15 @@ def quantile(buckets: Counter[int], share: float) -> float:
         if wanted <= 0:
             return float(1.2**bucket)
     return 0.0
+
+
+def waited_s(task: str) -> float:
+    """Seconds for which a thread, by its folder in ``/proc``, waited for a CPU; 0 without it."""
+    try:
+        with open(f"{task}/schedstat", "rb", buffering=0) as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, IndexError):  # it has ended, or this system doesn't say
+        return 0.0
 
 
 def _bucket(seconds: float) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from faulting.canary import Canary
+from faulting.canary import Canary, waited_s
 from faulting.content import CHUNK_TOKENS, Content, Prompt, as_bytes
 from faulting.places import children
 from lmcache_core import Cache
@@ -51,11 +51,28 @@ class Held:
         return found
 
 
+class Undisturbed:
+    """Time, but for that in which other processes had the CPU: this one's, or a child's."""
+
+    def __init__(self, canary: Canary) -> None:
+        self._canary = canary
+        self._began = time.monotonic(), canary.lost_s
+        self._waited = {pid: waited_s(f"/proc/{pid}") for pid in children()}
+
+    @property
+    def seconds(self) -> float:
+        """Since it was made."""
+        began, lost = self._began
+        waited = [waited_s(f"/proc/{pid}") - self._waited.get(pid, 0.0) for pid in children()]
+        disturbed = self._canary.lost_s - lost + sum(waited)
+        return max(0.0, time.monotonic() - began - disturbed)
+
+
 def settled(canary: Canary, problems: Callable[[], list[str]]) -> list[str]:
     """Ask again until there are no ``problems``, for `SETTLES_S` of undisturbed time."""
-    began, lost = time.monotonic(), canary.lost_s
+    clock = Undisturbed(canary)
     while found := problems():
-        if time.monotonic() - began - (canary.lost_s - lost) > SETTLES_S:
+        if clock.seconds > SETTLES_S:
             return found
         time.sleep(0.5)  # looking costs more than waiting
     return []

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from faulting.content import CHUNK_TOKENS, UNTOUCHED, Content, Prompt, Prompts, 
 from faulting.findings import Findings
 from faulting.kinds import DEADLINE_S, LOOKUP_DEADLINE_S, switch, total
 from faulting.places import Place, sections
-from faulting.rest import Held, Rest, settled
+from faulting.rest import Held, Rest, Undisturbed, settled
 from lmcache_core import Cache, Plugins, load_config
 from lmcache_core.guard import BreakerState
 
@@ -29,7 +29,6 @@ SLOTS_MIB = {"small": 0.125, "large": 1.0}
 """31 slots, for threads that use up to 8 each."""
 AT_ONCE_S = 0.25
 """For calls that wait for nobody."""
-CLOSE_S = 15.0
 PATIENCE_S = 90.0
 """A thread that makes no progress for so long hangs."""
 PAUSE_S = 0.05
@@ -186,7 +185,7 @@ class Round:
                 self._calm(cache, content)
             finally:
                 self._switch.turn(False)
-                with self._latencies.timed("close", CLOSE_S):
+                with self._latencies.timed("close", DEADLINE_S):
                     cache.close()
         del cache
         self._left(settled(self._canary, lambda: Held.now().more_than(before)))
@@ -236,6 +235,7 @@ class Round:
         wanted = self.faults + min(faults, self._place.most)
         until = time.monotonic() + self._place.longest_s
         self._switch.turn(True)
+        self._place.upset()
         try:
             for thread in (*workers, *weather):
                 thread.start()
@@ -269,11 +269,10 @@ class Round:
 
     def _calm(self, cache: Cache, content: Content) -> None:
         """Everything works again soon, and nothing is held."""
-        began, lost = time.monotonic(), self._canary.lost_s
+        clock = Undisturbed(self._canary)
         rest = Rest(cache, content, list(self._place.tiers()), self._numbers)
         self._left(settled(self._canary, rest.unworking))
-        took = time.monotonic() - began - (self._canary.lost_s - lost)
-        self._findings.recovered_s.append(took)
+        self._findings.recovered_s.append(clock.seconds)
         time.sleep(1.1)  # pins expire
         self._left(settled(self._canary, rest.still_held))
         forgotten = [name for name, _ in cache.counters.snapshot() if name == "leases_forgotten"]
@@ -283,13 +282,23 @@ class Round:
         self._findings.left += [f"{self.name}: {problem}" for problem in problems]
 
     def _annoy(self, ends: threading.Event) -> None:
-        while not ends.wait(0.1):
-            self._place.annoy()
+        with self._recorded("annoy"):
+            while not ends.wait(0.1):
+                self._place.annoy()
 
     def _harm(self, ends: threading.Event, chance: random.Random) -> None:
         # Each opens the breaker for ten seconds, in which nothing reaches the tier.
-        while not ends.wait(chance.uniform(5.0, 40.0)):
-            self._place.harm()
+        with self._recorded("harm"):
+            while not ends.wait(chance.uniform(5.0, 40.0)):
+                self._place.harm()
+
+    @contextmanager
+    def _recorded(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception:  # noqa: BLE001  or nobody would hear that there are no more outages
+            text = f"{self.name}: {what}: {traceback.format_exc()}"
+            self._findings.failed.append(text)
 
 
 def numbers() -> Iterator[int]:
