@@ -121,7 +121,8 @@ class Rest:
         if not self._cache.flush(1.0):
             return ["the slow tier didn't take in what was stored"]
         self._cache.lookup([])  # takes in what movers report
-        leases, pending = self._cache._mover.leases, self._cache._planner.pending
+        running = self._cache._running
+        leases, pending = running.mover.leases, running.planner.pending
         if leases or pending:
             return [f"{leases} leases and {pending} operations at rest"]
         lacking = self._slots - self._fill()

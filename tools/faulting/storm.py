@@ -81,7 +81,8 @@ class Worker(threading.Thread):
     @property
     def _alone(self) -> bool:
         """Whether the breakers of all tiers are open."""
-        tiers = self._cache._tiers.tiers if self._cache._tiers is not None else ()
+        open_tiers = self._cache._running.tiers
+        tiers = open_tiers.tiers if open_tiers is not None else ()
         return bool(tiers) and all(one.guard.state is BreakerState.OPEN for one in tiers)
 
     def _timed(self, name: str, deadline_s: float, *, waits: bool = True) -> Any:
