@@ -159,16 +159,25 @@ class BlockingChannel(TransferChannel):
             return
         for stop in list(self._under_way):
             stop.request()
-        closing = DaemonPool(1, "lmcache-closing")
-        await asyncio.wrap_future(closing.submit(self.interrupt_blocking))
-        while self._under_way:
-            await asyncio.wait(list(self._under_way.values()))
-            await asyncio.sleep(0)  # whoever awaited them takes them out
-        await asyncio.wrap_future(closing.submit(self.close_blocking))
-        pools, self._pools = list(self._pools.values()), {}
-        await _ended([control, *pools], closing)
-        for thread in closing.shutdown():
-            await asyncio.wrap_future(thread)
+        closing, pools = DaemonPool(1, "lmcache-closing"), [control]
+        closed: Future[None] | None = None
+        try:
+            await asyncio.wrap_future(closing.submit(self.interrupt_blocking))
+            while self._under_way:
+                await asyncio.wait(list(self._under_way.values()))
+                await asyncio.sleep(0)  # whoever awaited them takes them out
+            closed = closing.submit(self.close_blocking)
+            await asyncio.wrap_future(closed)
+            pools += self._pools.values()
+            self._pools = {}
+            await _ended(pools, closing)
+            for thread in closing.shutdown():
+                await asyncio.wrap_future(thread)
+        finally:  # also where nobody waits for it any more
+            if closed is None and not self._under_way:
+                closing.submit(self.close_blocking)
+            for pool in (*pools, *self._pools.values(), closing):
+                pool.shutdown()  # threads end after what they are doing
         closing.join(1.0)  # past its last statement
         self._context = None
 
