@@ -10,12 +10,15 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from power_cut import Disk, Kept, PowerLog, everything, nothing, some
 
+from lmcache_core.builtin import filesystem_room
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
+from lmcache_core.builtin.filesystem_io import size_of
 from lmcache_core.builtin.filesystem_room import UNWRITTEN_S
 from lmcache_core.checksums import checksums
 from lmcache_core.errors import FrameError
@@ -30,17 +33,17 @@ FRAME = HEADER_BYTES + PAYLOAD
 GIB = 1 << 30
 
 
-def frame(key: ChunkKey, fill: int) -> bytearray:
+def frame(key: ChunkKey, fill: int, payload: int = PAYLOAD) -> bytearray:
     """What core stores for a chunk."""
-    whole = bytearray(HEADER_BYTES) + value(fill, PAYLOAD)
+    whole = bytearray(HEADER_BYTES) + value(fill, payload)
     write_header(
         memoryview(whole),
         key=key,
         fingerprint=NAMESPACE.fingerprint,
         serde=1,
         exact=True,
-        raw_bytes=PAYLOAD,
-        payload_bytes=PAYLOAD,
+        raw_bytes=payload,
+        payload_bytes=payload,
         chunk_sums=checksums(memoryview(whole)[HEADER_BYTES:], 1),
         raw=True,
     )
@@ -211,7 +214,7 @@ def test_the_model_of_a_power_cut_loses_what_was_not_synced(
     left = [path / NAMESPACE.fingerprint / key.hex()[:2] / key.hex() for key in keys(2)]
     assert [one.read_bytes() for one in left] == [bytes(FRAME)] * 2
     backend = opened(path)
-    assert not any(one.exists() for one in left)
+    assert not any(map(size_of, left))
     # Nor does what comes later pass for the chunk when it is stored again.
     left[0].write_bytes(bytes(FRAME))
     assert not served(backend, keys(1)[0], 1)
@@ -238,11 +241,35 @@ def test_damaged_files_of_the_last_minute_are_removed_at_the_start(
     os.utime(paths[3], (then, then))
     paths[4].write_bytes(value(1, FRAME))  # no frame at all: not ours to judge
     again = opened(tmp_path)
-    assert [one.exists() for one in paths] == [False, False, False, True, True, True]
+    assert [size_of(one) > 0 for one in paths] == [False, False, False, True, True, True]
     assert again.usage() == (3, 3 * FRAME)
     assert caplog.text.count("removed damaged files") == 1
     assert [served(again, key, 1) for key in names] == [False] * 5 + [True]
     again.close_blocking()
+
+
+def test_a_file_that_is_replaced_while_another_writer_opens_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was found there isn't what is looked at then."""
+    (key,), longer = keys(1), frame(keys(1)[0], 2, 2 * PAYLOAD)
+    backend = opened(tmp_path)
+    backend.store_blocking([key], [memoryview(frame(key, 1))])
+    scan = filesystem_room.scan
+
+    def slow(*arguments: Any) -> list[tuple[int, ChunkKey, int]]:
+        found = list(scan(*arguments))
+        if found:
+            backend.store_blocking([key], [memoryview(longer)])
+        return found
+
+    monkeypatch.setattr(filesystem_room, "scan", slow)
+    other = opened(tmp_path)
+    into = bytearray(len(longer))
+    assert other.load_blocking([key], [memoryview(into)]) == [len(longer)]
+    assert into == longer
+    for one in (other, backend):
+        one.close_blocking()
 
 
 @pytest.mark.parametrize("fsync", [False, True])

@@ -16,6 +16,7 @@ import secrets
 import socket
 import stat
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -145,27 +146,46 @@ class ChunkFiles:
             self._settle(path.parent)
         return replaced
 
-    def look(self, path: Path, *, settle: bool = True) -> bytes | None:
+    def look(self, path: Path) -> bytes | None:
         """The first bytes of a file, `HEAD_BYTES` at most; ``None`` if there is none.
 
-        ``settle``: if durability was asked for, the file survives a power cut then; whoever wrote
-        it may not have seen to that.
+        If durability was asked for, the file survives a power cut then; whoever wrote it may not
+        have seen to that.
         """
-        settle = settle and self._fsync
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
             head = os.pread(fd, HEAD_BYTES, 0)
-            if settle:
+            if self._fsync:
                 os.fsync(fd)
         finally:
             os.close(fd)
-        if settle:
+        if self._fsync:
             sync_folder(path.parent)
             self._settle(path.parent)
         return head
+
+    def judge(self, path: Path, is_good: Callable[[bytes, int], bool]) -> bool | None:
+        """Whether a file is good by its first `HEAD_BYTES` and its length; else it is emptied.
+
+        ``None`` if there is none. Not removed: its name may be that of another by now, of which
+        its writer said that it is there.
+        """
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except PermissionError:
+            return True  # another user's; nothing says that it isn't
+        try:
+            good = is_good(os.pread(fd, HEAD_BYTES, 0), os.fstat(fd).st_size)
+            if not good:
+                os.ftruncate(fd, 0)
+        finally:
+            os.close(fd)
+        return good
 
     def probe(self, folder: Path) -> None:
         """Find out whether files can be created in ``folder``.

@@ -302,22 +302,22 @@ class FolderRoom:
         if look:
             last_ns = max((time_ns for time_ns, _, _ in found), default=0)
             before_ns = last_ns - int(UNWRITTEN_S * 1e9)
-            found = [one for one in found if one[0] < before_ns or self._is_whole(*one[1:])]
+            found = [one for one in found if one[0] < before_ns or self._is_whole(one[1])]
         self.index.merge(found, since_ns)
         return sum(size for _, _, size in found)
 
-    def _is_whole(self, key: ChunkKey, size: int) -> bool:
-        """Whether a file may be good, by its first bytes; one that can't be is removed."""
+    def _is_whole(self, key: ChunkKey) -> bool:
+        """Whether a file may be good, by its first bytes; one that can't be holds nothing then."""
         path = Path(place(self._top / self._space, key))
-        head = self._files.look(path, settle=False)
-        if head is None:
-            return False
-        framed = head.startswith(MAGIC)
-        if may_start(head, key=key, nbytes=size) if framed else any(head):
-            return True
-        remove(path)
-        self._say("damaged", "%s: removed damaged files, such as %s", self._name, path)
-        return False
+
+        def is_good(head: bytes, nbytes: int) -> bool:
+            framed = head.startswith(MAGIC)
+            return may_start(head, key=key, nbytes=nbytes) if framed else any(head)
+
+        good = self._files.judge(path, is_good)
+        if good is False:
+            self._say("damaged", "%s: removed damaged files, such as %s", self._name, path)
+        return bool(good)
 
     # -- saying ----------------------------------------------------------------------------
 

@@ -54,10 +54,8 @@ def scan(folder: Path, files: ChunkFiles) -> Iterator[tuple[int, ChunkKey, int]]
         key = _key(path)
         if key is None or not stat.S_ISREG(facts.st_mode):
             continue  # not ours
-        if facts.st_size:
+        if facts.st_size:  # an empty one may be another by now: whoever has a chunk replaces it
             yield facts.st_mtime_ns, key, facts.st_size
-        else:
-            remove(path)
 
 
 def folders(folder: Path) -> list[Path]:
@@ -71,8 +69,11 @@ def folders(folder: Path) -> list[Path]:
 
 
 def remove_empty(folder: Path) -> None:
-    """Remove a namespace's folder, if nothing but empty folders is left in it."""
+    """Remove a namespace's folder, which nobody uses, if only what is empty is left in it."""
     try:
+        for entry in _entries(folder):
+            if not entry.stat(follow_symlinks=False).st_size and _key(Path(entry.path)):
+                os.unlink(entry.path)
         for one in folders(folder):
             os.rmdir(one)
     except OSError:
