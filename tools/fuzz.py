@@ -19,9 +19,12 @@ import sys
 import tracemalloc
 from contextlib import suppress
 
-from fuzzing import TARGETS, Target, mutated
+from fuzzing import TARGETS as MESSAGES
+from fuzzing import Target, mutated
+from fuzzing_files import TARGETS as FILES
 from tqdm import tqdm
 
+TARGETS = {**MESSAGES, **FILES}
 TRACED, TRACED_EVERY = 500, 5000
 """Of so many runs the memory of the first ones is looked at, which makes those slow."""
 

@@ -1,4 +1,7 @@
-"""The parsers that `fuzz` feeds: for each valid samples, a call, and the errors it documents."""
+"""What `fuzz` feeds with what others send or store: valid samples, a call, the errors it documents.
+
+What files and addresses say is in `fuzzing_files`.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,29 @@ import inspect
 import json
 import random
 import struct
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
 from lmcache_backend_infinistore import wire as infinistore
+from lmcache_backend_infinistore.layout import Head as InfiniHead
+from lmcache_backend_infinistore.links import HEAD_BYTES
 from lmcache_backend_redis.blocking import BlockingWire, at_once
+from lmcache_backend_redis.layout import HEAD as REDIS_HEAD
+from lmcache_backend_redis.layout import Head as RedisHead
 from lmcache_backend_redis.resp import ReplyError
-from lmcache_core import Plugins, load_config
-from lmcache_core.errors import BackendError, ConfigError, FrameError, LMCacheError
+from lmcache_core import Plugins
+from lmcache_core.errors import BackendError, FrameError, LMCacheError
 from lmcache_core.frame import HEADER_BYTES, checksums, read_header, write_header
 from lmcache_core.isolation import wire as isolation
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import DType, KVLayout, full_attention
 from lmcache_core.lm import greeting, protocol
 from lmcache_core.serde import Serde
+from lmcache_core.serde_chain import chain
 from lmcache_core.storage import BackendContext
 from lmcache_core.transfer_tcp import wire as tcp
 
@@ -297,6 +303,8 @@ class Resp(Target):
         ]
 
     def parse(self, data: bytes, chance: random.Random) -> None:
+        if chance.random() < 0.1:
+            self._read_head(data, chance)
         until = time.monotonic() + 60
         reader = BlockingWire(Scripted(data), "peer", idle_s=1.0, until=until)
         while True:  # until the end, which is an error
@@ -313,6 +321,20 @@ class Resp(Target):
                     at_once(reader.read_into(into))
                 at_once(reader.skip(length - min(length, 4096)))
                 at_once(reader.end_bulk())
+
+    def _read_head(self, data: bytes, chance: random.Random) -> None:
+        if chance.random() < 0.8:
+            data = RedisHead.of(chance.choice((0, 64, 8192, 1 << 20)), 4096).pack()
+            data = mutated(data, [data], chance)
+        head = RedisHead.unpack(data[: REDIS_HEAD.size])
+        if head is not None:
+            _inside([place for _, place in head.pieces(b"x")], head.value_bytes)
+
+
+def _inside(places: Sequence[slice], nbytes: int) -> None:
+    """Raise an error if pieces of a value lie outside of it."""
+    if any(not 0 <= place.start < place.stop <= nbytes for place in places):
+        raise AssertionError(f"a piece is outside of {nbytes} bytes")
 
 
 class InfiniStore(Target):
@@ -331,6 +353,8 @@ class InfiniStore(Target):
         ]
 
     def parse(self, data: bytes, chance: random.Random) -> None:
+        if chance.random() < 0.1:
+            self._read_head(data, chance)
         wire = infinistore.Wire.__new__(infinistore.Wire)
         vars(wire).update(_socket=Scripted(data), _ahead_bytes=0, _answers=bytearray())
         for _ in range(4):
@@ -343,6 +367,19 @@ class InfiniStore(Target):
                 kept = bytearray(64)
                 address = infinistore.ctypes.addressof(infinistore.ctypes.c_char.from_buffer(kept))
                 wire.get(infinistore.Block("a", address, len(kept)))
+
+    def _read_head(self, data: bytes, chance: random.Random) -> None:
+        if chance.random() < 0.8:
+            nbytes = chance.choice((0, 64, 1 << 17, 1 << 20))
+            data = InfiniHead.of(nbytes, 1 << 17, bytes(8), 4096).pack()
+            data = mutated(data, [data], chance)
+        page = memoryview(data[:HEAD_BYTES].ljust(HEAD_BYTES, b"\0"))
+        head = InfiniHead.unpack(page)
+        if head is not None:
+            if len(head.names("x")) != len(head.starts()):
+                raise AssertionError("pieces have no names")
+            rest, size = head.nbytes - head.inline, head.piece_bytes
+            _inside([slice(start, start + size) for start in head.starts()], rest)
 
 
 class Codec(Target):
@@ -367,42 +404,22 @@ class Codec(Target):
             size = serde.encode(memoryview(chunk), memoryview(into), self._group, self._tokens)
             self._serdes.append(serde)
             found.append(bytes(into[:size]))
-        return found
+        return [*found, self._chained(chunk)]
 
     def parse(self, data: bytes, chance: random.Random) -> None:
         into = bytearray(self._group.chunk_bytes(self._tokens))
         serde = chance.choice(self._serdes)
         serde.decode(memoryview(data), memoryview(into), self._group, self._tokens)
 
-
-class Configuration(Target):
-    """A configuration's file."""
-
-    name = "config"
-    documented = (ConfigError,)
-
-    def __init__(self) -> None:
-        self._plugins = Plugins()
-        self._folder = tempfile.TemporaryDirectory(prefix="fuzz-")
-        self._file = Path(self._folder.name) / "config.yaml"
-
-    def samples(self) -> list[bytes]:
-        return [
-            b"chunk_size: 256\nlocal_cpu: true\nmax_local_cpu_size: 1.5\ncache_policy: LRU\n",
-            b"backends:\n  disk: {type: filesystem, path: /tmp/x, serde: raw}\n  lm: {host: a}\n",
-            b"remote_url: redis://host:6379\nextra_config: {a: 1}\nserdes: {cachegen: {step: t4}}",
-            b"local_disk: file:///tmp/x\nmax_local_disk_size: 5\nremote_serde: naive\n",
-        ]
-
-    def parse(self, data: bytes, chance: random.Random) -> None:  # noqa: ARG002
-        self._file.write_bytes(data)
-        load_config(self._plugins, file=self._file, environ={})
-
-    def close(self) -> None:
-        self._folder.cleanup()
+    def _chained(self, chunk: bytes) -> bytes:
+        named = {one.name: one for one in Plugins().serdes()}
+        serde = chain([named[name].create(named[name].config()) for name in ("cachegen", "raw")])
+        into = bytearray(serde.max_encoded_bytes(self._group, self._tokens))
+        size = serde.encode(memoryview(chunk), memoryview(into), self._group, self._tokens)
+        self._serdes.append(serde)
+        return bytes(into[:size])
 
 
 TARGETS: dict[str, Callable[[], Target]] = {
-    target.name: target
-    for target in (Frame, Lm, Tcp, Isolation, Resp, InfiniStore, Codec, Configuration)
+    target.name: target for target in (Frame, Lm, Tcp, Isolation, Resp, InfiniStore, Codec)
 }

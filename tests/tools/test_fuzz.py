@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from fuzz import fuzz
-from fuzzing import TARGETS, Target
+from fuzz import TARGETS, fuzz
+from fuzzing import Target
 
 RUNS = 300
 
