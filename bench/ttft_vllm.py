@@ -309,7 +309,7 @@ def arguments_given() -> argparse.Namespace:
     return arguments
 
 
-def prepare(arguments: argparse.Namespace) -> None:
+def prepare(arguments: argparse.Namespace, model: str = "smollm2") -> None:
     """Fill in what the command line doesn't name: ``python`` and ``model``."""
     sys.path.insert(0, str(REPOSITORY / "tools"))
     if arguments.python is None:
@@ -317,7 +317,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
         arguments.python = overlay(shared_environment())
     if arguments.model is None:
-        command = [str(arguments.python), str(REPOSITORY / "tools" / "models.py"), "smollm2"]
+        command = [str(arguments.python), str(REPOSITORY / "tools" / "models.py"), model]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         arguments.model = Path(done.stdout.strip())
 

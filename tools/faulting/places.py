@@ -195,8 +195,12 @@ class Served(Place):
                 return
             self.kill()
             if kind.endswith("empty"):
-                shutil.rmtree(self.data, ignore_errors=True)
+                self.forget()
             self.start()
+
+    def forget(self) -> None:
+        """Lose its data; only while it is down."""
+        shutil.rmtree(self.data, ignore_errors=True)
 
     def upset(self) -> None:
         if self.link is not None:
