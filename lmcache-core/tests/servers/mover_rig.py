@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 import sys
 import threading
@@ -160,7 +161,7 @@ _TURNED = bytes(255 - i for i in range(256))
 
 def raising(error: BaseException) -> Callable[[], object]:
     def call() -> object:
-        raise error
+        raise copy.copy(error)  # which keeps every frame that it went through
 
     return call
 
