@@ -366,15 +366,6 @@ def test_a_damaged_manifest_costs_a_line(
     assert caplog.text.count("was damaged") <= 1
 
 
-@pytest.mark.parametrize("field", ["model", "known_to", "place"])
-def test_a_manifest_that_is_nested_is_described_as_well(tmp_path: Path, field: str) -> None:
-    """What can be read is nearly too deep to be shown, whichever Python it is."""
-    for depth in range(50, 3000, 25):
-        text = f'{{"{field}": {"[" * depth + "]" * depth}}}'
-        (tmp_path / NAME).write_text(text)
-        assert described(tmp_path)
-
-
 def test_what_a_manifest_says_cannot_change_a_terminal(tmp_path: Path) -> None:
     (tmp_path / NAME).write_text(json.dumps({"model": "a\x1b[31mb\n", "place": "\r"}))
     assert described(tmp_path).isprintable()

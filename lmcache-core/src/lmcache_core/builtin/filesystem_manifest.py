@@ -70,18 +70,12 @@ def described(folder: Path) -> str:
     if said is None:
         return "no manifest says what of"
     if "model" not in said:
-        text = _plain(said.get("known_to", "its manifest says nothing of a model"))
+        text = str(said.get("known_to", "its manifest says nothing of a model"))
     else:
         layout = said.get("layout")
         tokens = layout.get("tokens_per_chunk") if isinstance(layout, dict) else None
-        model, place = _plain(said["model"]), _plain(said.get("place"))
-        text = f"model {model}, {_plain(tokens)} tokens a chunk, {place}"
+        text = f"model {said['model']}, {tokens} tokens a chunk, {said.get('place')}"
     return "".join(one if one.isprintable() else "?" for one in text[:300])
-
-
-def _plain(value: object) -> str:
-    """As people read it; what no manifest of ours says isn't shown."""
-    return str(value) if isinstance(value, (str, int)) else "?"
 
 
 def used(folder: Path) -> None:
