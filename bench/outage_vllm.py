@@ -48,6 +48,7 @@ from ttft_vllm import REPOSITORY, BenchError, prepare
 for _tests in ("tools", "lmcache-core/tests/servers", "lmcache-backend-redis/tests"):
     sys.path.insert(0, str(REPOSITORY / _tests))
 
+from faulting.canary import Canary  # noqa: E402
 from faulting.places import Lm, LmUnix, Redis, Served, stopped  # noqa: E402
 
 ENGINE = Path(__file__).with_name("outage_engine.py")
@@ -74,9 +75,10 @@ ABOVE_S = 1.0
 """What a call may take longer than the engine's own longest."""
 ENDS_S = 2 * 10.0 * 1.1
 """`blocking_timeout_secs`, which closing has, for each half of the connector, and a tenth."""
+REMEMBERED = 1 << 20
+"""Of the canary: an hour of losses, which are looked at when an engine is done."""
 WAIT_S = 3600.0
 """For an engine that may share its machine."""
-TICK_S = 0.005
 
 
 @dataclass(frozen=True)
@@ -177,34 +179,6 @@ def section(store: Served) -> dict[str, object]:
     if isinstance(store, LmUnix):
         return {"type": "lm", "path": str(store.target)}
     return {"type": "lm", "host": "127.0.0.1", "port": store.target}
-
-
-# -- what the machine does ---------------------------------------------------------------------
-
-
-class Canary:
-    """A thread that only wants to wake up, in a process that does next to nothing else."""
-
-    def __init__(self) -> None:
-        self._late: list[tuple[float, float]] = []
-        threading.Thread(target=self._run, name="canary", daemon=True).start()
-
-    def lost_s(self, began: float, ended: float) -> float:
-        """Seconds between two times of the monotonic clock in which it should have been awake."""
-        return lost_s(self._late, began, ended)
-
-    def _run(self) -> None:
-        while True:
-            due = time.monotonic() + TICK_S
-            time.sleep(TICK_S)
-            now = time.monotonic()
-            if now - due > TICK_S:
-                self._late.append((due, now))
-
-
-def lost_s(late: Sequence[tuple[float, float]], began: float, ended: float) -> float:
-    """How much of the time between ``began`` and ``ended`` lies in the intervals ``late``."""
-    return sum(max(0.0, min(ended, until) - max(began, since)) for since, until in list(late))
 
 
 # -- engines -----------------------------------------------------------------------------------
@@ -409,7 +383,8 @@ class Run:
         self._arguments = arguments
         self._work = work
         self._requests = requests_of(arguments.requests, arguments.seconds, arguments.seed)
-        self._canary = Canary()
+        self._canary = Canary(remembered=REMEMBERED)
+        self._canary.start()
         self._sources: list[str] = []
         self.rows: list[Row] = []
         self.wrong: list[str] = []
@@ -465,7 +440,7 @@ class Run:
     def _row(
         self, name: str, answer: dict[str, Any], texts: list[list[int]], outages: Mapping[str, int]
     ) -> Row:
-        row = row_of(name, answer, self._requests, texts, outages, self._canary.lost_s)
+        row = row_of(name, answer, self._requests, texts, outages, self._canary.lost_between)
         self.rows.append(row)
         print(shown(row), flush=True)
         return row

@@ -39,12 +39,16 @@ def answer(**changed: Any) -> dict[str, Any]:
 
 
 def wrong(given: dict[str, Any], own_s: float | None = 0.4, outages: int = 1) -> list[str]:
-    from outage_vllm import Request, lost_s, row_of
+    from outage_vllm import Request, row_of
 
     requests = [Request([1], 0.0), Request([1], 0.0, tokens=1), Request([1], 0.0)]
-    late = [(10.0, 10.1), (19.0, 23.0)]
+
+    def lost(began: float, ended: float) -> float:
+        late = [(10.0, 10.1), (19.0, 23.0)]
+        return sum(max(0.0, min(ended, until) - max(began, since)) for since, until in late)
+
     counts = Counter({"stopped": outages} if outages else {})
-    row = row_of("x", given, requests, TEXTS, counts, lambda a, b: lost_s(late, a, b))
+    row = row_of("x", given, requests, TEXTS, counts, lost)
     return row.wrong(own_s)
 
 

@@ -88,6 +88,8 @@ def test_a_canary_loses_what_others_had_and_not_its_own_work() -> None:
     machine.goes_on(0.5, ours=0.1)
     assert machine.canary.lost_s == pytest.approx(0.4)
     assert machine.canary.lost_since(machine.now - 0.25) == pytest.approx(0.25)
+    assert machine.canary.lost_between(machine.now - 0.3, machine.now - 0.1) == pytest.approx(0.2)
+    assert machine.canary.lost_between(machine.now - 0.9, machine.now - 0.3) == pytest.approx(0.1)
     machine.now += 0.2  # it should have woken up
     assert machine.canary.lost_since(machine.now - 0.2) == pytest.approx(0.2 - TICK_S)
 

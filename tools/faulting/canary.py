@@ -29,18 +29,21 @@ _STEP = log(1.2)
 class Canary:
     """A thread that wakes up every `TICK_S` and keeps what other processes cost it.
 
-    ``clock`` and ``cpu`` are the time, and how much CPU this process has had.
+    ``clock`` and ``cpu`` are the time, and how much CPU this process has had; ``remembered``, how
+    many losses are kept.
     """
 
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
         cpu: Callable[[], float] = time.process_time,
+        *,
+        remembered: int = REMEMBERED,
     ) -> None:
         self._clock = clock
         self._cpu = cpu
         self._lost_s = 0.0
-        self._losses: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
+        self._losses: deque[tuple[float, float]] = deque(maxlen=remembered)
         """From when to when."""
         self._slept = clock(), cpu()
         self._lock = threading.Lock()
@@ -64,14 +67,19 @@ class Canary:
 
     def lost_since(self, moment: float) -> float:
         """Seconds lost from ``moment`` until now, which it may still be losing."""
+        return self.lost_between(moment, self._clock())
+
+    def lost_between(self, began: float, ended: float) -> float:
+        """Seconds lost between two moments, the later of which isn't to come."""
         with self._lock:
             now = self._clock()
-            lost = min(self._losing(now), now - moment)
-            for since, until in reversed(self._losses):
-                if until <= moment:
+            losing = now - self._losing(now), now
+            lost = _shared(losing, began, ended)
+            for loss in reversed(self._losses):
+                if loss[1] <= began:
                     break
-                lost += until - max(since, moment)
-        return max(0.0, lost)
+                lost += _shared(loss, began, ended)
+        return lost
 
     def woke(self) -> None:
         """The canary is awake, and goes to sleep again."""
@@ -137,6 +145,11 @@ class Latencies:
                         f"{name} took {took:.2f} s of {deadline_s:g} s, "
                         f"of which others had the CPU for {lost:.2f} s"
                     )
+
+
+def _shared(loss: tuple[float, float], began: float, ended: float) -> float:
+    """How much of a loss lies between two moments."""
+    return max(0.0, min(loss[1], ended) - max(loss[0], began))
 
 
 def quantile(buckets: Counter[int], share: float) -> float:

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 from power_cut import Disk, Kept, PowerLog, everything, nothing, some
+from promises import framed
 
 from lmcache_core.builtin import filesystem_room
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
 from lmcache_core.builtin.filesystem_io import size_of
 from lmcache_core.builtin.filesystem_room import UNWRITTEN_S
-from lmcache_core.checksums import checksums
 from lmcache_core.errors import FrameError
-from lmcache_core.frame import HEADER_BYTES, may_start, read_header, write_header
+from lmcache_core.frame import HEADER_BYTES, may_start, read_header
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.storage import MISS, BackendContext, StoreOutcome
 from lmcache_core.testing.storage import LAYOUT, keys, value
@@ -35,19 +35,7 @@ GIB = 1 << 30
 
 def frame(key: ChunkKey, fill: int, payload: int = PAYLOAD) -> bytearray:
     """What core stores for a chunk."""
-    whole = bytearray(HEADER_BYTES) + value(fill, payload)
-    write_header(
-        memoryview(whole),
-        key=key,
-        fingerprint=NAMESPACE.fingerprint,
-        serde=1,
-        exact=True,
-        raw_bytes=payload,
-        payload_bytes=payload,
-        chunk_sums=checksums(memoryview(whole)[HEADER_BYTES:], 1),
-        raw=True,
-    )
-    return whole
+    return framed(key, NAMESPACE, value(fill, payload))
 
 
 def opened(path: Path, *, fsync: bool = True, most: int = 1 << 20) -> FilesystemBackend:

@@ -14,7 +14,7 @@ from enum import Enum, auto
 
 from lmcache_core.checksums import checksums
 from lmcache_core.frame import HEADER_BYTES, write_header
-from lmcache_core.keys import CacheNamespace
+from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.testing.storage import LAYOUT, keys, value
 
 EACH = 8
@@ -31,23 +31,29 @@ def chunks_of(space: int) -> range:
     return range(space * EACH, space * EACH + EACH)
 
 
+def framed(key: ChunkKey, namespace: CacheNamespace, payload: bytes | bytearray) -> bytearray:
+    """What core stores for a chunk that isn't encoded."""
+    whole = bytearray(HEADER_BYTES) + payload
+    write_header(
+        memoryview(whole),
+        key=key,
+        fingerprint=namespace.fingerprint,
+        serde=1,
+        exact=True,
+        raw_bytes=len(payload),
+        payload_bytes=len(payload),
+        chunk_sums=checksums(memoryview(whole)[HEADER_BYTES:], 1),
+        raw=True,
+    )
+    return whole
+
+
 @functools.cache
 def content(chunk: int, nbytes: int) -> bytes:
     """What core stores for a chunk, in ``nbytes`` bytes."""
     payload = nbytes - HEADER_BYTES
-    whole = bytearray(HEADER_BYTES) + value(10 * chunk + payload % 7, payload)
-    write_header(
-        memoryview(whole),
-        key=KEYS[chunk],
-        fingerprint=SPACES[chunk // EACH].fingerprint,
-        serde=1,
-        exact=True,
-        raw_bytes=payload,
-        payload_bytes=payload,
-        chunk_sums=checksums(memoryview(whole)[HEADER_BYTES:], 1),
-        raw=True,
-    )
-    return bytes(whole)
+    kept = value(10 * chunk + payload % 7, payload)
+    return bytes(framed(KEYS[chunk], SPACES[chunk // EACH], kept))
 
 
 class State(Enum):
