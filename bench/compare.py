@@ -59,6 +59,7 @@ PROGRAMS = {
         Program("block_copies", ("--quick",)),
         Program("public_api", ("--quick",)),
         Program("index", ("--quick", "--chunks", "1e6")),
+        Program("planner", ("--quick", "--slots", "1e5")),
         Program("disk", ("--quick",)),
         Program("lm_server", ("--quick",)),
         Program("codec_speed", ("--quick",)),
@@ -73,7 +74,7 @@ PROGRAMS = {
     )
 }
 """What has ratios of which more is faster, and needs no engine."""
-DEFAULT = ("block_copies", "public_api", "index", "disk", "lm_server", "codec_speed")
+DEFAULT = ("block_copies", "public_api", "index", "planner", "disk", "lm_server", "codec_speed")
 QUICKER = {
     "stress": ("--seconds", "2"),
     "index": ("--runs", "1", "--chunks", "1e5"),

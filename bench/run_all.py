@@ -50,6 +50,7 @@ PROGRAMS = [
     Program("block_copies"),
     Program("public_api"),
     Program("index"),
+    Program("planner"),
     Program("disk"),
     Program("lm_server", ("--runs", "7")),
     Program("lm_crowd", ("--quick",)),
