@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from types import FrameType
 
 import pytest
 from hypothesis import settings
@@ -149,6 +151,26 @@ def test_what_is_wrong_in_a_report_keeps_nothing_else_back() -> None:
         plan.settle(report)
     assert plan.leases == 0
     assert plan.chunks == 0
+
+
+def test_one_report_settles_a_prefix_of_which_a_part_failed() -> None:
+    plan = planner(slots=8)
+    first, second, third, other = chain(plan, 1, 2, 3, ready=False) + chain(plan, 9, ready=False)
+    seen: list[tuple[str, ChunkKey]] = []
+    plan.on_ready = lambda k: seen.append(("ready", k))
+    plan.on_failed = lambda k: seen.append(("failed", k))
+    plan.on_evicted = lambda k: seen.append(("evicted", k))
+    plan.settle(done(third, first, other).add(failed(second)))
+    assert seen == [
+        ("failed", key(2)),
+        ("failed", key(3)),
+        ("ready", key(1)),
+        ("ready", key(9)),
+    ], "what nobody could find is never offered"
+    assert plan.leases == 0
+    assert plan.chunks == 2
+    assert len([plan.plan_store(key(n), SPAN) for n in range(20, 26)]) == 6
+    assert plan.chunks == 8, "both failed slots were free again"
 
 
 def test_a_rank_that_says_both_has_failed() -> None:
@@ -515,6 +537,21 @@ class PlannerMachine(RuleBasedStateMachine):
         self.plan.settle(report)
         self._forget_finished(op.op)
 
+    @rule(rank=st.integers(0, 1), bad=st.sets(st.integers(0, SLOTS - 1)), ends=st.booleans())
+    def report_all(self, rank: int, bad: set[int], ends: bool) -> None:
+        """One report of all that a rank owes: results, of which some failed, and ends."""
+        report = Report()
+        for place, op in enumerate(self.slot_of):
+            if rank in self.results[op]:
+                (report.bad if place in bad else report.ok)[op] = 1 << rank
+                self.results[op].discard(rank)
+            if ends and rank in self.releases[op]:
+                report.released[op] = 1 << rank
+                self.releases[op].discard(rank)
+        self.plan.settle(report)
+        for op in list(self.slot_of):
+            self._forget_finished(op)
+
     @rule(op=ops)
     def withdraw(self, op: StoreOp | FetchOp) -> None:
         if len(self.results[op.op]) == len(self.releases[op.op]) == self.RANKS:
@@ -673,6 +710,28 @@ TestPluginPlannerMachine = PluginPlannerMachine.TestCase
 TestPlannerMachine.settings = TestPluginPlannerMachine.settings = settings(
     max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None
 )
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_chunk_is_planned_and_settled_in_few_steps(full: bool) -> None:
+    """It is the engine's scheduler that takes them, for every chunk of every prompt."""
+    plan, steps = planner(slots=128 if full else 256), 0
+    if full:
+        chain(plan, *range(1000, 1128))
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal steps
+        here = frame.f_globals["__name__"].startswith("lmcache_core.")
+        steps += event == "call" and here and not isinstance(frame.f_locals.get("self"), DictIndex)
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        ops = chain(plan, *range(128))
+    finally:
+        sys.setprofile(before)
+    assert len(ops) == 128
+    assert steps < 128 * (23 if full else 12)
 
 
 @pytest.mark.parametrize("name", ["LRU", "LFU", "FIFO", "MRU"])

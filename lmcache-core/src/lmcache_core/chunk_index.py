@@ -28,6 +28,10 @@ class ChunkState(IntEnum):
     READY = 3
 
 
+ABSENT, STORING, FETCHING, READY = map(int, ChunkState)
+"""What indexes are given and answer: an enum's member is several times dearer for native code."""
+
+
 class ChunkIndex(Protocol):
     """A tree of chunks in ``slots`` slots: a chunk's parent is the chunk that it continues.
 
@@ -145,7 +149,7 @@ class DictIndex:
                 del self._children[parent]
         del self._slot_of[key]
         self._keys[slot] = None
-        self._states[slot] = ChunkState.ABSENT
+        self._states[slot] = ABSENT
 
     def find(self, key: ChunkKey) -> int:
         return self._slot_of.get(key, NONE)
@@ -179,7 +183,7 @@ class DictIndex:
         slots: list[int] = []
         for key in keys:
             slot = self._slot_of.get(key, NONE)
-            if slot == NONE or self._states[slot] != ChunkState.READY:
+            if slot == NONE or self._states[slot] != READY:
                 break
             slots.append(slot)
         return slots

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 
-from lmcache_core.chunk_index import NONE, ChunkIndex, ChunkState
+from lmcache_core.chunk_index import NONE, READY, ChunkIndex
 from lmcache_core.eviction import LRU, CachePolicy
 from lmcache_core.guard import attempt
 from lmcache_core.metrics import Counters
@@ -19,7 +19,6 @@ from lmcache_core.slot_use import SlotUse
 
 logger = logging.getLogger(__name__)
 
-READY = int(ChunkState.READY)
 MAX_FAILURES = 5
 """So often a policy may fail; then it is LRU's turn, for the rest of the process."""
 LOOKED_AT = 16
@@ -77,13 +76,14 @@ class EvictionOrder:
         return None if found == NONE else found
 
     def _choose(self, spared: int) -> None:
-        use, index, slots, shown = self._use, self._index, self._index.slots, 0
+        leases, after = self._use.leases, self._use.after
+        index, slots, shown = self._index, self._index.slots, 0
         for slot in self._policy.victims():
             if not 0 <= slot < slots:
                 raise IndexError(f"slot {slot!r}: there are {slots}")
-            if not use.leases[slot]:
+            if not leases[slot]:
                 leaf = index.leaf(slot)
-                if leaf != spared and use.after[leaf] >= 0:
+                if leaf != spared and after[leaf] >= 0:
                     self._found = leaf
                     return
             shown += 1

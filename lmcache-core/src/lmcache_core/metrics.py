@@ -67,8 +67,10 @@ class Counters:
 
     def add(self, name: str, value: float = 1, /, **labels: str) -> None:
         """Add ``value`` to the series of ``name`` with these labels."""
-        # Called for each chunk that is evicted: one label needs no sorting.
-        series = (name, tuple(labels.items() if len(labels) < 2 else sorted(labels.items())))
+        self.count((name, tuple(sorted(labels.items()))), value)
+
+    def count(self, series: Series, value: float = 1) -> None:
+        """`add`, of a series that the caller has made once."""
         with self._lock:
             totals, fresh = self._totals, self._fresh
             totals[series] = totals.get(series, 0) + value

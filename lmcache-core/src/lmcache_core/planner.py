@@ -19,7 +19,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from lmcache_core.chunk_index import NONE, ChunkIndex, ChunkState, DictIndex
+from lmcache_core.chunk_index import (
+    ABSENT,
+    FETCHING,
+    NONE,
+    READY,
+    STORING,
+    ChunkIndex,
+    ChunkState,
+    DictIndex,
+)
 from lmcache_core.connector import BlockSpan
 from lmcache_core.errors import LeaseError, PluginError
 from lmcache_core.eviction import CachePolicy
@@ -28,11 +37,15 @@ from lmcache_core.guard import attempt
 from lmcache_core.holds import Hold, Operation, check_live, not_due, not_under_way
 from lmcache_core.keys import ChunkKey
 from lmcache_core.leases import Ledger
-from lmcache_core.metrics import Counters
+from lmcache_core.metrics import Counters, Series
 from lmcache_core.plan import FetchOp, Report, StoreOp
 from lmcache_core.slot_use import SlotUse
 
 logger = logging.getLogger(__name__)
+
+EVICTED: Series = ("evicted_chunks", (("tier", "host"),))
+NO_PARENT: Series = ("store_dropped", (("reason", "parent_missing"),))
+NO_ROOM: Series = ("store_dropped", (("reason", "memory_full"),))
 
 
 class Planner:
@@ -129,13 +142,13 @@ class Planner:
             return None
         before = NONE if parent is None else self.index.find(parent)
         if before == NONE and parent is not None and not self.persist:
-            self._counters.add("store_dropped", reason="parent_missing")
+            self._counters.count(NO_PARENT)
             return None
         slot = self._take_slot(before)
         if slot is None:
-            self._counters.add("store_dropped", reason="memory_full")
+            self._counters.count(NO_ROOM)
             return None
-        op = self._begin(key, slot, before, ChunkState.STORING)
+        op = self._begin(key, slot, before, STORING)
         return StoreOp(op, key, slot, span, self.persist, start)
 
     def plan_fetch(
@@ -163,7 +176,7 @@ class Planner:
         if slot is None:
             self._counters.add("load_failures", tier="host", reason="memory_full")
             return None
-        op = self._begin(key, slot, before, ChunkState.FETCHING)
+        op = self._begin(key, slot, before, FETCHING)
         self.join(key, hold)
         return FetchOp(op, key, slot, tokens, tier)
 
@@ -187,11 +200,10 @@ class Planner:
         Raises:
             LeaseError: one isn't under way, or was reported.
         """
-        every, planned = self._every_rank, [op.op for op in ops]
-        wrong = [self._result(op, every, failed=True) for op in planned]
-        wrong += [self._released(op, every) for op in planned]
-        if any(wrong):
-            raise LeaseError("; ".join(filter(None, wrong)))
+        planned = [(op.op, self._every_rank) for op in ops]
+        wrong = self._results(planned, failed=True) + self._released(planned)
+        if wrong:
+            raise LeaseError("; ".join(wrong))
 
     def settle(self, report: Report) -> None:
         """Take in what movers report.
@@ -200,13 +212,13 @@ class Planner:
             LeaseError: a rank reports an operation that isn't under way, or something twice. The
                 rest of the report was taken in, and what was wrong had no effect.
         """
-        wrong = [self._result(op, ranks, failed=True) for op, ranks in report.bad.items()]
-        wrong += [self._result(op, ranks, failed=False) for op, ranks in report.ok.items()]
-        wrong += [self._released(op, ranks) for op, ranks in report.released.items()]
+        wrong = self._results(report.bad.items(), failed=True)
+        wrong += self._results(report.ok.items(), failed=False)
+        wrong += self._released(report.released.items())
         for key in report.unreadable:
             self.forget(key)
-        if any(wrong):
-            raise LeaseError("; ".join(filter(None, wrong)))
+        if wrong:
+            raise LeaseError("; ".join(wrong))
 
     def forget(self, key: ChunkKey) -> bool:
         """Never offer ``key`` from host memory again; its slot is freed once nobody uses it.
@@ -223,7 +235,7 @@ class Planner:
         """Forget everything that is ready; answer how many chunks that were."""
         self.unpin(list(self._pins))
         state = self.index.state  # what is there doesn't depend on what a policy knows
-        ready = [slot for slot in range(self._unused) if state(slot) == ChunkState.READY]
+        ready = [slot for slot in range(self._unused) if state(slot) == READY]
         self._use.part()
         for slot in ready:
             self._drop(slot)
@@ -269,7 +281,7 @@ class Planner:
 
     # -- inside ----------------------------------------------------------------------------
 
-    def _begin(self, key: ChunkKey, slot: int, parent: int, state: ChunkState) -> int:
+    def _begin(self, key: ChunkKey, slot: int, parent: int, state: int) -> int:
         op = self._next_op
         self._next_op += 1
         self.index.insert(key, slot, parent, state)
@@ -285,42 +297,56 @@ class Planner:
         return slots
 
     def _end_hold(self, slots: list[int], awaited: list[int]) -> None:
-        self._unlease(awaited)
-        self._unlease(slots)
+        self._unlease(awaited[::-1])
+        self._unlease(slots[::-1])  # of a prefix, the end is to be evicted before the beginning
         slots.clear()
         awaited.clear()
 
-    def _result(self, op: int, ranks: int, *, failed: bool) -> str:
-        """Take in results of ``ranks``; answer what is wrong with that, if something is."""
-        operation = self._operations.get(op)
-        if operation is None:
-            return not_under_way(op)
-        due = operation.results_due & ranks
-        if due:
-            operation.results_due ^= due
-            operation.failed |= failed
-            if not operation.results_due:
-                self._concluded(operation)
-                self._finish(op, operation)
-        return "" if due == ranks else not_due(op, "result", ranks ^ due)
+    def _results(self, marks: Iterable[tuple[int, int]], *, failed: bool) -> list[str]:
+        """Take in results, as operations and their ranks; answer what is wrong with them."""
+        operations, wrong = self._operations, list[str]()
+        for op, ranks in marks:
+            operation = operations.get(op)
+            if operation is None:
+                wrong.append(not_under_way(op))
+                continue
+            due = operation.results_due & ranks
+            if due != ranks:
+                wrong.append(not_due(op, "result", ranks ^ due))
+            if due:
+                operation.results_due ^= due
+                operation.failed |= failed
+                if not operation.results_due:
+                    self._concluded(operation)
+                    if not operation.releases_due:
+                        del operations[op]
+                        self._unlease((operation.slot,))
+        return wrong
 
-    def _released(self, op: int, ranks: int) -> str:
-        """Take in releases of ``ranks``; answer what is wrong with that, if something is."""
-        operation = self._operations.get(op)
-        if operation is None:
-            return not_under_way(op)
-        due = operation.releases_due & ranks
-        if due:
+    def _released(self, marks: Iterable[tuple[int, int]]) -> list[str]:
+        """Take in releases, as operations and their ranks; answer what is wrong with them."""
+        operations, wrong, over = self._operations, list[str](), list[int]()
+        for op, ranks in marks:
+            operation = operations.get(op)
+            if operation is None:
+                wrong.append(not_under_way(op))
+                continue
+            due = operation.releases_due & ranks
+            if due != ranks:
+                wrong.append(not_due(op, "release", ranks ^ due))
             operation.releases_due ^= due
-            self._finish(op, operation)
-        return "" if due == ranks else not_due(op, "release", ranks ^ due)
+            if not operation.releases_due and not operation.results_due:
+                del operations[op]
+                over.append(operation.slot)
+        self._unlease(over)
+        return wrong
 
     def _concluded(self, operation: Operation) -> None:
         """Offer a chunk of which every rank has its part, or drop it."""
-        slot, key = operation.slot, operation.key
-        here = self.index.key(slot) == key  # or it was forgotten meanwhile
+        slot = operation.slot
+        here = self.index.state(slot) != ABSENT  # or it was forgotten; the slot is nobody else's
         if here and not operation.failed:
-            self.index.set_state(slot, ChunkState.READY)
+            self.index.set_state(slot, READY)
             self._order.added(slot)
             if self._keep:
                 self._use.cached(slot)
@@ -330,20 +356,12 @@ class Planner:
                 self._drop_with_descendants(slot)
             told = self.on_failed
         if told is not None:
-            self._tell(told, key)
+            self._tell(told, operation.key)
 
     def _tell(self, listener: Callable[[ChunkKey], None], key: ChunkKey) -> None:
         if (error := attempt(listener, key)) is not None:
             self._counters.add("plugin_failures", kind="listener", operation="events")
             logger.warning("A listener to the planner failed, which changes nothing: %r", error)
-
-    def _finish(self, op: int, operation: Operation) -> None:
-        if operation.results_due or operation.releases_due:
-            return
-        del self._operations[op]
-        slot = operation.slot
-        if self._use.unlease((slot,)):
-            self._unused_now(slot)
 
     def _take_slot(self, parent: int) -> int | None:
         """An empty slot for a chunk that continues the one in ``parent``, which isn't evicted."""
@@ -355,15 +373,21 @@ class Planner:
         victim = self._order.victim(parent)
         if victim is None:
             return None
-        self._drop(victim)
-        self._counters.add("evicted_chunks", tier="host")
-        return self._free.pop()
+        self._evict(victim)
+        return victim
+
+    def _evict(self, slot: int) -> None:
+        """`_drop` a READY chunk that nobody uses and nothing continues, for who takes its slot."""
+        self._ready_no_more(slot)
+        self._use.removed(slot)
+        self.index.remove(slot)
+        self._counters.count(EVICTED)
 
     def _drop_with_descendants(self, slot: int) -> None:
         """`_drop`, and what continues the chunk; what is on its way as soon as it arrives."""
         under_way = set()
         for below in self.index.descendants(slot):
-            if self.index.state(below) == ChunkState.READY:
+            if self.index.state(below) == READY:
                 self._drop(below)
             else:
                 under_way.add(below)
@@ -379,23 +403,26 @@ class Planner:
             return
         if self._pins and self._pins.pop(key, None) is not None:
             self._use.unlease((slot,))
-        if self.index.state(slot) == ChunkState.READY:
-            self._order.removed(slot)
-            if self.on_evicted is not None:
-                self._tell(self.on_evicted, key)
+        if self.index.state(slot) == READY:
+            self._ready_no_more(slot)
         orphans = self.index.descendants(slot) if self._use.children[slot] else ()
         self._use.removed(slot, orphans)
         self.index.remove(slot)
         if not self._use.leases[slot]:
             self._free.append(slot)
 
-    def _unlease(self, slots: Sequence[int]) -> None:
+    def _ready_no_more(self, slot: int) -> None:
+        self._order.removed(slot)
+        if self.on_evicted is not None and (key := self.index.key(slot)) is not None:
+            self._tell(self.on_evicted, key)
+
+    def _unlease(self, slots: Iterable[int]) -> None:
         for slot in self._use.unlease(slots):
             self._unused_now(slot)
 
     def _unused_now(self, slot: int) -> None:
         """Nobody uses a slot any more, and its chunk, if it has one, isn't kept."""
-        if self.index.state(slot) == ChunkState.ABSENT:
+        if self.index.state(slot) == ABSENT:
             self._free.append(slot)
         else:
             self._drop(slot)

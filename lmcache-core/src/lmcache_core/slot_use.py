@@ -10,7 +10,7 @@ Knows slots. Knows nothing about keys, nor about the order that a cache policy w
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 from lmcache_core.chunk_index import NONE
 
@@ -47,15 +47,15 @@ class SlotUse:
                 after[leading], before[following] = following, leading
                 after[slot] = STAYS
 
-    def unlease(self, slots: Sequence[int]) -> list[int]:
+    def unlease(self, slots: Iterable[int]) -> list[int]:
         """Each of ``slots`` has one user less; answers those without any that aren't cached.
 
-        In prefix order, of which the end is to be evicted before the beginning.
+        The first of ``slots`` counts as idle for longer than the others.
         """
         leases, after, before = self.leases, self.after, self._before
         children, end = self.children, self.end
         left: list[int] = []
-        for slot in reversed(slots):
+        for slot in slots:
             leases[slot] -= 1
             if leases[slot]:
                 continue
@@ -69,10 +69,10 @@ class SlotUse:
 
     def filled(self, slot: int, parent: int) -> None:
         """``slot`` has a first user, who fills it with what continues ``parent``, or is `NONE`."""
-        self.leases[slot] += 1
+        self.leases[slot] = 1
+        self._parents[slot] = parent
         if parent == NONE:
             return
-        self._parents[slot] = parent
         self.children[parent] += 1
         after, before = self.after, self._before
         following = after[parent]
@@ -85,30 +85,31 @@ class SlotUse:
         """``slot``, which has a user, holds a chunk that may be evicted when it has none."""
         self.after[slot] = STAYS
 
-    def removed(self, slot: int, orphans: Iterable[int] = ()) -> None:
+    def removed(self, slot: int, orphans: Collection[int] = ()) -> None:
         """``slot`` holds nothing any more; ``orphans`` are among what continued it.
 
-        What it continued goes next, where nobody uses that: it was used hardly later.
+        What it continued may be one that could go, now. It takes this one's place in the ring, or
+        the first: it was used hardly later.
         """
-        after, before, parents, end = self.after, self._before, self._parents, self.end
-        following = after[slot]
-        if following >= 0:
-            leading = before[slot]
-            after[leading], before[following] = following, leading
+        after, before, parents, children = self.after, self._before, self._parents, self.children
+        following, leading = after[slot], before[slot]
         after[slot] = NOTHING
-        for orphan in orphans:
-            if parents[orphan] == slot:
-                parents[orphan] = NONE
-        self.children[slot] = 0
+        if following >= 0:
+            after[leading], before[following] = following, leading
+        else:
+            leading, following = self.end, after[self.end]
+        if orphans:
+            children[slot] = 0
+            for orphan in orphans:
+                if parents[orphan] == slot:
+                    parents[orphan] = NONE
         parent = parents[slot]
         if parent == NONE:
             return
-        parents[slot] = NONE
-        self.children[parent] = left = self.children[parent] - 1
+        children[parent] = left = children[parent] - 1
         if not left and not self.leases[parent] and after[parent] == STAYS:
-            first = after[end]
-            after[end] = before[first] = parent
-            after[parent], before[parent] = first, end
+            after[leading] = before[following] = parent
+            after[parent], before[parent] = following, leading
 
     def part(self) -> None:
         """Nothing continues anything any more: every cached chunk is about to be removed."""
