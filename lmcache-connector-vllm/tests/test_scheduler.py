@@ -122,6 +122,26 @@ def answers(side: SchedulerSide, monkeypatch: pytest.MonkeyPatch, tier: int = 0)
     monkeypatch.setattr(side, "_locate", locate)
 
 
+# -- what users ask -----------------------------------------------------------------------------
+
+
+def test_what_cannot_be_read_of_a_request_is_served_without_the_cache(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    side = make()
+    assert store(side, request("plain", 3))
+    deep: Any = 1
+    for _ in range(200_000):
+        deep = [deep]
+    for number, params in enumerate(({"lmcache.tag.a": deep}, ["lmcache.tag.a"])):
+        odd = request(f"odd{number}", 3, kv_transfer_params=params)
+        side.new_request(odd)
+        assert side.matched_tokens(odd, 0) == (0, False)
+        assert store(side, odd) == []
+    assert side.matched_tokens(request("again", 3), 0) == (48, False)
+    assert caplog.text.count("isn't cached") == 1, "once for many"
+
+
 # -- what waiting requests may lease -----------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lmcache_core.errors import ConfigError, LayoutError
@@ -32,6 +32,16 @@ _DTYPES = {
     "torch.uint8": DType.U8,
 }
 TAG_PREFIX = "lmcache.tag."
+SKIP_SAVE = "lmcache.skip_save"
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a request's ``kv_transfer_params`` say to LMCache."""
+
+    tags: Mapping[str, str]
+    """The ``lmcache.tag.*``, as text."""
+    skip_save: bool
 
 
 def namespace(
@@ -156,7 +166,7 @@ def cacheable(request: Request) -> bool:
 def root(
     namespace_root: bytes,
     request: Request,
-    tags: Mapping[str, Any],
+    tags: Mapping[str, str],
     epoch: str = "",
     adapter: str = "",
 ) -> bytes:
@@ -170,9 +180,27 @@ def root(
     return request_root(namespace_root, *facts)
 
 
-def tags(params: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The ``lmcache.tag.*`` of a request's ``kv_transfer_params``."""
-    return {k: v for k, v in (params or {}).items() if k.startswith(TAG_PREFIX)}
+def marks(params: object) -> Marks | None:
+    """What ``kv_transfer_params`` say; ``None`` where that can't be told, so nothing may be shared.
+
+    They are a user's, and vLLM hands on what JSON has, however deep it is nested.
+    An error here would end the engine.
+    """
+    if params is None:
+        return Marks({}, skip_save=False)
+    if not isinstance(params, Mapping):
+        return None
+    try:
+        tags = {
+            name: str(value)
+            for name, value in params.items()
+            if isinstance(name, str) and name.startswith(TAG_PREFIX)
+        }
+    except (RecursionError, ValueError):  # nested too deep, or thousands of digits
+        return None
+    skip = params.get(SKIP_SAVE)
+    yes = skip.lower() in ("1", "true", "yes") if isinstance(skip, str) else skip == 1
+    return Marks(tags, skip_save=yes)
 
 
 def media(request: Request, chunk_tokens: int) -> dict[int, bytes]:
@@ -185,7 +213,8 @@ def media(request: Request, chunk_tokens: int) -> dict[int, bytes]:
             (where.offset + where.length - 1) // chunk_tokens,
         )
         for chunk in range(first, last + 1):
-            entry = f"{feature.identifier}@{where.offset - chunk * chunk_tokens};".encode()
+            text = f"{feature.identifier}@{where.offset - chunk * chunk_tokens};"
+            entry = text.encode(errors="surrogatepass")
             extras[chunk] = extras.get(chunk, b"") + len(entry).to_bytes(4, "little") + entry
     return extras
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lmcache_connector_vllm import identity
 from lmcache_connector_vllm.adapters import AdapterNames, RequestAdapter
@@ -28,7 +28,7 @@ from lmcache_core.hashing import PrefixHasher
 from lmcache_core.holds import Hold
 from lmcache_core.io_loop import IOLoop, left_of
 from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.logging import init_logger
+from lmcache_core.logging import Seldom, init_logger
 from lmcache_core.lookup import PrefixLookup
 from lmcache_core.metrics import Counters
 from lmcache_core.mover import slots_in
@@ -47,7 +47,10 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-SKIP_SAVE = "lmcache.skip_save"
+_UNREADABLE = (
+    "a request's kv_transfer_params aren't a mapping, or have a lmcache.tag.* that can't be "
+    "written as text: the request isn't cached"
+)
 
 
 @dataclass
@@ -58,6 +61,7 @@ class _Tracked:
     hasher: PrefixHasher
     loads: bool
     saves: bool
+    tags: Mapping[str, str]
     blocks: list[int] = field(default_factory=list)
     next_chunk: int = 0
     computed: int = 0
@@ -124,6 +128,7 @@ class SchedulerSide:
         self._sources: dict[str, tuple[int, int]] = {}
         self._acknowledged: dict[int, int] = {}
         self._epoch = ""
+        self._seldom = Seldom(logger)
 
     def _open_tiers(self, ranks: int, rope: Rope | None, weights: str) -> None:
         """Open each backend once for the heads of every rank, to ask what the workers stored.
@@ -233,23 +238,27 @@ class SchedulerSide:
         tracked = self._requests.get(request.request_id)
         if tracked is not None:
             return tracked
-        params = request.kv_transfer_params
+        marks = identity.marks(request.kv_transfer_params)
+        if marks is None:
+            self._seldom.warn("marks", _UNREADABLE)
+        tags = marks.tags if marks is not None else {}
         limit = self._settings.config.core.priority_limit
-        usable = identity.cacheable(request) and (limit is None or request.priority <= limit)
+        usable = marks is not None and identity.cacheable(request)
+        usable = usable and (limit is None or request.priority <= limit)
         if self._epoch and not self._settings.config.core.local_cpu:
             usable = False  # there is no place for what this engine alone may see
         tracked = self._requests[request.request_id] = _Tracked(
             request,
-            self._hasher(request),
+            self._hasher(request, tags),
             loads=usable,
-            saves=usable and self._settings.saves and not _truthy((params or {}).get(SKIP_SAVE)),
+            saves=usable and self._settings.saves and not (marks and marks.skip_save),
+            tags=tags,
         )
         if self._adapters is not None:
             tracked.adapter = self._adapters.of(request, usable)
         return tracked
 
-    def _hasher(self, request: Request, adapter: str = "") -> PrefixHasher:
-        tags = identity.tags(request.kv_transfer_params)
+    def _hasher(self, request: Request, tags: Mapping[str, str], adapter: str = "") -> PrefixHasher:
         return PrefixHasher(
             identity.root(self._namespace.root, request, tags, self._epoch, adapter),
             self._chunk_tokens,
@@ -269,7 +278,7 @@ class SchedulerSide:
             return False
         if adapter.fact != before:
             self._end_lookup(tracked)
-            tracked.hasher = self._hasher(tracked.request, adapter.fact)
+            tracked.hasher = self._hasher(tracked.request, tracked.tags, adapter.fact)
         if adapter.use is None:
             tracked.loads = tracked.saves = False
         return True
@@ -611,7 +620,3 @@ class SchedulerSide:
             self._loop.close(left_s())
         if self._adapters is not None:
             self._adapters.close()
-
-
-def _truthy(value: Any) -> bool:
-    return str(value).lower() in ("1", "true", "yes") if value is not None else False

@@ -32,13 +32,14 @@ def request_root(namespace_root: bytes, *facts: str) -> bytes:
     """Where one request's chain starts: the namespace and what sets the request apart.
 
     ``facts`` are labelled strings such as ``salt=…``, ``lora=…``. No facts: the namespace root
-    itself, so that plain requests of any engine share.
+    itself, so that plain requests of any engine share. Any text will do, half of a surrogate pair
+    too: users write salts and tags.
     """
     if not facts:
         return namespace_root
     state = blake2b(namespace_root, digest_size=DIGEST_BYTES, person=b"lmcache-root")
     for fact in facts:
-        encoded = fact.encode()
+        encoded = fact.encode(errors="surrogatepass")
         state.update(len(encoded).to_bytes(4, "little"))
         state.update(encoded)
     return state.digest()
