@@ -326,7 +326,7 @@ class Resp(Target):
         if chance.random() < 0.8:
             data = RedisHead.of(chance.choice((0, 64, 8192, 1 << 20)), 4096).pack()
             data = mutated(data, [data], chance)
-        head = RedisHead.unpack(data[: REDIS_HEAD.size])
+        head = RedisHead.unpack(data[: REDIS_HEAD.size], 1 << 20)
         if head is not None:
             _inside([place for _, place in head.pieces(b"x")], head.value_bytes)
 
@@ -374,7 +374,7 @@ class InfiniStore(Target):
             data = InfiniHead.of(nbytes, 1 << 17, bytes(8), 4096).pack()
             data = mutated(data, [data], chance)
         page = memoryview(data[:HEAD_BYTES].ljust(HEAD_BYTES, b"\0"))
-        head = InfiniHead.unpack(page)
+        head = InfiniHead.unpack(page, 1 << 20)
         if head is not None:
             if len(head.names("x")) != len(head.starts()):
                 raise AssertionError("pieces have no names")

@@ -19,7 +19,7 @@ from infini_server import DEVICE, Server, emulated_nic
 from open_ports import documented, open_ports
 
 from lmcache_backend_infinistore.backend import InfinistoreBackend
-from lmcache_backend_infinistore.layout import Head
+from lmcache_backend_infinistore.layout import MAX_VALUE_BYTES, Head
 from lmcache_backend_infinistore.links import TcpLink
 from lmcache_core.errors import BackendRejected, BackendUnavailable
 from lmcache_core.host_memory import allocate_region
@@ -292,7 +292,7 @@ def parts_of(name: str, head: Head, options: dict[str, Any]) -> list[str]:
 
 def head_of(server: Server, name: str) -> Head:
     client = connected(server.port)
-    head = Head.unpack(memoryview(client.tcp_read_cache(name)))
+    head = Head.unpack(memoryview(client.tcp_read_cache(name)), MAX_VALUE_BYTES)
     client.close()
     assert head is not None
     return head

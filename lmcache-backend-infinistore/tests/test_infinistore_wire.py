@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 from infini_server import Server, emulated_nic
 
+from lmcache_backend_infinistore import backend
+from lmcache_backend_infinistore.config import InfinistoreConfig
 from lmcache_backend_infinistore.layout import BEGINNING, MAX_VALUE_BYTES, Head
+from lmcache_backend_infinistore.links import HEAD_BYTES, VALUES
 from lmcache_backend_infinistore.wire import Block, Wire
+from lmcache_core.keys import CacheNamespace, ChunkKey
+from lmcache_core.layout import DType, KVLayout, full_attention
+from lmcache_core.storage import BackendContext
 
 MIB = 1 << 20
 SIZES = (1, 4 << 10, 64 << 10, (64 << 10) - 8, 300_001, 2 * MIB, 5 * MIB + 7)
@@ -143,8 +149,50 @@ def test_an_end_is_noticed_without_asking(wire: Wire, server: Server) -> None:
 def test_a_head_names_no_more_pieces_than_a_chunk_can_have() -> None:
     """Whoever deletes a value names all of its pieces, and a head is what a stranger may write."""
     head = Head.of(MAX_VALUE_BYTES, 64 << 10, bytes(8), 0)
-    assert Head.unpack(memoryview(head.pack())) == head
+    assert Head.unpack(memoryview(head.pack()), MAX_VALUE_BYTES) == head
+    assert Head.unpack(memoryview(head.pack()), MAX_VALUE_BYTES - 1) is None
     assert len(head.pack()) == BEGINNING
     for nbytes in (MAX_VALUE_BYTES + 1, 1 << 46):
         too_long = Head.of(nbytes, 64 << 10, bytes(8), 0)
-        assert Head.unpack(memoryview(too_long.pack())) is None
+        assert Head.unpack(memoryview(too_long.pack()), MAX_VALUE_BYTES) is None
+
+
+class OneHead:
+    """A connection to a server that has the head ``said`` under every name."""
+
+    def __init__(self, said: Head) -> None:
+        self._said = said
+        self.heads = memoryview(bytearray(VALUES * HEAD_BYTES))
+        self.heads_address = 0
+        self.forgotten: list[list[str]] = []
+
+    def probe(self) -> None:
+        """It is there."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def read_heads(self, blocks: Sequence[Block]) -> list[bool]:
+        for i in range(len(blocks)):
+            self.heads[i * HEAD_BYTES : i * HEAD_BYTES + BEGINNING] = self._said.pack()
+        return [True] * len(blocks)
+
+    def forget(self, name: str, pieces: Sequence[str]) -> bool:
+        self.forgotten.append([name, *pieces])
+        return True
+
+
+@pytest.mark.parametrize(("nbytes", "names"), [(1 << 20, 17), (MAX_VALUE_BYTES, 1)])
+def test_a_delete_names_the_pieces_that_a_chunk_here_can_have(
+    nbytes: int, names: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = OneHead(Head.of(nbytes, 64 << 10, bytes(8), HEAD_BYTES - BEGINNING))
+    monkeypatch.setattr(backend, "TcpLink", lambda _: link)
+    config = InfinistoreConfig(url="infinistore://localhost", connection_type="TCP")
+    store = backend.InfinistoreBackend(config)
+    group = full_attention(layers=1, heads=1, head_size=8, dtype=DType.BF16)
+    namespace = CacheNamespace("model", KVLayout(16, (group,)))
+    store.open_blocking(BackendContext("x", namespace, max_value_bytes=1 << 20))
+    store._delete([ChunkKey(bytes(16))])
+    assert [len(one) for one in link.forgotten] == [names]
+    store.close_blocking()

@@ -51,6 +51,7 @@ class InfinistoreBackend(BlockingBackend):
         self._questions: Links | None = None
         self._values: Links | None = None
         self._prefix = ""
+        self._most_bytes = MAX_VALUE_BYTES
 
     @property
     def capabilities(self) -> BackendCapabilities:
@@ -64,6 +65,8 @@ class InfinistoreBackend(BlockingBackend):
 
     def open_blocking(self, context: BackendContext) -> None:
         config = self._config
+        if context.max_value_bytes is not None:
+            self._most_bytes = min(context.max_value_bytes, MAX_VALUE_BYTES)
         if config.without_effect:
             logger.warning(
                 "%s: no effect over TCP: %s", context.name, ", ".join(config.without_effect)
@@ -96,7 +99,7 @@ class InfinistoreBackend(BlockingBackend):
             return [
                 size
                 for batch in _batches(len(names))
-                for size in _load(link, names[batch], into[batch])
+                for size in _load(link, names[batch], into[batch], self._most_bytes)
             ]
 
     def store_blocking(
@@ -152,7 +155,9 @@ class InfinistoreBackend(BlockingBackend):
             return sum(
                 link.forget(name, head.names(name))
                 for batch in _batches(len(names))
-                for name, head in zip(names[batch], _Heads(link).read(names[batch]), strict=True)
+                for name, head in zip(
+                    names[batch], _Heads(link).read(names[batch], self._most_bytes), strict=True
+                )
                 if head is not None
             )
 
@@ -166,12 +171,14 @@ def _open(links: Links | None) -> Links:
     return links
 
 
-def _load(link: Link, names: Sequence[str], into: Sequence[memoryview]) -> list[int]:
-    """Load up to `VALUES` values; their lengths."""
+def _load(
+    link: Link, names: Sequence[str], into: Sequence[memoryview], most_bytes: int
+) -> list[int]:
+    """Load up to `VALUES` values, each of ``most_bytes`` at most; their lengths."""
     heads = _Heads(link)
     found = [
         head if head is not None and head.nbytes <= buffer.nbytes else None
-        for head, buffer in zip(heads.read(names), into, strict=True)
+        for head, buffer in zip(heads.read(names, most_bytes), into, strict=True)
     ]
     held = [_pinned(buffer) for buffer in into]  # until the pieces have been moved
     blocks = [
@@ -227,13 +234,13 @@ class _Heads:
     def __init__(self, link: Link) -> None:
         self._link = link
 
-    def read(self, names: Sequence[str]) -> list[Head | None]:
-        """What is stored under ``names``; ``None`` for what isn't."""
+    def read(self, names: Sequence[str], most_bytes: int) -> list[Head | None]:
+        """What is stored under ``names``, of ``most_bytes`` at most; ``None`` for what isn't."""
         link = self._link
         found = link.read_heads([self._block(i, name) for i, name in enumerate(names)])
         heads = []
         for i, there in enumerate(found):
-            heads.append(Head.unpack(self._of(i)) if there else None)
+            heads.append(Head.unpack(self._of(i), most_bytes) if there else None)
             if there and heads[i] is None:
                 link.forget(names[i], ())  # isn't ours, or is broken
         return heads

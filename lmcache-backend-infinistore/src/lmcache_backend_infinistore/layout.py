@@ -26,8 +26,7 @@ BEGINNING: Final = _ALIGNED
 """Bytes of a head before those of the value."""
 LEAST_PIECE: Final = 64 << 10
 MAX_VALUE_BYTES: Final = 512 << 20
-"""No chunk comes near it; a head that says more is damaged, and may name more pieces than there is
-memory for."""
+"""No chunk comes near it."""
 
 
 class Head(NamedTuple):
@@ -63,12 +62,16 @@ class Head(NamedTuple):
         return _FIELDS.pack(_MAGIC, self.pieces, self.nbytes, self.nonce).ljust(BEGINNING, b"\0")
 
     @classmethod
-    def unpack(cls, data: memoryview) -> Head | None:
-        """``None`` for what doesn't begin like a head, or says what can't be."""
+    def unpack(cls, data: memoryview, most_bytes: int) -> Head | None:
+        """``None`` for what doesn't begin like a head, or says what can't be.
+
+        ``most_bytes`` is the longest value that there may be here: who believed a head that
+        announces more would list, and ask for, that many pieces.
+        """
         magic, pieces, nbytes, nonce = _FIELDS.unpack_from(data)
         room = data.nbytes - BEGINNING
         rest = nbytes - _inline(nbytes, room)
-        if magic != _MAGIC or nbytes > MAX_VALUE_BYTES:
+        if magic != _MAGIC or nbytes > most_bytes:
             return None
         if bool(pieces) != bool(rest) or pieces > 1 + rest // LEAST_PIECE:
             return None

@@ -55,6 +55,7 @@ class RedisBackend(BlockingBackend):
         self._config = config
         self._topology: Topology | None = None
         self._names = Names(config.prefix, "")
+        self._most_bytes = MAX_VALUE_BYTES
         self._turns = asyncio.Semaphore(config.connections)
         """Of calls that are awaited on the loop; threads are as many."""
 
@@ -77,6 +78,7 @@ class RedisBackend(BlockingBackend):
                 f"a chunk may have {largest} bytes here, and this backend keeps values of up to "
                 f"{MAX_VALUE_BYTES} bytes, as Redis does; set a smaller chunk_size"
             )
+        self._most_bytes = MAX_VALUE_BYTES if largest is None else largest
         self._names = Names(self._config.prefix, context.namespace.fingerprint)
         self._topology = topology.connect(self._config)
 
@@ -174,7 +176,9 @@ class RedisBackend(BlockingBackend):
         outcomes = [StoreOutcome.NOT_ADMITTED] * len(keys)
 
         async def store(wire: Wire, positions: list[int]) -> None:
-            await Store(wire, self._config).run(positions, names, sources, outcomes)
+            await Store(wire, self._config, self._most_bytes).run(
+                positions, names, sources, outcomes
+            )
 
         await self._each(wires, self._groups(names, read=False), store)
         return outcomes
@@ -194,7 +198,8 @@ class RedisBackend(BlockingBackend):
         counts: list[int] = []
 
         async def delete(wire: Wire, positions: list[int]) -> None:
-            counts.append(await discard(wire, [names[i] for i in positions]))
+            these = [names[i] for i in positions]
+            counts.append(await discard(wire, these, self._most_bytes))
 
         await self._each(wires, self._groups(names, read=False), delete)
         return sum(counts)

@@ -19,10 +19,11 @@ def is_whole(head: Head, follows: int) -> bool:
     return follows == (0 if head.piece_bytes else head.value_bytes)
 
 
-async def intact(wire: Wire, names: Sequence[bytes]) -> list[bool]:
+async def intact(wire: Wire, names: Sequence[bytes], most_bytes: int) -> list[bool]:
     """Say which chunks are there in full, and forget those that are there in part.
 
-    A head whose pieces were evicted, or what another version left, would keep a new value out.
+    A head whose pieces were evicted, or what another version left, would keep a new value out; so
+    would one that announces more than ``most_bytes``, which no load has room for.
     """
     asking = [
         command(b"GETRANGE", name, b"0", b"%d" % (HEAD.size - 1)) + command(b"STRLEN", name)
@@ -38,7 +39,7 @@ async def intact(wire: Wire, names: Sequence[bytes]) -> list[bool]:
     for i, (start, length) in enumerate(heads):
         if not length:
             continue
-        head = Head.unpack(start)
+        head = Head.unpack(start, most_bytes)
         intact[i] = head is not None and is_whole(head, length - HEAD.size)
         if head is None or not intact[i]:
             damaged.add(i)
@@ -50,14 +51,15 @@ async def intact(wire: Wire, names: Sequence[bytes]) -> list[bool]:
     damaged.update(i for (i, _, nbytes), got in zip(pieces, lengths, strict=True) if got != nbytes)
     for i in damaged:
         intact[i] = False
-    await discard(wire, [names[i] for i in sorted(damaged)])
+    await discard(wire, [names[i] for i in sorted(damaged)], most_bytes)
     return intact
 
 
-async def discard(wire: Wire, names: Sequence[bytes]) -> int:
+async def discard(wire: Wire, names: Sequence[bytes], most_bytes: int) -> int:
     """Remove chunks with their pieces; answer how many there were.
 
     A head is read and removed in one transaction, so whoever removes it knows all of its pieces.
+    Of one that announces more than ``most_bytes`` only the head is removed.
     """
     if not names:
         return 0
@@ -77,7 +79,7 @@ async def discard(wire: Wire, names: Sequence[bytes]) -> int:
         match done:
             case [bytes(start), int(removed)]:
                 count += removed
-                head = Head.unpack(start)
+                head = Head.unpack(start, most_bytes)
                 pieces += [piece for piece, _ in head.pieces(name)] if head else []
             case _:
                 raise ProtocolError(f"{wire.peer} answered EXEC with {done!r:.80}")

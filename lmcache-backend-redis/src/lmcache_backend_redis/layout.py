@@ -30,7 +30,7 @@ from lmcache_core.keys import ChunkKey
 MAGIC: Final = b"LMR\x01"
 HEAD: Final = struct.Struct("<4sIQ8s")
 MAX_VALUE_BYTES: Final = 512 << 20
-"""As Redis's own limit on one string. No chunk comes near it; a head that says more is damaged."""
+"""As Redis's own limit on one string. No chunk comes near it."""
 MIN_PIECE_BYTES: Final = 4 << 10
 
 
@@ -71,12 +71,17 @@ class Head:
         return cls(value_bytes, piece_bytes, os.urandom(8))
 
     @classmethod
-    def unpack(cls, head: bytes) -> Head | None:
-        """Read a head; ``None`` if these bytes aren't one of this version."""
+    def unpack(cls, head: bytes, most_bytes: int) -> Head | None:
+        """Read a head; ``None`` if these bytes aren't one of this version.
+
+        Nor are they if they announce more than ``most_bytes``, the longest value that the reader
+        has room for or that there may be here: who believed them would list, and ask for, that
+        many pieces.
+        """
         if len(head) != HEAD.size:
             return None
         magic, piece_bytes, value_bytes, nonce = HEAD.unpack(head)
-        if magic != MAGIC or value_bytes > MAX_VALUE_BYTES:
+        if magic != MAGIC or value_bytes > most_bytes:
             return None
         if piece_bytes and not MIN_PIECE_BYTES <= piece_bytes < value_bytes:
             return None

@@ -103,9 +103,10 @@ class Load:
         if length is None:
             value.lost = True
             return
-        head = Head.unpack(await wire.take(HEAD.size)) if length >= HEAD.size else None
-        follows = length - HEAD.size if length >= HEAD.size else length
-        if head is None or not is_whole(head, follows) or head.value_bytes > value.into.nbytes:
+        whole, room = length >= HEAD.size, value.into.nbytes
+        head = Head.unpack(await wire.take(HEAD.size), room) if whole else None
+        follows = length - HEAD.size if whole else length
+        if head is None or not is_whole(head, follows):
             value.lost = True
             await wire.skip(follows)
         else:

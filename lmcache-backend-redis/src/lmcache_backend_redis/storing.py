@@ -12,7 +12,7 @@ from typing import Final
 
 from lmcache_backend_redis.commands import discard, intact, unlink
 from lmcache_backend_redis.config import RedisConfig
-from lmcache_backend_redis.layout import MAX_VALUE_BYTES, Head
+from lmcache_backend_redis.layout import Head
 from lmcache_backend_redis.resp import ProtocolError, Reply, ReplyError, Wire, command
 from lmcache_core.storage import StoreOutcome
 
@@ -41,8 +41,9 @@ class Store:
     its pieces away again.
     """
 
-    def __init__(self, wire: Wire, config: RedisConfig) -> None:
+    def __init__(self, wire: Wire, config: RedisConfig, most_bytes: int) -> None:
         self._wire = wire
+        self._most_bytes = most_bytes
         self._piece_bytes = config.piece_bytes
         self._ttl_s = config.ttl_s
         self._staging = b"%d" % (int(config.call_timeout_s) + _STAGING_MARGIN_S)
@@ -54,8 +55,8 @@ class Store:
         sources: Sequence[memoryview],
         outcomes: list[StoreOutcome],
     ) -> None:
-        fits = [i for i in positions if sources[i].nbytes <= MAX_VALUE_BYTES]
-        present = await intact(self._wire, [names[i] for i in fits])
+        fits = [i for i in positions if sources[i].nbytes <= self._most_bytes]
+        present = await intact(self._wire, [names[i] for i in fits], self._most_bytes)
         puts = []
         for i, there in zip(fits, present, strict=True):
             if there:
@@ -123,7 +124,7 @@ class Store:
                 outcomes[put.position] = StoreOutcome.STORED
             else:
                 incomplete.append(put.name)  # a piece was evicted while the others were written
-        await discard(self._wire, incomplete)
+        await discard(self._wire, incomplete, self._most_bytes)
         await unlink(self._wire, superseded)
 
     def _transaction(self, put: _Put) -> Iterator[bytes]:
