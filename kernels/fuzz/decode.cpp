@@ -1,18 +1,25 @@
-// What libFuzzer runs: decode any bytes as a stream of some chunk, at every level of this CPU.
+// What libFuzzer runs: every way into the kernels for bytes that somebody else wrote.
 //
-// The first six bytes choose codec and shape, the rest is the stream. Checksums aren't looked at
+// `decode` of a whole chunk, of each codec, at every level of this CPU; or of some of its layers and
+// of what a stream says of its profile, and the checksums, whole and piece by piece. The first six
+// bytes choose codec, shape and way, the rest is the stream. Checksums aren't looked at by `decode`
 // (FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION), so that changed bytes get past them; if the first byte
-// asks for it, header and directory are made to fit, too. Levels must agree on whether a stream is good, and on what it says.
+// asks for it, header and directory are made to fit, too. Profiles have numbers of ours or any that
+// bytes say. Levels must agree on whether a stream is good, and on what it says.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <map>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../csrc/codec/format.hpp"
+#include "../csrc/xxh3.hpp"
 
 using namespace lmcache;
 using namespace lmcache::codec;
@@ -30,7 +37,7 @@ Shape shape_of(const uint8_t* choice) {
 }
 
 // With bases of `basis_heads` heads, or without.
-Profile profile_of(const Shape& shape, uint32_t basis_heads) {
+Profile make_profile(const Shape& shape, uint32_t basis_heads) {
   const size_t channels = size_t{shape.layers} * shape.heads * shape.head_size;
   Profile made;
   made.id = 1;
@@ -43,6 +50,43 @@ Profile profile_of(const Shape& shape, uint32_t basis_heads) {
   made.key_basis.resize(shape.layers * made.basis_size(shape));
   for (size_t i = 0; i < made.key_basis.size(); ++i)
     made.key_basis[i] = static_cast<float>(i * 37 % 64) / 128.0f - 0.25f;
+  made.value_basis.assign(made.key_basis.rbegin(), made.key_basis.rend());
+  return made;
+}
+
+// The same, made once: bases take longer than most streams.
+const Profile& known_profile(const Shape& shape, uint32_t basis_heads) {
+  static std::map<std::tuple<uint32_t, uint32_t, uint32_t, uint32_t>, Profile> known;
+  const auto key = std::make_tuple(shape.layers, shape.heads, shape.head_size, basis_heads);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  return known.emplace(key, make_profile(shape, basis_heads)).first->second;
+}
+
+// A profile whose numbers are what `bytes` say, over and over, as those of a file may be: anything,
+// but for those of bases, which a reader of files has found to be finite halves.
+Profile odd_profile(Profile made, const uint8_t* bytes, size_t size) {
+  size_t at = 0;
+  const auto next = [&] {
+    uint32_t drawn = 0;
+    for (int i = 0; i < 4; ++i) drawn = drawn << 8 | bytes[at++ % size];
+    return drawn;
+  };
+  const auto number = [&] {
+    const uint32_t drawn = next();
+    float value;
+    std::memcpy(&value, &drawn, sizeof(value));
+    return value;
+  };
+  for (float& step : made.steps) step = number();
+  for (uint16_t& mean : made.means) mean = static_cast<uint16_t>(next());
+  for (uint16_t& mean : made.key_means) mean = static_cast<uint16_t>(next());
+  for (float& gain : made.value_gains) gain = number();
+  std::vector<uint16_t> halves(made.key_basis.size());
+  for (uint16_t& half : halves)
+    if (half = static_cast<uint16_t>(next()); (half & 0x7C00) == 0x7C00) half ^= 0x4000;
+  codec_simd("base")->widen(DType::f16, reinterpret_cast<const uint8_t*>(halves.data()),
+                            made.key_basis.data(), halves.size());
   made.value_basis.assign(made.key_basis.rbegin(), made.key_basis.rend());
   return made;
 }
@@ -106,6 +150,38 @@ Levels& levels() {
   return all;
 }
 
+// Every level of this CPU gives the same checksum, however the bytes come.
+void check_sums(const uint8_t* bytes, size_t size, size_t piece) {
+  const uint64_t sum = xxh3_64(bytes, size, *levels().found[0].second);
+  const std::unique_ptr<uint8_t[]> copy(new uint8_t[size]);
+  for (const auto& level : levels().found) {
+    Xxh3Cursor cursor(copy.get(), size, *level.second);
+    for (size_t at = 0; at < size; at += piece)
+      cursor.copy(copy.get() + at, bytes + at, std::min(piece, size - at), at, Store::cached,
+                  {bytes + at});
+    if (xxh3_64(bytes, size, *level.second) != sum || cursor.finish() != sum) std::abort();
+  }
+}
+
+// What was decoded, if the stream was good.
+struct Decoded {
+  bool good;
+  std::vector<uint8_t> bytes;
+};
+
+Decoded decoded(size_t level, const Shape& shape, Kind kind, const Profile* profile,
+                const uint8_t* stream, size_t bytes, uint32_t first, uint32_t count) {
+  const auto& [codec, simd] = levels().found[level];
+  Decoded made{true, std::vector<uint8_t>(count * shape.layer_bytes(), 0x55)};
+  try {
+    decode({*codec, *simd, levels().pool}, shape, kind, profile, stream, bytes, made.bytes.data(),
+           first, count);
+  } catch (const BadStream&) {
+    made.good = false;
+  }
+  return made;
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -113,26 +189,35 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const Shape shape = shape_of(data);
   const Kind kind = static_cast<Kind>(1 + data[0] % 4);
   const uint32_t basis_heads = basis_heads_of(data, shape);
-  const Profile profile = profile_of(shape, basis_heads);
   // In memory of exactly its size, so that the sanitizer sees every byte too far.
   const size_t bytes = size - kChoice;
   const std::unique_ptr<uint8_t[]> stream(new uint8_t[bytes]);
   std::memcpy(stream.get(), data + kChoice, bytes);
+  const Profile* profile = shape.planes == 2 ? &known_profile(shape, basis_heads) : nullptr;
+  Profile odd;
+  if (profile != nullptr && (data[2] & 2) && bytes != 0 && profile->key_basis.size() <= 1 << 13)
+    profile = &(odd = odd_profile(*profile, stream.get(), bytes));
   if (data[0] & 0x80) repair(stream.get(), bytes, shape, kind, basis_heads);
-  std::vector<uint8_t> first;
-  int verdict = -1;
-  for (const auto& [codec, simd] : levels().found) {
-    std::vector<uint8_t> into(shape.bytes(), 0x55);
-    int good = 1;
-    try {
-      decode({*codec, *simd, levels().pool}, shape, kind, shape.planes == 2 ? &profile : nullptr,
-             stream.get(), bytes, into.data(), 0, shape.layers);
-    } catch (const BadStream&) {
-      good = 0;
-    }
-    if (verdict < 0) verdict = good, first = into;
-    if (good != verdict || (good && into != first)) std::abort();
+  const Decoded whole = decoded(0, shape, kind, profile, stream.get(), bytes, 0, shape.layers);
+  for (size_t level = 1; level < levels().found.size(); ++level) {
+    const Decoded other =
+        decoded(level, shape, kind, profile, stream.get(), bytes, 0, shape.layers);
+    if (other.good != whole.good || (whole.good && other.bytes != whole.bytes)) std::abort();
   }
+  if (!(data[0] & 0x40)) return 0;
+  const uint32_t first = (data[4] >> 3) % shape.layers;
+  const uint32_t count = 1 + (data[5] >> 4) % (shape.layers - first);
+  const size_t level = levels().found.size() - 1;
+  const Decoded some = decoded(level, shape, kind, profile, stream.get(), bytes, first, count);
+  const uint8_t* same = whole.bytes.data() + first * shape.layer_bytes();
+  if (whole.good && (!some.good || std::memcmp(some.bytes.data(), same, some.bytes.size()) != 0))
+    std::abort();
+  try {
+    codec::profile_of(stream.get(), bytes);
+  } catch (const BadStream&) {
+    if (whole.good) std::abort();
+  }
+  check_sums(stream.get(), bytes, 1 + data[5] * size_t{7});
   return 0;
 }
 
@@ -163,7 +248,7 @@ int main(int, char** arguments) {
     for (size_t j = 0; j < pairs; ++j) options.turns.insert(options.turns.end(), {0.8, 0.6});
     options.interleaved = number % 2 == 0;
     options.first_raw = number % 3 - 1;
-    const Profile profile = profile_of(shape, basis_heads_of(choice, shape));
+    const Profile profile = make_profile(shape, basis_heads_of(choice, shape));
     options.start = 256u * (draw() % 4);
     if (number % 4 != 3 && shape.planes == 2 && options.kind == Kind::values)
       options.profile = &profile;
