@@ -1,6 +1,7 @@
 """What `fuzz` feeds with what others send or store: valid samples, a call, the errors it documents.
 
-What files and addresses say is in `fuzzing_files`.
+What files and addresses say is in `fuzzing_files`, codecs are in `fuzzing_codecs`, and what users
+ask an engine for in `fuzzing_requests`.
 """
 
 from __future__ import annotations
@@ -20,22 +21,23 @@ from lmcache_backend_infinistore import wire as infinistore
 from lmcache_backend_infinistore.layout import Head as InfiniHead
 from lmcache_backend_infinistore.links import HEAD_BYTES
 from lmcache_backend_redis.blocking import BlockingWire, at_once
+from lmcache_backend_redis.commands import discard, intact
 from lmcache_backend_redis.layout import HEAD as REDIS_HEAD
 from lmcache_backend_redis.layout import Head as RedisHead
+from lmcache_backend_redis.loading import Load
 from lmcache_backend_redis.resp import ReplyError
-from lmcache_core import Plugins
 from lmcache_core.errors import BackendError, FrameError, LMCacheError
-from lmcache_core.frame import HEADER_BYTES, checksums, read_header, write_header
+from lmcache_core.frame import HEADER_BYTES, checksums, may_start, read_header, write_header
 from lmcache_core.isolation import wire as isolation
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import DType, KVLayout, full_attention
 from lmcache_core.lm import greeting, protocol
-from lmcache_core.serde import Serde
-from lmcache_core.serde_chain import chain
 from lmcache_core.storage import BackendContext
 from lmcache_core.transfer_tcp import wire as tcp
 
 Errors = tuple[type[BaseException], ...]
+_MOST_BYTES = 1 << 20
+"""Of a value, where a parser is told."""
 _LENGTHS = (0, 1, 0x7F, 0xFF, 0x100, 0x7FFF, 0xFFFF, 1 << 31, (1 << 32) - 1, 1 << 63, (1 << 64) - 1)
 
 
@@ -117,6 +119,7 @@ class Frame(Target):
 
             head = data[:120] + xxhash.xxh3_64_intdigest(data[:120]).to_bytes(8, "little")
             data = head + data[HEADER_BYTES:]
+        may_start(data[:HEADER_BYTES], key=self._key, nbytes=len(data))
         read_header(memoryview(data), key=self._key, fingerprint=self._place)
 
 
@@ -226,6 +229,11 @@ class Isolation(Target):
     name = "isolation"
     documented = (LMCacheError, ValueError, KeyError, TypeError)
     """A context that makes no sense may raise any of these: it comes from the engine itself."""
+    _long = (
+        b'{"id": 7, "error": ["no' + b'", "no' * 3000 + b'"]}',
+        b'{"id": 7, "error": ["not_created' + b'", "not_created' * 3000 + b'"]}',
+        b"[" * 20_000 + b"]" * 20_000,
+    )
 
     def samples(self) -> list[bytes]:
         group = full_attention(layers=2, heads=1, head_size=8, dtype=DType.BF16)
@@ -238,12 +246,15 @@ class Isolation(Target):
             {"context": plain},
         ]
         texts = [json.dumps(message, default=str).encode() for message in messages]
-        texts += [b'{"id": 7, "error": ["no' + b'", "no' * 3000 + b'"]}']
-        texts += [b'{"id": 7, "error": ["not_created' + b'", "not_created' * 3000 + b'"]}']
-        texts += [b"[" * 20_000 + b"]" * 20_000]
-        return [len(text).to_bytes(4, "little") + text for text in texts]
+        return [self._sized(text) for text in texts]
+
+    @staticmethod
+    def _sized(text: bytes) -> bytes:
+        return len(text).to_bytes(4, "little") + text
 
     def parse(self, data: bytes, chance: random.Random) -> None:
+        if chance.random() < 0.005:
+            data = mutated(self._sized(chance.choice(self._long)), [data], chance)
         messages: list[isolation.Message] = []
         channel = isolation.Channel(messages.append, lambda _: None)
         cut = chance.randrange(len(data) + 1)
@@ -306,6 +317,8 @@ class Resp(Target):
         if chance.random() < 0.1:
             self._read_head(data, chance)
         until = time.monotonic() + 60
+        if chance.random() < 0.2:
+            self._about_values(data, chance, until)
         reader = BlockingWire(Scripted(data), "peer", idle_s=1.0, until=until)
         while True:  # until the end, which is an error
             kind = chance.randrange(4)
@@ -322,11 +335,32 @@ class Resp(Target):
                 at_once(reader.skip(length - min(length, 4096)))
                 at_once(reader.end_bulk())
 
+    def _about_values(self, data: bytes, chance: random.Random, until: float) -> None:
+        """What is asked about whole values, where heads announce anything."""
+        piece_bytes = chance.choice((4096, 5000, 1 << 20))
+        head = RedisHead(chance.choice((0, 64, 1 << 20, 1 << 29)), piece_bytes, bytes(8)).pack()
+        if chance.random() < 0.3:
+            head = mutated(head, [head], chance)
+        said = b"$%d\r\n%b\r\n:%d\r\n" % (len(head), head, chance.choice((24, 88)))
+        if chance.random() < 0.3:
+            said = b"+OK\r\n+QUEUED\r\n+QUEUED\r\n*2\r\n" + said
+        whole = said + b":4096\r\n" * chance.choice((0, 1, 256))
+        text = mutated(whole, [whole, data], chance) if chance.random() < 0.7 else whole
+        wire = BlockingWire(Scripted(text), "peer", idle_s=1.0, until=until)
+        kind = chance.randrange(3)
+        with memoryview(bytearray(1 << 16)) as into:
+            if kind == 0:
+                at_once(intact(wire, [b"x"], _MOST_BYTES))
+            elif kind == 1:
+                at_once(discard(wire, [b"x"], _MOST_BYTES))
+            else:
+                at_once(Load(wire, 4096).run([0], [b"x"], [into], [0]))
+
     def _read_head(self, data: bytes, chance: random.Random) -> None:
         if chance.random() < 0.8:
             data = RedisHead.of(chance.choice((0, 64, 8192, 1 << 20)), 4096).pack()
             data = mutated(data, [data], chance)
-        head = RedisHead.unpack(data[: REDIS_HEAD.size], 1 << 20)
+        head = RedisHead.unpack(data[: REDIS_HEAD.size], _MOST_BYTES)
         if head is not None:
             _inside([place for _, place in head.pieces(b"x")], head.value_bytes)
 
@@ -374,7 +408,7 @@ class InfiniStore(Target):
             data = InfiniHead.of(nbytes, 1 << 17, bytes(8), 4096).pack()
             data = mutated(data, [data], chance)
         page = memoryview(data[:HEAD_BYTES].ljust(HEAD_BYTES, b"\0"))
-        head = InfiniHead.unpack(page, 1 << 20)
+        head = InfiniHead.unpack(page, _MOST_BYTES)
         if head is not None:
             if len(head.names("x")) != len(head.starts()):
                 raise AssertionError("pieces have no names")
@@ -382,44 +416,6 @@ class InfiniStore(Target):
             _inside([slice(start, start + size) for start in head.starts()], rest)
 
 
-class Codec(Target):
-    """Containers of every installed codec; ValueError is what `Serde.decode` documents."""
-
-    name = "codec"
-    documented = (ValueError,)
-    _group, _tokens = full_attention(layers=2, heads=2, head_size=32, dtype=DType.BF16), 16
-
-    def __init__(self) -> None:
-        self._serdes: list[Serde] = []
-
-    def samples(self) -> list[bytes]:
-        nbytes = self._group.chunk_bytes(self._tokens)
-        chunk = random.Random(0).randbytes(nbytes)
-        found = []
-        for descriptor in Plugins().serdes():
-            if descriptor.name == "aesgcm":  # its first check is that of a signature
-                continue
-            serde = descriptor.create(descriptor.config())
-            into = bytearray(serde.max_encoded_bytes(self._group, self._tokens))
-            size = serde.encode(memoryview(chunk), memoryview(into), self._group, self._tokens)
-            self._serdes.append(serde)
-            found.append(bytes(into[:size]))
-        return [*found, self._chained(chunk)]
-
-    def parse(self, data: bytes, chance: random.Random) -> None:
-        into = bytearray(self._group.chunk_bytes(self._tokens))
-        serde = chance.choice(self._serdes)
-        serde.decode(memoryview(data), memoryview(into), self._group, self._tokens)
-
-    def _chained(self, chunk: bytes) -> bytes:
-        named = {one.name: one for one in Plugins().serdes()}
-        serde = chain([named[name].create(named[name].config()) for name in ("cachegen", "raw")])
-        into = bytearray(serde.max_encoded_bytes(self._group, self._tokens))
-        size = serde.encode(memoryview(chunk), memoryview(into), self._group, self._tokens)
-        self._serdes.append(serde)
-        return bytes(into[:size])
-
-
 TARGETS: dict[str, Callable[[], Target]] = {
-    target.name: target for target in (Frame, Lm, Tcp, Isolation, Resp, InfiniStore, Codec)
+    target.name: target for target in (Frame, Lm, Tcp, Isolation, Resp, InfiniStore)
 }

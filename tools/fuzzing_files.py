@@ -1,4 +1,8 @@
-"""The parsers that `fuzz` feeds with what files, addresses and peers' descriptions say."""
+"""The parsers that `fuzz` feeds with files, their names, addresses and peers' descriptions.
+
+Files lie in memory where the system has a folder there, and stay open: making one on a disk takes
+ten times as long as reading it.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,15 @@ import json
 import os
 import random
 import tempfile
+import time
 from collections.abc import Callable
-from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import xxhash
-from fuzzing import Target
+import yaml
+from fuzzing import Target, mutated
 
 from lmcache_backend_mooncake.config import MooncakeConfig
 from lmcache_backend_nixl.index import Index, OwnIndex
@@ -21,17 +28,17 @@ from lmcache_core import Plugins, load_config
 from lmcache_core.builtin import filesystem_manifest as manifest
 from lmcache_core.builtin.filesystem_io import ChunkFiles
 from lmcache_core.builtin.filesystem_ledger import LEDGER, Space, UsageLedger, contents
+from lmcache_core.builtin.filesystem_scan import _key
 from lmcache_core.builtin.filesystem_usage import FolderUsage
+from lmcache_core.config.models import CoreConfig
 from lmcache_core.errors import BackendRejected, ConfigError, PluginError
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import DType, KVLayout, full_attention
 from lmcache_core.transfer import PeerDescriptor
-from lmcache_kernels.codec.aesgcm import KEYS_VARIABLE, AesGcmConfig, read_keys
-from lmcache_kernels.codec.gpu import stream
-from lmcache_kernels.codec.profile import Profile
 
 GROUP = full_attention(layers=2, heads=2, head_size=32, dtype=DType.BF16)
 NAMESPACE = CacheNamespace("model", KVLayout(16, (GROUP,)))
+MEMORY = Path("/dev", "shm")
 DEPTHS = (10, 200, 600, 900, 950, 980, 1_000, 20_000)
 
 
@@ -42,14 +49,74 @@ def nested(chance: random.Random) -> bytes:
     return opens * depth + b"1" + closes * depth
 
 
+def odd(chance: random.Random, text: str) -> Any:
+    """A value of JSON that is rarely what somebody expects; ``text`` is one of them."""
+    kind = chance.randrange(12)
+    if kind < 4:
+        return text[: chance.choice((4, 20, 60))]
+    if kind < 7:
+        return chance.choice((0, 1, -1, 7, 256, 1 << 31, 1 << 63, 1 << 70, 0.5, 1e308, -0.0))
+    if kind == 7:
+        return chance.choice((float("nan"), float("inf"), "nan", "inf", "1e400", "0x10", "1_0"))
+    if kind == 8:
+        return chance.choice((True, None, "", " ", "\0", "\ud800", "true", "null", "[1", "{"))
+    if kind == 9:
+        return [odd(chance, text) for _ in range(chance.randrange(3))]
+    if kind == 10:
+        return {str(odd(chance, text)): odd(chance, text) for _ in range(chance.randrange(3))}
+    deep: Any = text[:4]
+    for _ in range(chance.choice((1, 5, 60))):
+        deep = [deep] if chance.random() < 0.5 else {"a": deep}
+    return deep
+
+
+def damage(tree: Any, chance: random.Random, text: str) -> Any:
+    """``tree`` with one of its values, or names, another one; it is changed."""
+    at = tree
+    while isinstance(at, dict) and at:
+        name = chance.choice(list(at))
+        if not isinstance(at[name], (dict, list)) or not at[name] or chance.random() < 0.3:
+            if chance.random() < 0.2:
+                at[text[:12]] = at.pop(name)
+            else:
+                at[name] = odd(chance, text)
+            return tree
+        at = at[name]
+    if isinstance(at, list) and at:
+        at[chance.randrange(len(at))] = odd(chance, text)
+        return tree
+    return odd(chance, text)
+
+
 class InFolder(Target):
     """What lies in a file of a folder."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="fuzz-")
+        where = MEMORY if os.access(MEMORY, os.W_OK) else None
+        self._folder = tempfile.TemporaryDirectory(prefix="fuzz-", dir=where)
         self.folder = Path(self._folder.name)
+        self._files: dict[str, tuple[Path, int, int]] = {}
+
+    def put(self, name: str, data: bytes) -> Path:
+        """The file ``name`` with ``data`` in it; a new one, if a parser removed or replaced it."""
+        path, fd, number = self._files.get(name) or (self.folder / name, -1, -1)
+        try:
+            gone = os.stat(path).st_ino != number
+        except FileNotFoundError:
+            gone = True
+        if gone:
+            if fd >= 0:
+                os.close(fd)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            self._files[name] = path, fd, os.fstat(fd).st_ino
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, data, 0)
+        return path
 
     def close(self) -> None:
+        for _, fd, _ in self._files.values():
+            os.close(fd)
+        self._files.clear()
         self._folder.cleanup()
 
 
@@ -62,7 +129,7 @@ class Manifest(InFolder):
 
     def __init__(self) -> None:
         super().__init__()
-        self._files = ChunkFiles("fuzz", direct=False, fsync=False)
+        self._chunks = ChunkFiles("fuzz", direct=False, fsync=False)
         self._named = self.folder / self._space
         self._named.mkdir()
 
@@ -83,11 +150,14 @@ class Manifest(InFolder):
         if chance.random() < 0.6:
             self._look_at_ledger(data, chance)
         else:
-            (self._named / manifest.NAME).write_bytes(data)
+            self.put(f"{self._space}/{manifest.NAME}", data)
             manifest.described(self._named)
-            if chance.random() < 0.1:
-                manifest.keep(self._named, NAMESPACE, self._files, "fuzz")
-                if manifest.read(self._named) != manifest.facts(NAMESPACE):
+            if chance.random() < 0.01:
+                again = self._named.with_name("f" * 16)
+                again.mkdir(exist_ok=True)
+                (again / manifest.NAME).write_bytes(data)
+                manifest.keep(again, NAMESPACE, self._chunks, "fuzz")
+                if manifest.read(again) != manifest.facts(NAMESPACE):
                     raise AssertionError("a manifest that is damaged isn't written anew")
 
     def _look_at_ledger(self, data: bytes, chance: random.Random) -> None:
@@ -97,48 +167,17 @@ class Manifest(InFolder):
         found = UsageLedger.loaded(data)
         if found is not None and UsageLedger.loaded(found.dumped()) != found:
             raise AssertionError("a ledger isn't read as it is written")
-        if chance.random() < 0.05:
-            (self.folder / LEDGER).write_bytes(data)
+        if chance.random() < 0.01:
+            self.put(LEDGER, data)
             contents(self.folder)
             bound = chance.choice((None, 1 << 20))
-            usage = FolderUsage(self.folder, self._space, self._files, bound)
+            usage = FolderUsage(self.folder, self._space, self._chunks, bound)
             usage.open()
             for one in usage.standing():
                 if len(one.space) != 16 or not one.space.isalnum():
                     raise AssertionError(f"a namespace is called {one.space!r}")
             usage.take(1)
             usage.close()
-
-
-class Profiles(InFolder):
-    """A calibrated profile."""
-
-    name = "profile"
-    documented = (ConfigError,)
-
-    def samples(self) -> list[bytes]:
-        channels, basis = 2 * 2 * 32, 2 * 2 * 32 * 32 * 2
-        steps, means = b"\0\0\0\x3f" * channels, b"\0\x3f" * channels
-        plain = Profile(2, 2, 32, steps, means, model="m")
-        full = Profile(
-            *(2, 2, 32, steps, means),
-            key_means=means,
-            basis_heads=1,
-            key_basis=bytes(basis),
-            value_basis=bytes(basis),
-            gains=b"\0\0\x80\x3f" * 4,
-        )
-        return [plain.content, full.content]
-
-    def parse(self, data: bytes, chance: random.Random) -> None:
-        path = self.folder / "one"
-        path.write_bytes(data)
-        if chance.random() < 0.3:
-            path = path.rename(self.folder / "one.kvprofile")
-            Profile.find(self.folder, "m", GROUP)
-        found = Profile.load(path)
-        with suppress(ValueError):  # numbers that no model has
-            found.of(GROUP)
 
 
 class Pool(InFolder):
@@ -162,8 +201,7 @@ class Pool(InFolder):
         return OwnIndex(path, "pool", os.open(path, os.O_RDWR))
 
     def parse(self, data: bytes, chance: random.Random) -> None:
-        path = self.folder / "pool"
-        path.write_bytes(data)
+        path = self.put("pool", data)
         index = Index(path, "pool")
         try:
             index.refresh()
@@ -178,58 +216,6 @@ class Pool(InFolder):
                 own.recover(3, self._shape, 3)
             finally:
                 own.close()
-
-
-class Gpu(Target):
-    """Streams of the codecs, as the host reads them for a GPU."""
-
-    name = "gpu-stream"
-    documented = (ValueError,)
-    _shape = stream.Shape(stream.BF16, 2, 2, 2, 32, 16)
-
-    def samples(self) -> list[bytes]:
-        chunk = random.Random(0).randbytes(GROUP.chunk_bytes(16))
-        found = []
-        for descriptor in Plugins().serdes():
-            if descriptor.name in ("aesgcm", "raw"):  # these write no streams
-                continue
-            serde = descriptor.create(descriptor.config())
-            into = bytearray(serde.max_encoded_bytes(GROUP, 16))
-            size = serde.encode(memoryview(chunk), memoryview(into), GROUP, 16)
-            found.append(bytes(into[:size]))
-        return found
-
-    def parse(self, data: bytes, chance: random.Random) -> None:
-        if chance.random() < 0.9:
-            data = self._repaired(bytearray(data))
-        kind = data[6] if len(data) > 6 and chance.random() < 0.9 else chance.randint(1, 4)
-        every = range(self._shape.layers)
-        layers = chance.choice((every, range(1), range(1, 2)))
-        header, entries = stream.read(memoryview(data), self._shape, kind, None, layers)
-        blocks = stream.blocks(self._shape, header.block_heads, layers)
-        for entry, block in zip(entries, blocks, strict=True):
-            for name, at in stream.parts(entry, block, self._shape, header).items():
-                if not 0 <= at <= len(data):
-                    raise AssertionError(f"{name} is at {at} of {len(data)} bytes")
-
-    @staticmethod
-    def _repaired(data: bytearray) -> bytes:
-        """With the checksums that what is there has."""
-        head, section = stream._HEADER.size, stream._SECTION
-        if len(data) < head:
-            return bytes(data)
-        fields = list(stream._HEADER.unpack_from(data))
-        payload = head + 16 * fields[10] + section.size * fields[15]
-        if payload > len(data):
-            return bytes(data)
-        for at in range(head + 16 * fields[10], payload, section.size):
-            row = list(section.unpack_from(data, at))
-            begin = payload + row[0]
-            row[5] = stream._checksum(memoryview(data)[begin : begin + row[1]])
-            section.pack_into(data, at, *row)
-        fields[-1] = stream._head_checksum(memoryview(data)[:payload])
-        stream._HEADER.pack_into(data, 0, *fields)
-        return bytes(data)
 
 
 class Described(Target):
@@ -284,20 +270,6 @@ class Addresses(Target):
             descriptor.config.model_validate(self._plugins.options_from_url(descriptor, url))
 
 
-class Keys(Target):
-    """Keys of aesgcm, as a variable has them."""
-
-    name = "keys"
-    documented = (ConfigError,)
-
-    def samples(self) -> list[bytes]:
-        key = b"MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
-        return [b"1 " + key, b"# old\n7 " + key + b", 8 " + b"ab" * 32, b"9" * 5000 + b" " + key]
-
-    def parse(self, data: bytes, chance: random.Random) -> None:  # noqa: ARG002
-        read_keys(AesGcmConfig(), {KEYS_VARIABLE: data.decode(errors="replace")})
-
-
 class Boards(InFolder):
     """What a worker of vLLM publishes; a damaged file is none."""
 
@@ -307,6 +279,9 @@ class Boards(InFolder):
     def __init__(self) -> None:
         super().__init__()
         self._board = Board("engine", lambda: self.folder)
+        self._left = self.folder / "left"
+        self._left.mkdir()
+        self._others = Board("another", lambda: self._left)
 
     def samples(self) -> list[bytes]:
         published = Published(pid=1, loaded={"1": "x"}, replaced=[["a", "b"]])
@@ -315,15 +290,28 @@ class Boards(InFolder):
     def parse(self, data: bytes, chance: random.Random) -> None:
         if chance.random() < 0.01:
             data = b'{"loaded": ' + nested(chance) + b"}"
-        path = self.folder / "engine.json"
-        path.unlink(missing_ok=True)
-        path.write_bytes(data)
+        self.put("engine.json", data)
+        self._board._seen = None  # its time may be that of the one before
         found = self._board.read()
         if found is not None:
             found.content(AdapterUse(1, "x"))
-        if chance.random() < 0.1:
-            path.rename(self.folder / "other.json")
-            self._board.remove()
+        if chance.random() < 0.05:
+            (self._left / "other.json").write_bytes(data)
+            self._others.remove()
+
+
+_MOONCAKE = {"local_hostname": "a", "metadata_server": "b", "master_server_address": "c:1"}
+_MOONCAKE_WHOLE = {
+    **_MOONCAKE,
+    "protocol": "tcp",
+    "global_segment_size": "4gb",
+    "local_buffer_size": 1 << 20,
+    "transfer_timeout": 2,
+    "device_name": "",
+    "enable_ssd_offload": "1",
+    "ssd_offload_path": "x",
+    "tenant_id": "",
+}
 
 
 class Mooncake(InFolder):
@@ -333,54 +321,87 @@ class Mooncake(InFolder):
     documented = (ValueError,)
 
     def samples(self) -> list[bytes]:
-        plain = {"local_hostname": "a", "metadata_server": "b", "master_server_address": "c:1"}
-        more = {"protocol": "tcp", "global_segment_size": "4gb", "local_buffer_size": 1 << 20}
-        return [json.dumps(plain).encode(), json.dumps({**plain, **more}).encode()]
+        return [json.dumps(_MOONCAKE).encode(), json.dumps(_MOONCAKE_WHOLE).encode()]
 
     def parse(self, data: bytes, chance: random.Random) -> None:
         if chance.random() < 0.01:
             data = b'{"protocol": ' + nested(chance) + b"}"
-        path = self.folder / "mooncake.json"
-        path.write_bytes(data)
-        MooncakeConfig(config_path=path)
+        if chance.random() < 0.5:
+            tree = damage(dict(_MOONCAKE_WHOLE), chance, data.decode("latin-1"))
+            data = json.dumps(tree).encode()
+        MooncakeConfig(config_path=self.put("mooncake.json", data))
 
 
 class Configuration(InFolder):
-    """A configuration's file and variables."""
+    """A configuration's file and variables, and what an engine passes on."""
 
     name = "config"
     documented = (ConfigError,)
+    _whole = (
+        b"chunk_size: 256\nlocal_cpu: true\nmax_local_cpu_size: 1.5\ncache_policy: LRU\n",
+        b"backends:\n  disk: {type: filesystem, path: /tmp/x, serde: raw}\n  lm: {host: a}\n",
+        b"remote_url: redis://host:6379\nextra_config: {a: 1}\nserdes: {cachegen: {step: t4}}",
+        b"local_disk: file:///tmp/x\nmax_local_disk_size: 5\nremote_serde: naive\n",
+    )
+    """PyYAML takes a millisecond for one of them, so most runs of the file are short."""
 
     def __init__(self) -> None:
         super().__init__()
         self._plugins = Plugins()
+        self._trees = [yaml.safe_load(text) for text in self._whole]
+        self._options = list(CoreConfig.model_fields)
 
     def samples(self) -> list[bytes]:
         return [
-            b"chunk_size: 256\nlocal_cpu: true\nmax_local_cpu_size: 1.5\ncache_policy: LRU\n",
-            b"backends:\n  disk: {type: filesystem, path: /tmp/x, serde: raw}\n  lm: {host: a}\n",
-            b"remote_url: redis://host:6379\nextra_config: {a: 1}\nserdes: {cachegen: {step: t4}}",
-            b"local_disk: file:///tmp/x\nmax_local_disk_size: 5\nremote_serde: naive\n",
-            b"a: &a {b: 1}\nc: {<<: *a, d: [*a, *a]}\n",
+            b"chunk_size: 256\n",
+            b"a: &a {b: 1}\nc: *a\n",
+            b"<<: {serde: raw}\n",
+            b'{"local_cpu":\ttrue}',
+            b"max_local_cpu_size: 1.5 # GiB\n",
+            b"serde: !!int '3'\n",
         ]
 
     def parse(self, data: bytes, chance: random.Random) -> None:
-        if chance.random() < 0.01:
+        if chance.random() < 0.003:
             data = b"extra_config: " + nested(chance)[:600]
-        if chance.random() < 0.8:
-            path = self.folder / chance.choice(("config.yaml", "config.json"))
-            path.write_bytes(data)
+        way = chance.random()
+        if way < 0.12:
+            if chance.random() < 0.1:
+                data = mutated(chance.choice(self._whole), self._whole, chance)
+            path = self.put(chance.choice(("config.yaml", "config.json")), data)
             load_config(self._plugins, file=path, environ={})
-        else:
-            name = chance.choice(("CHUNK_SIZE", "BACKENDS", "BACKENDS__A__URL", "EXTRA_CONFIG"))
-            text = data.decode(errors="replace")
-            load_config(self._plugins, environ={f"LMCACHE_{name}": text})
+            return
+        text = data.decode(errors=chance.choice(("replace", "surrogateescape")))
+        if way < 0.3:
+            names = ("CHUNK_SIZE", "BACKENDS", "BACKENDS__A__URL", "EXTRA_CONFIG", "REMOTE_URL")
+            load_config(self._plugins, environ={f"LMCACHE_{chance.choice(names)}": text})
+            return
+        tree = damage(deepcopy(chance.choice(self._trees)), chance, text)
+        tree[chance.choice(self._options)] = odd(chance, text)
+        given = {f"lmcache.{name}": value for name, value in tree.items()}
+        load_config(self._plugins, environ={}, engine=("vLLM", given))
+
+
+class FileNames(Target):
+    """What files in a folder of chunks are called; whatever it is, nothing is raised."""
+
+    name = "file-name"
+    documented = ()
+
+    def __init__(self) -> None:
+        self._chunks = ChunkFiles("fuzz", direct=False, fsync=False)
+
+    def samples(self) -> list[bytes]:
+        path = Path("00") / bytes(16).hex()
+        return [bytes(path), bytes(self._chunks._temporary(path)), b"00/.k.host.4194305.a-1.tmp"]
+
+    def parse(self, data: bytes, chance: random.Random) -> None:  # noqa: ARG002
+        path = Path(os.fsdecode(data.replace(b"\0", b"0")[:255]))
+        _key(path)
+        self._chunks.is_abandoned(path, time.time())
 
 
 TARGETS: dict[str, Callable[[], Target]] = {
     target.name: target
-    for target in (
-        *(Manifest, Profiles, Pool, Gpu, Described, Addresses, Keys, Boards, Mooncake),
-        Configuration,
-    )
+    for target in (Manifest, Pool, Described, Addresses, Boards, Mooncake, Configuration, FileNames)
 }
