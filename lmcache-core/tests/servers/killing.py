@@ -127,7 +127,10 @@ def live(
     checked: Callable[[], object] = lambda: None,
     traced: bool = False,
 ) -> Death:
-    """Be a writer. What it says goes to ``told``. It waits in ``begin``, or calls ``checked``."""
+    """Be a writer. What it says goes to ``told``. It waits in ``begin``, or calls ``checked``.
+
+    ``traced``: in all functions, and not only in that where it dies.
+    """
     chance, kind, death = random.Random(life.seed), KINDS[life.kind], Death(life.plan)
     named = {key.hex(): chunk for chunk, key in zip(kind.chunks, kind.keys, strict=True)}
 
@@ -149,9 +152,10 @@ def live(
 
     os.unlink = unlinked  # type: ignore[assignment]
     begin()
-    traced = traced or (life.plan is not None and life.plan.at != "call")
-    tracing = Tracing(statements(life.kind), death.statement)
-    with tracing if traced else contextlib.nullcontext():
+    places = statements(life.kind) if traced else None
+    if life.plan is not None and life.plan.at != "call":
+        places = statements(life.kind).around(life.plan.at)
+    with Tracing(places, death.statement) if places else contextlib.nullcontext():
         writer = kind(life.top, chance, say, bound=life.bound, alone=life.alone, part=life.part)
         writer.open()
         if not life.part.start:

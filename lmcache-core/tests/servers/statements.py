@@ -20,7 +20,6 @@ class Statements:
 
     def __init__(self, modules: Iterable[ModuleType]) -> None:
         self._lines: dict[tuple[str, int], dict[int, str]] = {}
-        self._codes: dict[CodeType, dict[int, str] | None] = {}
         self.functions: set[str] = set()
         """Those that have statements other than their docstring."""
         for module in modules:
@@ -30,12 +29,13 @@ class Statements:
 
     def lines(self, code: CodeType) -> dict[int, str] | None:
         """Names of a function's statements by the line that they begin in; ``None``: not ours."""
-        try:
-            return self._codes[code]
-        except KeyError:
-            found = self._lines.get((code.co_filename, code.co_firstlineno))
-            self._codes[code] = found
-            return found
+        return self._lines.get((code.co_filename, code.co_firstlineno))
+
+    def around(self, name: str) -> Statements:
+        """Those of the function only that has this one."""
+        found = Statements(())
+        found._lines = {at: lines for at, lines in self._lines.items() if name in lines.values()}
+        return found
 
     def _visit(self, node: ast.AST, file: str, where: str) -> None:
         for child in ast.iter_child_nodes(node):

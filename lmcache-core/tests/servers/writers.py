@@ -7,6 +7,7 @@ raises `WrongError` where it finds what can't be.
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import random
 import time
@@ -35,7 +36,7 @@ from lmcache_core.testing.storage import LAYOUT, TOKENS, VALUE_BYTES, value
 GIB = 1 << 30
 ROOMY = 1 << 20
 """A bound that all chunks fit into, and what writers that died had set aside as well."""
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 CACHE = CacheNamespace("cache", LAYOUT)
 PLUGINS = Plugins()
 Say = Callable[[str, Iterable[int], int], None]
@@ -338,6 +339,12 @@ def _cache_keys() -> list[ChunkKey]:
     return [PrefixHasher(root, TOKENS).extend([chunk] * TOKENS)[0] for chunk in range(EACH)]
 
 
+@functools.cache
+def stored(chunk: int) -> bytes:
+    """What a cache stores for a chunk."""
+    return bytes(value(chunk, VALUE_BYTES))
+
+
 class CacheWriter(Writer):
     """A whole cache with ``fsync``: what it has stored when `Cache.flush` answers is durable."""
 
@@ -366,7 +373,7 @@ class CacheWriter(Writer):
         tokens = [chunk] * TOKENS
         if self._cache.load(tokens, into) != TOKENS:
             return None
-        if into != value(chunk, VALUE_BYTES):
+        if into != stored(chunk):
             raise WrongError(f"chunk {chunk} has other bytes")
         return VALUE_BYTES
 
@@ -380,7 +387,7 @@ class CacheWriter(Writer):
         some = self._some(self._mine)
         self._say("storing", some, VALUE_BYTES)
         before = self._dropped()
-        new = [self._cache.store([chunk] * TOKENS, value(chunk, VALUE_BYTES)) > 0 for chunk in some]
+        new = [self._cache.store([chunk] * TOKENS, stored(chunk)) > 0 for chunk in some]
         done = self._chance.random() < 0.7 and self._cache.flush(PATIENCE_S)
         fine = done and self._dropped() == before
         for chunk, written in zip(some, new, strict=True):
@@ -419,5 +426,7 @@ def prepare() -> None:
     for chunk in CHUNKS:
         for nbytes in LENGTHS:
             content(chunk, nbytes)
+    for chunk in CacheWriter.chunks:
+        stored(chunk)
     gc.collect()
     gc.freeze()
