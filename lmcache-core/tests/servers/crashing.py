@@ -5,7 +5,8 @@
 
 See `killing` and `cutting`. Exit status 1: something was missing, wrong, back or removed without
 need, or there was no room for a chunk. It says in which chain; ``--first`` begins with that
-one. ``--break`` makes a mistake on purpose, to see that it is found.
+one. 2: a signal ended it. The last line says how to go on. ``--break`` makes a mistake on purpose,
+to see that it is found.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,7 @@ def main() -> int:
     add("--count", type=int, default=100, metavar="N", help="of kills or cuts (default: 100)")
     add("--seed", type=int, default=0, help="(default: 0)")
     add("--first", type=int, default=0, metavar="CHAIN", help="number of the first chain")
+    add("--jobs", type=int, default=1, metavar="N", help="chains at one time (default: 1)")
     add("--kinds", default=",".join(KINDS), help=f"of writers: {', '.join(KINDS)} (default: all)")
     add("--break", dest="mistake", choices=MISTAKES, help="make a mistake on purpose")
     arguments = parser.parse_args()
@@ -91,16 +94,21 @@ def main() -> int:
     if arguments.mistake:
         MISTAKES[arguments.mistake]()
     chains: Kills | Cuts = Cuts(arguments.folder, arguments.seed)
+    status = 0
     try:
         if arguments.what == "kills":
             chains = Kills(arguments.folder, arguments.seed, arguments.kinds.split(","))
             chains.record()
-        chains.run(arguments.count, arguments.first)
+        for one in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(one, chains.stop)
+        if not chains.run(arguments.count, arguments.first, arguments.jobs):
+            status = 2
     except FoundError as error:
         print(f"seed {arguments.seed}, {error}")
-        return 1
+        status = 1
     print(f"seed {arguments.seed}: {chains.summary}")
-    return 0
+    print(f"to go on: {arguments.what} --seed {arguments.seed} --first {chains.next}")
+    return status
 
 
 if __name__ == "__main__":

@@ -6,17 +6,15 @@ What they do is recorded, and the disk made as `power_cut` says that a cut may h
 from __future__ import annotations
 
 import copy
-import functools
-import json
 import os
 import random
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
-from forks import STEPS, FoundError, ended, forked
+from chains import Chains
+from forks import STEPS, FoundError
 from power_cut import Disk, Entry, Kept, PowerLog, everything, nothing, torn
 from promises import CHUNKS, NUMBERS, Promises, State
 from writers import ROOMY, FileWriter, WrongError
@@ -59,39 +57,29 @@ def drawn(chance: random.Random) -> Callable[[], Kept]:
     return lambda: torn(seed) if kind == "t" else nothing if kind == "n" else everything
 
 
-class Cuts:
+class Cuts(Chains):
     """Chains of recordings, each from what a power cut left of the one before."""
 
+    counted = "power cuts"
+
     def __init__(self, folder: Path, seed: int) -> None:
-        self.done: Counter[str] = Counter()
+        super().__init__()
         self._folder = folder
         self._seed = seed
-
-    def run(self, count: int, first: int) -> None:
-        """Chains from number ``first`` on, until there were so many power cuts."""
-        number = first
-        while self.done["power cuts"] < count:
-            heard, told = os.pipe()
-            pid = forked(functools.partial(self._chain, number, told))
-            os.close(told)
-            with open(heard) as said:
-                self.done.update(json.loads(said.read() or "{}"))
-            if status := ended(pid):
-                raise FoundError(f"chain {number}: it ended with {status}")
-            number += 1
 
     @property
     def summary(self) -> str:
         return str(dict(sorted(self.done.items())))
 
-    def _chain(self, number: int, told: int) -> None:
+    def chain(self, number: int) -> None:
         chance = random.Random(f"{self._seed} {number}")
         os.fsync = lambda fd: None
         top = self._folder / f"chain-{number}"
         place = top / "first"
+        shutil.rmtree(top, ignore_errors=True)  # a run that was stopped
         place.mkdir(parents=True)
         bound = chance.choice((None, FileWriter.tight, ROOMY))
-        promises, done = Promises(CHUNKS), Counter[str]()
+        promises, done = Promises(CHUNKS), self.done
         for segment in range(SEGMENTS):
             before = Disk.of(place)
             log = self._record(place, chance, bound, promises)
@@ -106,13 +94,12 @@ class Cuts:
                     self._look(left, chance, after)
                 except WrongError as error:
                     where = f"recording {segment}, cut {turn}, after {log[end - 1]!r:.200}"
-                    raise WrongError(f"{where}: {error}") from None
+                    raise FoundError(f"{where}: {error}") from None
                 done["power cuts"] += 1
                 done["after a flush"] += log[end - 1][0] == "sync"
                 done["chunks that had to be there"] += after.of(State.THERE)
             promises = after
         shutil.rmtree(top)
-        os.write(told, json.dumps(done).encode())
 
     def _record(
         self, place: Path, chance: random.Random, bound: int | None, promises: Promises
