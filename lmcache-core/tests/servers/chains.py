@@ -66,27 +66,33 @@ class Chains(ABC):
         """Chains from number ``first`` on, until there were so many; false if it was stopped.
 
         Raises:
-            FoundError: in a chain; that one isn't counted.
+            FoundError: in chains, which aren't counted; the others that ran were let end.
         """
         running: dict[TextIO, tuple[int, int]] = {}
+        found: list[str] = []
         self.next = number = first
         often = 0.1 if sys.stderr.isatty() else LOGS_S
         with tqdm(total=count, unit=f" {self.counted}", mininterval=often) as bar:
             try:
-                while not self._stopped and self.done[self.counted] < count:
-                    while len(running) < jobs:
+                while not self._stopped and (running if found else self._lacks(count)):
+                    while len(running) < jobs and not found:
                         heard, pid = self._begun(number)
                         running[heard] = number, pid
                         number += 1
                     for heard in wait(list(running), LOOKS_S):
-                        self._take(heard, *running.pop(heard))  # type: ignore[arg-type]
+                        found += self._take(heard, *running.pop(heard))  # type: ignore[arg-type]
                         bar.update(min(count, self.done[self.counted]) - bar.n)
             finally:
                 for heard, (_, pid) in running.items():
                     os.killpg(pid, signal.SIGKILL)
                     ended(pid)
                     heard.close()
+        if found:
+            raise FoundError(", ".join(found))
         return not self._stopped
+
+    def _lacks(self, count: int) -> bool:
+        return self.done[self.counted] < count
 
     def _begun(self, number: int) -> tuple[TextIO, int]:
         """What a chain's process says, and its id."""
@@ -107,15 +113,17 @@ class Chains(ABC):
         with open(told, "w") as answer:
             json.dump(said, answer)
 
-    def _take(self, heard: TextIO, number: int, pid: int) -> None:
+    def _take(self, heard: TextIO, number: int, pid: int) -> list[str]:
+        """Count what a chain did; answers what was found."""
         with heard:
             said = json.loads(heard.read() or "{}")
         status = ended(pid)
         if status or "counts" not in said:
-            raise FoundError(f"chain {number}: {said.get('found', f'it ended with {status}')}")
+            return [f"chain {number}: {said.get('found', f'it ended with {status}')}"]
         for name, counts in said["counts"].items():
             self.counts[name].update(counts)
         self._ended.add(number)
         while self.next in self._ended:
             self._ended.remove(self.next)
             self.next += 1
+        return []

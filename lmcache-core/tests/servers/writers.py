@@ -18,7 +18,7 @@ from pathlib import Path
 from promises import CHUNKS, EACH, KEYS, LENGTHS, SPACES, Promises, chunks_of, content
 
 from lmcache_core import Cache, Plugins, load_config
-from lmcache_core.builtin import filesystem_manifest
+from lmcache_core.builtin import filesystem_manifest, filesystem_usage
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
 from lmcache_core.discovery import core_version
 from lmcache_core.errors import FrameError
@@ -423,6 +423,7 @@ def prepare() -> None:
     PLUGINS.chunk_index(len(CHUNKS))
     version = core_version()  # which reads files each time
     filesystem_manifest.core_version = lambda: version
+    filesystem_usage.LOCK_PATIENCE_S = PATIENCE_S  # another writer may wait for a processor
     for chunk in CHUNKS:
         for nbytes in LENGTHS:
             content(chunk, nbytes)
