@@ -254,8 +254,11 @@ class ServerWriter(Writer):
     async def _found(self, chunk: int) -> int | None:
         space, key = SPACES[chunk // EACH].fingerprint, KEYS[chunk]
         self._values.delete(space, [key])
+        before = self._failures()
         sizes = await self._disk.sizes(space, [key])
         if not sizes[0]:
+            if self._failures() > before:  # which a client is told as a miss
+                raise WrongError(f"the disk couldn't be asked for chunk {chunk}")
             return None
         with self._values.acquire(space, [key], sizes) as held:
             await self._disk.fetch(space, [key], sizes, held, [0])
