@@ -403,7 +403,7 @@ def here(server: Server) -> Iterator[Callable[..., InfinistoreBackend]]:
 
     def one(**more: Any) -> InfinistoreBackend:
         made.append(InfinistoreBackend(server.config(**OVER["TCP"], **more)))
-        made[-1].open_blocking(BackendContext("far", NAMESPACE, None, 64 * MIB))
+        made[-1].open_blocking(BackendContext("far", NAMESPACE, None, 256 * MIB))
         return made[-1]
 
     yield one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import threading
 from pathlib import Path
@@ -12,6 +13,9 @@ from mover_rig import CHUNK, WAIT_S, Rig, content, counted, eventually, loaded
 
 from lmcache_core import Cache
 from lmcache_core.errors import BackendRejected, BackendUnavailable
+from lmcache_core.guard import Guard
+from lmcache_core.io_loop import IOLoop
+from lmcache_core.tiers import CLEAR_AGAIN_S, Tiers
 
 
 @pytest.fixture
@@ -157,3 +161,12 @@ def test_clearing_again_after_it_was_cleared_owes_nothing(
             assert not rig.stores["one"].values
         assert counted(cache, "clear_owed") == {}
     assert "cleared" not in caplog.text
+
+
+def test_what_failed_once_is_used_again_within_15_seconds_of_an_outage() -> None:
+    """Its breaker stays open for so long; after that, two tries may be needed."""
+    cooldown = inspect.signature(Guard).parameters["breaker_cooldown_s"].default
+    assert cooldown + 2 * CLEAR_AGAIN_S < 15
+    loop = IOLoop("test")
+    assert Tiers([], loop)._again_after_s == CLEAR_AGAIN_S
+    loop.close(WAIT_S)

@@ -51,6 +51,9 @@ logger = logging.getLogger(__name__)
 
 _PART = 4
 """All tiers' stores together have one part in so many of host memory at one time; so have loads."""
+CLEAR_AGAIN_S = 2.0
+"""Between two tries to clear a tier, which isn't used until then. Short beside what a breaker stays
+open for: while it does, a try costs nothing, and the tier is back soon after."""
 _IDENTITY = re.compile(r"[!-~]{1,500}")
 
 
@@ -83,7 +86,9 @@ class PluginIndex(Protocol):
 class Tiers:
     """All slow tiers. Make them with `open`; `locate` runs on the I/O loop, the rest anywhere."""
 
-    def __init__(self, tiers: Sequence[Tier], loop: IOLoop, *, again_after_s: float = 10.0) -> None:
+    def __init__(
+        self, tiers: Sequence[Tier], loop: IOLoop, *, again_after_s: float = CLEAR_AGAIN_S
+    ) -> None:
         self.tiers = tuple(tiers)
         self._loop = loop
         self._again_after_s = again_after_s
@@ -113,8 +118,7 @@ class Tiers:
         """Open every backend, all at the same time, and wait for ``open_deadline_s`` at most.
 
         A backend that can't be reached yet is kept as a tier that misses everything. It is tried
-        again every ``reopen_after_s`` in the background, each time with a fresh instance; so is one
-        that couldn't be cleared. One that
+        again every ``reopen_after_s`` in the background, each time with a fresh instance. One that
         is only slow to open (it may be reading its index) joins when it has finished. ``serdes``
         are options by the serde's name; ``rope`` and ``weights`` are for serdes that know what to
         do with them: see `SerdeFacts`.
@@ -151,7 +155,7 @@ class Tiers:
             longest = _longest_value(serde, namespace.layout)
             context = BackendContext(section.name, placed, region, longest, lookup_only=lookup_only)
             openings.append(_Opening(tier, make, context, open_deadline_s, reopen_after_s))
-        tiers = cls([o.tier for o in openings], loop, again_after_s=reopen_after_s)
+        tiers = cls([o.tier for o in openings], loop)
         if not openings:
             return tiers
         try:
