@@ -31,7 +31,7 @@ from lmcache_core.errors import ConfigError, LayoutError, LeaseError
 from lmcache_core.hashing import PrefixHasher, request_root
 from lmcache_core.holds import Hold
 from lmcache_core.host_memory import HostArena
-from lmcache_core.io_loop import LATE, IOLoop, left_of
+from lmcache_core.io_loop import EARLY, IOLoop, left_of
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import KVLayout
 from lmcache_core.lookup import PrefixLookup
@@ -215,18 +215,15 @@ class Cache:
 
         What slow tiers haven't said within ``lookup_timeout_ms`` isn't counted.
         """
-        parts = self._running
+        parts, left_s = self._running, self._budget(self._lookup_deadline_s)
         hasher, sequence = self._sequence(tokens, salt)
         with self._news:
             parts.settle()
         ready = len(hasher.find(sequence))
         keys = hasher.digests if parts.tiers is None else hasher.extend(sequence)
         if parts.tiers is not None and ready < len(keys):
-            found = parts.in_time(
-                parts.tiers.locate(keys[ready:], self._lookup_deadline_s),
-                self._lookup_deadline_s,
-                [],
-            )
+            asked = parts.tiers.locate(keys[ready:], EARLY * left_s())
+            found = parts.in_time(asked, left_s(), [])
             ready += next((i for i, tier in enumerate(found) if tier < 0), len(found))
         whole = count(sequence) // self._chunk_tokens * self._chunk_tokens
         self._count_lookup(whole, ready * self._chunk_tokens)
@@ -327,7 +324,7 @@ class Cache:
         The log says both. If the process ends before, what is in such a tier is back.
         """
         parts, left_s = self._running, self._budget(timeout_s)
-        clearing = None if parts.tiers is None else parts.tiers.clear(left_s())
+        clearing = None if parts.tiers is None else parts.tiers.clear(EARLY * left_s())
         with self._news:
             parts.settle()
             count = parts.planner.clear()
@@ -474,12 +471,12 @@ class _Parts:
         except LeaseError as error:  # without effect; whoever happens to ask didn't cause it
             logger.error("%s", error)
 
-    def in_time(self, asked: Coroutine[Any, Any, T], deadline_s: float, otherwise: T) -> T:
-        """What the tiers answer. They keep their deadline; if the loop itself is late, not that."""
+    def in_time(self, asked: Coroutine[Any, Any, T], timeout_s: float, otherwise: T) -> T:
+        """What the tiers answer. They keep a deadline; if the loop itself is late, not that."""
         if self.loop is None:
             raise RuntimeError("no slow tiers to ask")
         try:
-            return self.loop.run(asked, LATE * deadline_s)
+            return self.loop.run(asked, timeout_s)
         except TimeoutError as error:
             logger.warning("Slow tiers didn't answer: %s", error)
             return otherwise

@@ -21,8 +21,8 @@ from lmcache_core.guard import attempt
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-LATE = 1.05
-"""Of a deadline that what runs on a loop keeps itself, how much is waited for it to say so."""
+EARLY = 0.95
+"""Of the time that somebody waits, what runs on a loop gets: the rest is for it to say so."""
 
 
 def left_of(timeout_s: float, clock: Callable[[], float] = time.monotonic) -> Callable[[], float]:

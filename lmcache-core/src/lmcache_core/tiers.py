@@ -29,7 +29,7 @@ from lmcache_core.errors import (
 from lmcache_core.frame import HEADER_BYTES, VERSION
 from lmcache_core.guard import Answer, Guard, attempted
 from lmcache_core.host_memory import keep_writers_out
-from lmcache_core.io_loop import LATE, IOLoop
+from lmcache_core.io_loop import EARLY, IOLoop
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import KVLayout
 from lmcache_core.metrics import Counters
@@ -223,7 +223,7 @@ class Tiers:
             return
         self._closed = True
         try:
-            self._loop.run(self._close_all(timeout_s), LATE * timeout_s)
+            self._loop.run(self._close_all(EARLY * timeout_s), timeout_s)
         except (TimeoutError, RuntimeError) as error:
             logger.warning("The storage backends couldn't be closed: %s", error)
 
