@@ -36,13 +36,13 @@ from pathlib import Path
 
 from measuring import Report, Result, parse, parser, spread
 
+from lmcache_backend_lm import greeting, protocol
+from lmcache_backend_lm.backend import LmBackend
+from lmcache_backend_lm.config import LmConfig
+from lmcache_backend_lm.protocol import HEADER_BYTES, MAX_KEYS, MAX_META_BYTES, Op
 from lmcache_core.host_memory import allocate_region
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import DType, KVLayout, full_attention
-from lmcache_core.lm import greeting, protocol
-from lmcache_core.lm.backend import LmBackend
-from lmcache_core.lm.config import LmConfig
-from lmcache_core.lm.protocol import HEADER_BYTES, MAX_KEYS, MAX_META_BYTES, Op
 from lmcache_core.storage import BackendContext, StoreOutcome
 
 COUNT = 2000
@@ -215,7 +215,7 @@ def server() -> Iterator[tuple[int, int]]:
     """A server's port and process."""
     process = subprocess.Popen(
         [
-            *(sys.executable, "-c", "from lmcache_core.cli.server import main; main()"),
+            *(sys.executable, "-c", "from lmcache_backend_lm.command import main; main()"),
             *("localhost", "0", "--memory-gib", "0.5", "--populate"),
         ],
         stderr=subprocess.PIPE,

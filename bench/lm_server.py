@@ -37,11 +37,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lmcache_backend_lm.backend import LmBackend
+from lmcache_backend_lm.config import LmConfig
 from lmcache_core.host_memory import allocate_region
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import DType, KVLayout, full_attention
-from lmcache_core.lm.backend import LmBackend
-from lmcache_core.lm.config import LmConfig
 from lmcache_core.storage import BackendContext, StoreOutcome
 
 MIB = 1 << 20
@@ -289,7 +289,7 @@ def main() -> None:
     )
     ours = subprocess.Popen(
         [
-            *(sys.executable, "-c", "from lmcache_core.cli.server import main; main()"),
+            *(sys.executable, "-c", "from lmcache_backend_lm.command import main; main()"),
             *("localhost", "0", "--memory-gib", str(ARENA_GIB), "--populate"),
         ],
         stderr=subprocess.PIPE,

@@ -39,6 +39,7 @@ METADATA = RECIPES / "vllm-metadata"
 PACKAGES = (
     "lmcache-core[testing]",
     "lmcache-connector-vllm",
+    "lmcache-backend-lm",
     "lmcache-backend-redis",
     "lmcache-backend-mooncake[client]",
     "lmcache-backend-nixl",

@@ -41,6 +41,7 @@ from prepared import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "bench"))
 sys.path.insert(0, str(REPOSITORY / "lmcache-core" / "tests" / "servers"))
+sys.path.insert(0, str(REPOSITORY / "lmcache-backend-lm" / "tests" / "servers"))
 sys.path.insert(0, str(REPOSITORY / "lmcache-backend-redis" / "tests"))
 
 from faulting import plugin

@@ -20,6 +20,7 @@ from typing import Any
 from lmcache_backend_infinistore import wire as infinistore
 from lmcache_backend_infinistore.layout import Head as InfiniHead
 from lmcache_backend_infinistore.links import HEAD_BYTES
+from lmcache_backend_lm import greeting, protocol
 from lmcache_backend_redis.blocking import BlockingWire, at_once
 from lmcache_backend_redis.commands import discard, intact
 from lmcache_backend_redis.layout import HEAD as REDIS_HEAD
@@ -31,7 +32,6 @@ from lmcache_core.frame import HEADER_BYTES, checksums, may_start, read_header, 
 from lmcache_core.isolation import wire as isolation
 from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.layout import DType, KVLayout, full_attention
-from lmcache_core.lm import greeting, protocol
 from lmcache_core.storage import BackendContext
 from lmcache_core.transfer_tcp import wire as tcp
 

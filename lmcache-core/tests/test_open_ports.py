@@ -17,10 +17,10 @@ import pytest
 from lm_server import RunningServer, certificate
 from open_ports import documented, open_ports
 
+from lmcache_backend_lm.server import Server, ServerOptions
 from lmcache_core import Cache, ConfigError, DType, KVLayout, Plugins, full_attention, load_config
 from lmcache_core.host_memory import allocate_region
 from lmcache_core.link import open_channel
-from lmcache_core.lm.server import Server, ServerOptions
 from lmcache_core.transfer import TransferContext
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104

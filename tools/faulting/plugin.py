@@ -18,12 +18,12 @@ from pydantic import BaseModel, ConfigDict
 from shaky import Inverted
 
 from faulting import kinds, seam
+from lmcache_backend_lm.config import LmConfig
 from lmcache_core.builtin.raw import RawSerde
 from lmcache_core.eviction import LRU, CachePolicy, CachePolicyDescriptor
 from lmcache_core.hookspecs import hookimpl
 from lmcache_core.keys import ChunkKey
 from lmcache_core.layout import LayerGroup
-from lmcache_core.lm.config import LmConfig
 from lmcache_core.plugins import Plugins
 from lmcache_core.serde import Serde, SerdeDescriptor
 from lmcache_core.storage import StorageBackend, StorageBackendDescriptor

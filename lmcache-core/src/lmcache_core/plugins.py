@@ -45,7 +45,6 @@ BUILTIN_PLUGINS = tuple(
     for name in (
         "memory",
         "filesystem",
-        "lm",
         "tcp",
         "raw",
         "policies",

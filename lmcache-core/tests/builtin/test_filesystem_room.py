@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
+from lmcache_backend_lm.folders import ForeignNamespace
 from lmcache_core.builtin import filesystem_room
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
 from lmcache_core.builtin.filesystem_io import NOTE_USE_AFTER_S
 from lmcache_core.builtin.filesystem_manifest import NAME, described, read
 from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.lm.folders import ForeignNamespace
 from lmcache_core.storage import MISS, BackendContext, StoreOutcome
 from lmcache_core.testing.storage import LAYOUT, keys, value
 

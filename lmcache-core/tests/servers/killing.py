@@ -27,6 +27,7 @@ from promises import Promises, State
 from statements import Statements, Tracing
 from writers import KINDS, ROOMY
 
+from lmcache_backend_lm import disk, folders
 from lmcache_core import clearing, tier, tier_moves
 from lmcache_core.builtin import (
     filesystem,
@@ -38,7 +39,6 @@ from lmcache_core.builtin import (
     filesystem_scan,
     filesystem_usage,
 )
-from lmcache_core.lm import disk, folders
 
 FILES = (
     *(filesystem, filesystem_index, filesystem_io, filesystem_ledger, filesystem_manifest),

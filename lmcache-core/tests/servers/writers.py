@@ -17,6 +17,10 @@ from pathlib import Path
 
 from promises import CHUNKS, EACH, KEYS, LENGTHS, SPACES, Promises, chunks_of, content
 
+from lmcache_backend_lm.arena import Arena
+from lmcache_backend_lm.disk import Disk
+from lmcache_backend_lm.folders import Folder
+from lmcache_backend_lm.values import Value, Values
 from lmcache_core import Cache, Plugins, load_config
 from lmcache_core.builtin import filesystem_manifest, filesystem_usage
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
@@ -25,10 +29,6 @@ from lmcache_core.errors import FrameError
 from lmcache_core.frame import read_header
 from lmcache_core.hashing import PrefixHasher, request_root
 from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.lm.arena import Arena
-from lmcache_core.lm.disk import Disk
-from lmcache_core.lm.folders import Folder
-from lmcache_core.lm.values import Value, Values
 from lmcache_core.metrics import Counters
 from lmcache_core.storage import MISS, BackendContext, StoreOutcome
 from lmcache_core.testing.storage import LAYOUT, TOKENS, VALUE_BYTES, value

@@ -224,6 +224,9 @@ EXTRA_PREFIXES: dict[str, Key] = {
 }
 
 URL_PACKAGES: dict[str, str] = {
+    "lm": "lmcache-backend-lm",
+    "lm+tls": "lmcache-backend-lm",
+    "lm+unix": "lmcache-backend-lm",
     "redis": "lmcache-backend-redis",
     "rediss": "lmcache-backend-redis",
     "unix": "lmcache-backend-redis",

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from lmcache_core.blocking_channel import BlockingChannel, Stop
 from lmcache_core.errors import BackendRejected, BackendTimeout, BackendUnavailable
-from lmcache_core.lm.stream import Plain, Stream, Tls, dial
+from lmcache_core.stream import Plain, Stream, Tls, dial
 from lmcache_core.tls import client_context
 from lmcache_core.transfer import (
     Peer,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from lmcache_core.errors import BackendTimeout
-from lmcache_core.lm.stream import Plain, Stream
+from lmcache_core.stream import Plain, Stream
 from lmcache_core.views import last_first, next_of, take_out
 
 

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
-from lmcache_core.lm.stream import Plain, Stream, Tls
 from lmcache_core.logging import Seldom
 from lmcache_core.storage import HostRegion
+from lmcache_core.stream import Plain, Stream, Tls
 from lmcache_core.tls import server_context
 from lmcache_core.transfer import Note
 from lmcache_core.transfer_tcp import wire

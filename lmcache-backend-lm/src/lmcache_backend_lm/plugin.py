@@ -1,0 +1,41 @@
+"""What this distribution tells lmcache-core. Client and server are imported on use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lmcache_backend_lm.config import SCHEMES, LmConfig, config_from_url
+from lmcache_core.hookspecs import hookimpl
+from lmcache_core.storage import StorageBackend, StorageBackendDescriptor
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, _SubParsersAction
+
+
+def _create(config: LmConfig) -> StorageBackend:
+    from lmcache_backend_lm.backend import LmBackend
+
+    return LmBackend(config)
+
+
+@hookimpl
+def lmcache_storage_backends() -> Sequence[StorageBackendDescriptor]:
+    return [
+        StorageBackendDescriptor(
+            name="lm",
+            summary="an lmcache_server, on this machine or another",
+            config=LmConfig,
+            create=_create,
+            url_schemes=SCHEMES,
+            config_from_url=config_from_url,
+            maps_region=lambda config: config.is_near,
+        )
+    ]
+
+
+@hookimpl
+def lmcache_cli(subcommands: _SubParsersAction[ArgumentParser]) -> None:
+    from lmcache_backend_lm.command import add
+
+    add(subcommands)

@@ -1,8 +1,0 @@
-"""The ``lm://`` store: a server that needs nothing else, and its client.
-
-`protocol` and `greeting` are the wire format, byte by byte. On the server's side, `server` has
-threads that run a `session` for each client; what it holds is in `values`, which lie in an `arena`.
-On the client's side, `backend` asks a few `connection`s, which begin with a `handshake`; `outgoing`
-and `incoming` move values over a `line`.
-Nothing here is imported before somebody configures or starts it.
-"""
