@@ -45,7 +45,12 @@ from typing import Any
 from measuring import machine
 from ttft_vllm import REPOSITORY, BenchError, prepare
 
-for _tests in ("tools", "lmcache-core/tests/servers", "lmcache-backend-lm/tests/servers", "lmcache-backend-redis/tests"):
+for _tests in (
+    "tools",
+    "lmcache-core/tests/servers",
+    "lmcache-backend-lm/tests/servers",
+    "lmcache-backend-redis/tests",
+):
     sys.path.insert(0, str(REPOSITORY / _tests))
 
 from faulting.canary import Canary  # noqa: E402

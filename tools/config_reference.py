@@ -19,9 +19,9 @@ from typing import Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from lmcache_core.config.lmcache_keys import variable
-from lmcache_core.config.lmcache_table import ALIASES, EXTRA_KEYS, KEYS, URL_PACKAGES, Key
+from lmcache_core.config.layers import variable
 from lmcache_core.config.models import CoreConfig, SectionHead, hidden
+from lmcache_core.dialect.table import ALIASES, EXTRA_KEYS, KEYS, URL_PACKAGES, Key
 from lmcache_core.discovery import CORE
 from lmcache_core.plugins import Plugins
 

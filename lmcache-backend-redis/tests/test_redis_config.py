@@ -138,3 +138,31 @@ def test_no_message_shows_a_password(plugins: Plugins, url: str) -> None:
         load_config(plugins, environ={"LMCACHE_REMOTE_URL": url})
     assert "s3c" not in str(caught.value)
     assert "remote_url" in str(caught.value) or "REMOTE_URL" in str(caught.value)
+
+
+def test_a_sentinel_address_may_end_with_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As LMCache writes it; the variable is LMCache's, too."""
+    monkeypatch.setenv("REDIS_SERVICE_NAME", "of-the-environment")
+    named = RedisConfig(url="redis-sentinel://me:pw@a:26379,b/cache%201")
+    assert named.service == "cache 1"
+    assert named.address == Address(Form.SENTINEL, (("a", 26379), ("b", 26379)))
+    assert RedisConfig(url="redis-sentinel://a").service == "of-the-environment"
+    assert RedisConfig(url="redis-sentinel://a?service=asked").service == "asked"
+    assert RedisConfig(url="redis-sentinel://a/path?service=asked").service == "asked"
+    monkeypatch.delenv("REDIS_SERVICE_NAME")
+    assert RedisConfig(url="redis-sentinel://a/2").service == "mymaster"
+
+
+def test_valkey_mode_makes_a_cluster_of_an_address(plugins: Plugins, tmp_path: Path) -> None:
+    file = tmp_path / "lmcache.yaml"
+    file.write_text('remote_url: "valkey://a:7000"\nextra_config: {valkey_mode: cluster}\n')
+    (section,) = load_config(plugins, file=file, environ={}).backends
+    assert isinstance(section.options, RedisConfig)
+    assert section.options.address == Address(Form.CLUSTER, (("a", 7000),))
+    assert RedisConfig(url="valkey://a", mode="standalone").address.form is Form.SINGLE
+    with pytest.raises(ValidationError, match="write redis:// for one server"):
+        RedisConfig(url="redis-cluster://a", mode="standalone")
+    with pytest.raises(ValidationError, match="isn't a cluster; write redis-cluster://"):
+        RedisConfig(url="unix:///run/redis.sock", mode="cluster")
+    with pytest.raises(ValidationError, match="database 0 only"):
+        RedisConfig(url="valkey://a/1", mode="cluster")

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lmcache_core.config.lmcache_table import ALIASES, KEYS
 from lmcache_core.config.models import CoreConfig
+from lmcache_core.dialect.table import ALIASES, KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "configuration.md"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from lmcache_core.config import Config, load_config
-from lmcache_core.config.lmcache_table import ALIASES, KEYS, Fate
 from lmcache_core.config.models import CoreConfig
+from lmcache_core.dialect.table import ALIASES, KEYS, Fate
 from lmcache_core.errors import ConfigError
 from lmcache_core.plugins import Plugins
 
@@ -19,6 +19,10 @@ MakeDistribution = Callable[..., str]
 
 CATALOGUE = (Path(__file__).parent / "data" / "lmcache_0_5_6_keys.txt").read_text().split()
 OLD_NAMES = [
+    "enable_nixl",
+    "nixl_receiver_host",
+    "nixl_receiver_port",
+    "blend_recompute_ratio",
     "enable_xpyd",
     "nixl_peer_host",
     "nixl_peer_init_port",
@@ -137,7 +141,8 @@ def test_old_names_work_and_are_mentioned(old: str, new: str, plugins: Plugins) 
     if KEYS[new].fate is Fate.REFUSED:
         assert f"{new} = 'yes' (--set {old})" in refusal(plugins, f"{old}=yes")
     else:
-        notices = load(plugins, f"{old}=1").notices
+        value = "toy" if KEYS[new].fate is Fate.SECTION else "1"
+        notices = load(plugins, f"{old}={value}").notices
         assert f"{old} (--set {old}) is now called {new}" in notices
 
 
@@ -427,7 +432,9 @@ def test_engine_keys_of_ours_and_of_the_engine(plugins: Plugins) -> None:
     assert config.core.chunk_size == 64
     assert options(config, "remote")["port"] == 3
     assert config.origins["chunk_size"] == "vLLM extra config lmcache.chunk_size"
-    assert config.notices == ()
+    assert config.core.save_unfull_chunk
+    old = "discard_partial_chunks (vLLM extra config)"
+    assert config.notices == (f"{old} is now called save_unfull_chunk",)
 
 
 def test_an_engine_own_mapping_is_not_changed(plugins: Plugins) -> None:
@@ -462,3 +469,103 @@ def test_variables_that_a_plugin_reads_are_no_mistake(distribution: MakeDistribu
     assert load_config(Plugins(environ={}), environ=environ) is not None
     with pytest.raises(ConfigError, match="LMCACHE_VAULT_KEY"):
         load_config(Plugins(["lmcache-vault"], environ={}), environ=environ)
+
+
+# -- what users write ----------------------------------------------------------------------
+
+
+def test_what_earlier_versions_had_and_is_off_needs_nothing(plugins: Plugins) -> None:
+    config = load(plugins, "lookup_url=null", "distributed_url=null", "error_handling=false")
+    assert [n for n in config.notices if "lookup_url" in n or "distributed_url" in n] == []
+    assert "isn't available in this version: a lookup server" in refusal(plugins, "lookup_url=h:1")
+
+
+@pytest.mark.parametrize("key", ["local_device=cpu", "pipelined_backend=False"])
+def test_what_earlier_versions_ignored_is_one_notice(key: str, plugins: Plugins) -> None:
+    (notice,) = load(plugins, key).notices
+    assert notice.startswith(f"{key.partition('=')[0]} (--set ")
+    assert "no effect" in notice
+
+
+def test_disaggregated_prefill_in_its_first_words_is_one_sentence(plugins: Plugins) -> None:
+    words = {
+        "LMCACHE_LOCAL_CPU": "False",
+        "LMCACHE_MAX_LOCAL_CPU_SIZE": "0",
+        "LMCACHE_REMOTE_SERDE": "NULL",
+        "LMCACHE_ENABLE_NIXL": "True",
+        "LMCACHE_NIXL_ROLE": "sender",
+        "LMCACHE_NIXL_RECEIVER_HOST": "decoder",
+        "LMCACHE_NIXL_RECEIVER_PORT": "55555",
+        "LMCACHE_NIXL_ENABLE_GC": "True",
+    }
+    message = refusal(plugins, environ=words)
+    assert message.startswith("1 problem")
+    assert "isn't available in this version: disaggregated prefill" in message
+
+
+@pytest.mark.parametrize("value", ["false", "False", "null"])
+def test_no_disk_is_no_disk(value: str, plugins: Plugins) -> None:
+    assert load(plugins, f"local_disk={value}").backends == ()
+
+
+def test_a_file_address_with_one_slash_is_the_absolute_path(plugins: Plugins) -> None:
+    config = load(plugins, "local_disk=file:/var/cache/lmcache")
+    assert options(config, "local_disk")["path"] == "/var/cache/lmcache"
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_quotes_that_docker_keeps_are_taken_off(quote: str, plugins: Plugins) -> None:
+    environ = {
+        "LMCACHE_REMOTE_URL": f"{quote}toy://h:5{quote}",
+        "LMCACHE_MAX_LOCAL_CPU_SIZE": f"{quote}5{quote}",
+    }
+    config = load(plugins, environ=environ)
+    assert options(config, "remote") == {"type": "toy", "host": "h", "port": 5}
+    (notice,) = config.notices
+    assert notice.startswith("LMCACHE_MAX_LOCAL_CPU_SIZE, LMCACHE_REMOTE_URL: read without")
+
+
+def test_a_storage_plugin_that_is_installed_is_a_section(plugins: Plugins, tmp_path: Path) -> None:
+    file = tmp_path / "lmcache.yaml"
+    file.write_text(
+        'remote_storage_plugins: ["toy", "toy.second"]\n'
+        "extra_config:\n"
+        '  remote_storage_plugin.toy.toy_url: "toy://cache:7"\n'
+        "  remote_storage_plugin.toy.second.port: 8\n"
+    )
+    config = load(plugins, file=file)
+    assert options(config, "toy") == {"type": "toy", "host": "cache", "port": 7}
+    assert options(config, "toy-second") == {"type": "toy", "port": 8}
+    assert config.notices == ()
+
+
+def test_a_storage_plugin_by_module_path_is_refused(plugins: Plugins, tmp_path: Path) -> None:
+    file = tmp_path / "lmcache.yaml"
+    file.write_text(
+        "storage_plugins: [mine]\n"
+        "extra_config: {storage_plugin.mine.module_path: a.b, storage_plugin.mine.class_name: C}\n"
+    )
+    message = refusal(plugins, file=file)
+    assert message.startswith("1 problem")
+    assert "storage_plugins = 'mine'" in message
+    assert "a package that pip installs, not a module's path" in message
+
+
+def test_a_choice_of_all_tiers_is_what_happens(plugins: Plugins) -> None:
+    chosen = ("store_location=LocalCPUBackend", "retrieve_locations=[LocalCPUBackend]")
+    assert load(plugins, *chosen).notices == ()
+    disk = ("local_disk=/data", *chosen)
+    assert refusal(plugins, *disk).startswith("2 problems")
+    both = "[LocalCPUBackend, LocalDiskBackend]"
+    assert load(plugins, "local_disk=/data", f"retrieve_locations={both}").notices == ()
+
+
+def test_partial_chunks_that_arent_discarded_are_stored(plugins: Plugins) -> None:
+    config = load(plugins, engine=("vLLM", {"discard_partial_chunks": False}))
+    assert config.core.save_unfull_chunk
+    assert config.notices == (
+        "discard_partial_chunks (vLLM extra config) is now called save_unfull_chunk",
+    )
+    assert not load(
+        plugins, engine=("vLLM", {"discard_partial_chunks": True})
+    ).core.save_unfull_chunk

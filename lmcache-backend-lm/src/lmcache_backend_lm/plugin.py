@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lmcache_backend_lm.config import SCHEMES, LmConfig, config_from_url
+from lmcache_backend_lm.config import SCHEMES, TOKEN_VARIABLE, LmConfig, config_from_url
 from lmcache_core.hookspecs import hookimpl
 from lmcache_core.storage import StorageBackend, StorageBackendDescriptor
 
@@ -29,6 +29,7 @@ def lmcache_storage_backends() -> Sequence[StorageBackendDescriptor]:
             create=_create,
             url_schemes=SCHEMES,
             config_from_url=config_from_url,
+            environment=(TOKEN_VARIABLE,),
             maps_region=lambda config: config.is_near,
         )
     ]

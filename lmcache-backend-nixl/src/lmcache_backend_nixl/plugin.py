@@ -67,6 +67,7 @@ def lmcache_storage_backends() -> Sequence[StorageBackendDescriptor]:
                 "nixl_backend": "backend",
                 "nixl_path": "path",
                 "nixl_pool_size": "pool_size",
+                "nixl_file_pool_size": "pool_size",
                 "nixl_backend_params": "backend_params",
                 "nixl_buffer_size": "buffer_bytes",
                 "nixl_buffer_device": "buffer_device",

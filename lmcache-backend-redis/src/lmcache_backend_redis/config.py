@@ -3,7 +3,7 @@
     redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE]          also resp:// and valkey://
     rediss://…                                                the same over TLS
     unix://[[USER]:PASSWORD@]/PATH/OF/SOCKET
-    redis-sentinel://[[USER]:PASSWORD@]HOST[:PORT],HOST[:PORT]…[/DATABASE]
+    redis-sentinel://[[USER]:PASSWORD@]HOST[:PORT],HOST[:PORT]…[/DATABASE or /SERVICE]
     redis-cluster://[[USER]:PASSWORD@]HOST[:PORT],HOST[:PORT]…
 
 A query sets other options: ``?service=cache&ttl_s=3600``. User and password are percent-encoded.
@@ -11,10 +11,11 @@ A query sets other options: ``?service=cache&ttl_s=3600``. User and password are
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, Literal
 from urllib.parse import parse_qsl, unquote
 
 from pydantic import (
@@ -29,6 +30,8 @@ from pydantic import (
 
 REDIS_PORT: Final = 6379
 SENTINEL_PORT: Final = 26379
+SERVICE_VARIABLE: Final = "REDIS_SERVICE_NAME"
+"""Where LMCache has the name of a Sentinels' service."""
 
 
 class Form(Enum):
@@ -79,10 +82,16 @@ class RedisConfig(BaseModel):
     database: int | None = Field(
         None, ge=0, description="Number of the database; instead of the address's. A cluster has 0."
     )
+    mode: Literal["standalone", "cluster"] | None = Field(
+        None,
+        description="`cluster`: the address is that of a cluster's node, as with "
+        "`redis-cluster://`.",
+    )
     service: str = Field(
-        "mymaster",
+        default_factory=lambda: os.environ.get(SERVICE_VARIABLE) or "mymaster",
         min_length=1,
-        description="What the Sentinels call the primary and its replicas.",
+        description="What the Sentinels call the primary and its replicas. Not said: "
+        f"`{SERVICE_VARIABLE}`, or `mymaster`.",
     )
     sentinel_username: str | None = Field(None, description="User on the Sentinels themselves.")
     sentinel_password: SecretStr | None = Field(None, description="Its password.")
@@ -146,6 +155,10 @@ class RedisConfig(BaseModel):
             raise ValueError("url: write '?' in a password as %3F, and '@' in an option as %40")
         login, at, host = rest.rpartition("@")
         options = {**_query(query if mark else ""), **_login(login if at else "")}
+        names, _, path = host.partition("/")
+        if _FORMS.get(scheme.lower()) is Form.SENTINEL and path and not path.strip("/").isdigit():
+            # As LMCache writes it: the service's name, where redis-py has a database's number.
+            host, options = names, {"service": unquote(path.strip("/")), **options}
         return {**options, **values, "url": f"{scheme}{separator}{host}"}
 
     @field_validator("url")
@@ -162,6 +175,10 @@ class RedisConfig(BaseModel):
                 "replica_reads needs a redis-sentinel:// or redis-cluster:// address; one server "
                 "has no replicas that we could know of"
             )
+        if address.form not in (Form.SINGLE, Form.CLUSTER) and self.mode == "cluster":
+            raise ValueError(f"mode: {address.form.value} isn't a cluster; write redis-cluster://")
+        if address.form is Form.CLUSTER and self.mode == "standalone":
+            raise ValueError("mode: the address is a cluster's; write redis:// for one server")
         if address.form is Form.CLUSTER and address.database:
             raise ValueError("a cluster has database 0 only; take the number out")
         if address.form is Form.UNIX and self.tls:
@@ -175,7 +192,9 @@ class RedisConfig(BaseModel):
         """The address, with the options that replace parts of it."""
         found = parse_address(self.url)
         database = self.database if self.database is not None else found.database
-        return replace(found, database=database, tls=found.tls or self.tls)
+        cluster = self.mode == "cluster" and found.form is Form.SINGLE
+        form = Form.CLUSTER if cluster else found.form
+        return replace(found, form=form, database=database, tls=found.tls or self.tls)
 
 
 def _query(query: str) -> dict[str, str]:

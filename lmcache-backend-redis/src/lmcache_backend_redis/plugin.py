@@ -36,6 +36,7 @@ def lmcache_storage_backends() -> Sequence[StorageBackendDescriptor]:
                 "username": "username",
                 "password": "password",
                 "resp_num_threads": "connections",
+                "valkey_mode": "mode",
                 "valkey_username": "username",
                 "valkey_password": "password",
                 "valkey_database": "database",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser, _SubParsersAction
 
     from lmcache_core.chunk_index import ChunkIndex
+    from lmcache_core.config.dialect import Dialect
     from lmcache_core.connector import EngineConnectorDescriptor, Kernels
     from lmcache_core.eviction import CachePolicyDescriptor
     from lmcache_core.serde import SerdeDescriptor
@@ -57,6 +58,14 @@ def lmcache_cache_policies() -> Sequence[CachePolicyDescriptor]:  # type: ignore
     """Describe eviction policies for ``cache_policy``.
 
     One that has the name of core's own is used instead of it.
+    """
+
+
+@hookspec
+def lmcache_dialects() -> Sequence[Dialect]:  # type: ignore[empty-body]
+    """What understands how other software writes our options.
+
+    Asked when a configuration is read.
     """
 
 

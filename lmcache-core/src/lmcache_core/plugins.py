@@ -36,21 +36,20 @@ from lmcache_core.transfer import TransferChannelDescriptor
 if TYPE_CHECKING:
     from argparse import ArgumentParser, _SubParsersAction
 
+    from lmcache_core.config.dialect import Dialect
     from lmcache_core.eviction import CachePolicyDescriptor
 
 logger = logging.getLogger(__name__)
 
-BUILTIN_PLUGINS = tuple(
-    f"lmcache_core.builtin.{name}"
-    for name in (
-        "memory",
-        "filesystem",
-        "tcp",
-        "raw",
-        "policies",
-        "host",
-        "reference_kernels",
-    )
+BUILTIN_PLUGINS = (
+    "lmcache_core.builtin.memory",
+    "lmcache_core.builtin.filesystem",
+    "lmcache_core.builtin.tcp",
+    "lmcache_core.builtin.raw",
+    "lmcache_core.builtin.policies",
+    "lmcache_core.builtin.host",
+    "lmcache_core.builtin.reference_kernels",
+    "lmcache_core.dialect",
 )
 DISABLE_VARIABLE = "LMCACHE_DISABLE_PLUGINS"
 TRACE_VARIABLE = "LMCACHE_TRACE_PLUGINS"
@@ -339,6 +338,10 @@ class Plugins:
         )
 
     # -- hooks that are called with arguments ----------------------------------------------
+
+    def dialects(self) -> list[Dialect]:
+        """What understands how other software writes our options."""
+        return [one for _, answer in self._answers("lmcache_dialects") for one in answer]
 
     def kernels(self, device: str) -> Kernels:
         """What moves blocks on ``device``, such as ``cpu`` or ``cuda``.

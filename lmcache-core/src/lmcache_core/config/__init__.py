@@ -1,7 +1,7 @@
 """What the user wants: merged from layers, checked once, frozen.
 
 `load_config` is all that the rest of core needs. `layers` knows where values
-come from, `lmcache_keys` what LMCache calls them, `models` what they mean, `schema` how they are
+come from, `dialect` what others may call them, `models` what they mean, `schema` how they are
 checked.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmcache_core.config import layers, lmcache_keys, schema
+from lmcache_core.config import layers, schema
 from lmcache_core.config.models import BackendSection, Config, CoreConfig
 from lmcache_core.plugins import Plugins
 
@@ -38,8 +38,8 @@ def load_config(
         environ: ``None`` means ``os.environ``.
         engine: the engine's name and what it passes on, such as ``("vLLM", extra_config)``. Our
             keys start with ``lmcache.``.
-        engine_ignores: other keys in there that are the engine's own, besides those that
-            `lmcache_keys.ENGINE_KEYS` knows.
+        engine_ignores: other keys in there that are the engine's own, besides those that a dialect
+            knows.
         assignments: ``KEY=VALUE`` texts of ``--set``; dots nest.
 
     Raises:
@@ -53,17 +53,20 @@ def load_config(
         found.append(layers.file_layer(Path(file), problems))
     elif path := environ.get(FILE_VARIABLE):
         found.append(layers.file_layer(Path(path), problems, f" ({FILE_VARIABLE})"))
-    own, foreign = lmcache_keys.split_environment(environ, plugins.environment())
-    found.append(layers.env_layer(own))
+    dialects = plugins.dialects()
+    own, foreign = layers.variables_of_ours(environ, dialects, plugins.environment())
+    found.append(layers.env_layer(own, notices))
     if foreign:
         notices.append(f"{', '.join(foreign)}: not an option of this version; not read")
     if engine is not None:
         name, extra = engine
-        ours = lmcache_keys.split_engine_keys(name, extra, engine_ignores, problems, notices)
+        ours = layers.engine_options(name, extra, dialects, engine_ignores, problems, notices)
         found.append(layers.engine_layer(name, ours))
     found.append(layers.cli_layer(assignments, problems))
 
-    renamed = [lmcache_keys.rename_aliases(layer, plugins, problems, notices) for layer in found]
-    merged = layers.merge(renamed)
-    lmcache_keys.upgrade(merged, plugins, problems, notices)
+    for dialect in dialects:
+        found = [dialect.rename(layer, plugins, problems, notices) for layer in found]
+    merged = layers.merge(found)
+    for dialect in dialects:
+        dialect.upgrade(merged, plugins, problems, notices)
     return schema.validate(merged, plugins, problems, notices)

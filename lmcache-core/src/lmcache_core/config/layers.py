@@ -12,16 +12,45 @@ a password ``0123`` isn't a number, whatever YAML thinks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+if TYPE_CHECKING:
+    from lmcache_core.config.dialect import Dialect
+
 ENV_PREFIX = "LMCACHE_"
 ENV_NESTING = "__"
+ENGINE_PREFIX = "lmcache."
+PROCESS_VARIABLES = frozenset(
+    {
+        "LMCACHE_CONFIG_FILE",
+        "LMCACHE_DISABLE_PLUGINS",
+        "LMCACHE_TRACE_PLUGINS",
+        "LMCACHE_LOG_LEVEL",
+        # What the kernels and this project's own tools read; people export them.
+        "LMCACHE_KERNEL_THREADS",
+        "LMCACHE_KERNEL_TRITON",
+        "LMCACHE_ENVS",
+        "LMCACHE_INSTALL",
+        "LMCACHE_TEST_KILLS",
+        "LMCACHE_TEST_LAYOUTS",
+        "LMCACHE_TEST_SEED",
+        "LMCACHE_TEST_STEPS",
+        "LMCACHE_VLLM_PYTHON",
+    }
+)
+"""Switches of processes, which aren't options."""
+# Kubernetes and Docker describe a service named lmcache-… to every container in this form.
+_SERVICE_LINK = re.compile(
+    r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$"
+)
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 MERGE_TAG = "tag:yaml.org,2002:merge"
 _UNREADABLE = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 """What PyYAML raises of text that isn't right: others than its own where tags like ``!!int`` don't
@@ -182,19 +211,95 @@ class _Notes:
             self.take(value, here, parents)
 
 
-def env_layer(variables: Mapping[str, str]) -> Layer:
+def variables_of_ours(
+    environ: Mapping[str, str], dialects: Sequence[Dialect], others: Collection[str]
+) -> tuple[dict[str, str], list[str]]:
+    """The ``LMCACHE_…`` variables that set options, and those that a dialect knows not to.
+
+    ``others`` are read by plugins, and neither.
+    """
+    silent = PROCESS_VARIABLES.union(others, *(one.switches for one in dialects))
+    beginnings = tuple(start for one in dialects for start in one.foreign_variables)
+    own: dict[str, str] = {}
+    foreign: list[str] = []
+    for name, value in environ.items():
+        if not name.startswith(ENV_PREFIX) or name in silent or _is_service_link(name, value):
+            continue
+        if name.startswith(beginnings):
+            foreign.append(name)
+        else:
+            own[name] = value
+    return own, sorted(foreign)
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    is_address = name.endswith("_PORT") and _SERVICE_ADDRESS.match(value) is not None
+    return is_address or _SERVICE_LINK.search(name) is not None
+
+
+def engine_options(
+    engine: str,
+    extra: Mapping[str, Any],
+    dialects: Sequence[Dialect],
+    ignores: Collection[str],
+    problems: list[str],
+    notices: list[str],
+) -> dict[str, Any]:
+    """Our options among an engine's extra configuration, without their ``lmcache.`` prefix."""
+    own: dict[str, Any] = {}
+    silent: dict[str, list[str]] = {}
+    for key, value in extra.items():
+        name = key.removeprefix(ENGINE_PREFIX)
+        if key in ignores or any(key in one.engine_keys for one in dialects):
+            continue
+        meant = (one.option_of_engine_key(key, value) for one in dialects)
+        if option := next(filter(None, meant), None):
+            own.setdefault(*option)
+            notices.append(f"{key} ({engine} extra config) is now called {option[0]}")
+            continue
+        whys = (one.why_without_effect(name) for one in dialects)
+        if name == key:
+            problems.append(
+                f"{key} ({engine} extra config)\n      our keys start with '{ENGINE_PREFIX}' "
+                f"there: write '{ENGINE_PREFIX}{key}' if it is one, or take it out"
+            )
+        elif why := next(filter(None, whys), ""):
+            silent.setdefault(why, []).append(key)
+        else:
+            own[name] = value
+    for why, keys in silent.items():
+        notices.append(f"{', '.join(keys)} ({engine} extra config): no effect: {why}")
+    return own
+
+
+def variable(path: KeyPath) -> str:
+    """The environment variable that sets the option at ``path``."""
+    return ENV_PREFIX + ENV_NESTING.join(path).upper()
+
+
+def env_layer(variables: Mapping[str, str], notices: list[str]) -> Layer:
     """``LMCACHE_CHUNK_SIZE`` sets ``chunk_size``; ``LMCACHE_BACKENDS__REDIS__URL`` nests.
 
-    An empty variable is one that isn't set, as in a compose file.
+    An empty variable is one that isn't set, as in a compose file. Quotes around a value are taken
+    off: no shell leaves them there, but ``docker --env-file`` does.
     """
     values: dict[str, Any] = {}
     origins: dict[KeyPath, str] = {}
+    quoted: list[str] = []
     for name in sorted(variables):
-        if not variables[name].strip():
+        text = variables[name].strip()
+        if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+            quoted.append(name)
+            text = text[1:-1]
+        if not text.strip():
             continue
         path = tuple(name[len(ENV_PREFIX) :].lower().split(ENV_NESTING))
-        assign(values, path, _from_text(variables[name]))
+        assign(values, path, _from_text(text))
         origins[path] = f"environment {name}"
+    if quoted:
+        notices.append(
+            f"{', '.join(quoted)}: read without the quotes, which docker's --env-file keeps"
+        )
     return Layer("environment", values, origins)
 
 

@@ -14,7 +14,6 @@ from pydantic import BaseModel, SecretBytes, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from lmcache_core.config.layers import Merged
-from lmcache_core.config.lmcache_keys import known_names
 from lmcache_core.config.models import (
     BackendSection,
     Config,
@@ -54,7 +53,8 @@ class _Validation:
     def run(self, notices: list[str]) -> Config:
         values = dict(self.merged.values)
         sections, serdes = values.pop("backends", None), values.pop("serdes", None)
-        core = self._check(CoreConfig, values, (), (*CoreConfig.model_fields, *known_names()))
+        others = (name for dialect in self.plugins.dialects() for name in dialect.names)
+        core = self._check(CoreConfig, values, (), (*CoreConfig.model_fields, *others))
         policy = self._named(values)
         backends = self._backends(sections)
         default = values.get("serde", CoreConfig.model_fields["serde"].default)

@@ -1,128 +1,90 @@
-"""Understands LMCache's flat dialect. Only this file and its table know the keys.
+"""Makes options of ours of LMCache's flat keys; `table` says what becomes of each.
 
-`rename_aliases` runs on each layer, so that an old name in the environment
-still beats a new one in a file; `upgrade` runs once on the merged layers, so
-that ``LMCACHE_REMOTE_URL`` beats ``remote_url`` in a file. Origins move with the
-values. What is wrong is appended to ``problems``, and what the user should know
-to ``notices``; nothing is raised.
+Origins move with the values.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from lmcache_core.config.layers import ENV_NESTING, ENV_PREFIX, KeyPath, Layer, Merged
-from lmcache_core.config.lmcache_table import (
+from lmcache_core.config.dialect import Dialect
+from lmcache_core.config.layers import KeyPath, Layer, Merged
+from lmcache_core.config.problem import describe
+from lmcache_core.dialect.table import (
     ALIASES,
     ENGINE_KEYS,
     ENGINE_PREFIXES,
-    ENVIRONMENT,
     EXTRA_KEYS,
     EXTRA_PREFIXES,
     FOREIGN_ENVIRONMENT,
     KEYS,
+    SWITCHES,
     URL_PACKAGES,
     Fate,
     Key,
 )
-from lmcache_core.config.problem import describe
 from lmcache_core.errors import PluginError
 from lmcache_core.plugins import Plugins
 
 DISK = "local_disk"
 REMOTE = "remote"
-ENGINE_PREFIX = "lmcache."
-
-# Kubernetes and Docker describe a service named lmcache-… to every container in this form.
-_SERVICE_LINK = re.compile(
-    r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$"
-)
-_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
+HOST = "host"
+_TIERS = {"LocalCPUBackend": HOST, "LocalDiskBackend": DISK, "RemoteBackend": REMOTE}
+"""What LMCache calls them where tiers are chosen."""
+_FILE = re.compile(r"file:/+(localhost/)?", re.IGNORECASE)
 
 
-def split_environment(
-    environ: Mapping[str, str], others: Collection[str] = ()
-) -> tuple[dict[str, str], list[str]]:
-    """The ``LMCACHE_…`` variables that set options, and those of LMCache's that don't.
+class FlatKeys(Dialect):
+    """LMCache's keys, variables, and keys in an engine's extra configuration."""
 
-    ``others`` are read by plugins, and neither.
-    """
-    own: dict[str, str] = {}
-    foreign: list[str] = []
-    for name, value in environ.items():
-        if not name.startswith(ENV_PREFIX) or name in ENVIRONMENT or name in others:
-            continue
-        if _SERVICE_LINK.search(name) or (name.endswith("_PORT") and _SERVICE_ADDRESS.match(value)):
-            continue
-        if name.startswith(FOREIGN_ENVIRONMENT):
-            foreign.append(name)
-        else:
-            own[name] = value
-    return own, sorted(foreign)
+    names = (*KEYS, *ALIASES)
+    switches = SWITCHES
+    foreign_variables = FOREIGN_ENVIRONMENT
+    engine_keys = ENGINE_KEYS
 
+    def option_of_engine_key(self, key: str, value: object) -> tuple[str, object] | None:
+        if key == "discard_partial_chunks":
+            return "save_unfull_chunk", not is_set(value)
+        return None
 
-def split_engine_keys(
-    engine: str,
-    extra: Mapping[str, Any],
-    ignores: Collection[str],
-    problems: list[str],
-    notices: list[str],
-) -> dict[str, Any]:
-    """Our options among an engine's extra configuration, without their ``lmcache.`` prefix."""
-    own: dict[str, Any] = {}
-    server: list[str] = []
-    for key, value in extra.items():
-        name = key.removeprefix(ENGINE_PREFIX)
-        if key in ignores or key in ENGINE_KEYS:
-            continue
-        if name == key:
-            problems.append(
-                f"{key} ({engine} extra config)\n      our keys start with '{ENGINE_PREFIX}' "
-                f"there: write '{ENGINE_PREFIX}{key}' if it is one, or take it out"
-            )
-        elif name.startswith(ENGINE_PREFIXES):
-            server.append(key)
-        else:
-            own[name] = value
-    if server:
-        why = KEYS["mp_host"].why
-        notices.append(f"{', '.join(server)} ({engine} extra config): no effect: {why}")
-    return own
+    def why_without_effect(self, key: str) -> str:
+        return KEYS["mp_host"].why if key.startswith(ENGINE_PREFIXES) else ""
 
+    def rename(
+        self, layer: Layer, plugins: Plugins, problems: list[str], notices: list[str]
+    ) -> Layer:
+        """The old names replaced.
 
-def rename_aliases(
-    layer: Layer, plugins: Plugins, problems: list[str], notices: list[str]
-) -> Layer:
-    """``layer`` with the old names of keys replaced by the present ones.
+        One that is also a present name is left to `upgrade` if an installed backend reads it.
+        """
+        old_names = [
+            name
+            for name in layer.values
+            if name in ALIASES and not (name in KEYS and plugins.owner_of_extra_key(name))
+        ]
+        if not old_names:
+            return layer
+        values, origins = dict(layer.values), dict(layer.origins)
+        for old in old_names:
+            new, origin = ALIASES[old], layer.origin((old,))
+            if new in values:
+                problems.append(
+                    f"{old} ({origin})\n      is the old name of {new}, which is also set"
+                )
+                del values[old]
+                continue
+            values[new] = values.pop(old)
+            origins[(new,)] = origin
+            notices.append(f"{old} ({origin}) is now called {new}")
+        return Layer(layer.name, values, origins)
 
-    One that is also a present name is left to `upgrade` if an installed backend reads it.
-    """
-    old_names = [
-        name
-        for name in layer.values
-        if name in ALIASES and not (name in KEYS and plugins.owner_of_extra_key(name))
-    ]
-    if not old_names:
-        return layer
-    values, origins = dict(layer.values), dict(layer.origins)
-    for old in old_names:
-        new, origin = ALIASES[old], layer.origin((old,))
-        if new in values:
-            problems.append(f"{old} ({origin})\n      is the old name of {new}, which is also set")
-            del values[old]
-            continue
-        values[new] = values.pop(old)
-        origins[(new,)] = origin
-        notices.append(f"{old} ({origin}) is now called {new}")
-    return Layer(layer.name, values, origins)
-
-
-def upgrade(merged: Merged, plugins: Plugins, problems: list[str], notices: list[str]) -> None:
-    """Rewrite LMCache's keys in place into options and sections of ours."""
-    _Upgrade(merged, plugins, problems, notices).run()
+    def upgrade(
+        self, merged: Merged, plugins: Plugins, problems: list[str], notices: list[str]
+    ) -> None:
+        _Upgrade(merged, plugins, problems, notices).run()
 
 
 class _Upgrade:
@@ -140,9 +102,14 @@ class _Upgrade:
         """Why something has no effect → the keys for which that is so."""
 
     def run(self) -> None:
+        if is_set(self.values.get("enable_pd")):
+            # It says what there is to say; sizes that only it can have are no mistake of their own.
+            self.values.pop("max_local_cpu_size", None)
         extra = self._take("extra_config")
         self._disk()
         self._remote()
+        self._plugins(extra)
+        self._locations()
         for name in [name for name in self.values if name in KEYS]:
             if KEYS[name].fate is not Fate.OPTION and not self._is_a_backends(name):
                 self._settle(KEYS[name], (name,), self._take(name))
@@ -195,7 +162,7 @@ class _Upgrade:
 
     def _disk(self) -> None:
         folder, size = self._take(DISK), self._take("max_local_disk_size")
-        if folder is None:
+        if folder is None or not is_set(folder):
             if size is not None and is_set(size):
                 self._no_effect("there is no local_disk", "max_local_disk_size")
             return
@@ -227,7 +194,7 @@ class _Upgrade:
             )
             self._problem((DISK,), ", ".join(folders), text)
             return None
-        return folders[0].removeprefix("file://")
+        return _FILE.sub("/", folders[0])
 
     def _size(self, value: Any) -> float | None:
         try:
@@ -262,6 +229,51 @@ class _Upgrade:
             origin = f"remote_serde, {self._origin('remote_serde')}"
             self.merged.put(("backends", REMOTE, "serde"), serde, origin)
 
+    def _plugins(self, extra: Any) -> None:
+        """``remote_storage_plugins`` and ``storage_plugins``: each name is a section of ours."""
+        for key in ("remote_storage_plugins", "storage_plugins"):
+            names = self._take(key)
+            if names is None or not is_set(names):
+                continue
+            listed = names if isinstance(names, list) else str(names).split(",")
+            found = [name for one in listed if (name := str(one).strip())]
+            given = extra if isinstance(extra, dict) else {}
+            # What `a.b` is given isn't an option `b.…` of `a`.
+            options = {
+                name: self._options_of(key, name, given)
+                for name in sorted(found, key=len, reverse=True)
+            }
+            for name in found:
+                self._plugin(key, name, options[name])
+
+    @staticmethod
+    def _options_of(key: str, name: str, extra: dict[str, Any]) -> dict[str, Any]:
+        """What ``extra`` has for one of them; it goes from there."""
+        prefix = f"{key.removesuffix('s')}.{name}."
+        given = [one for one in extra if str(one).startswith(prefix)]
+        return {one.removeprefix(prefix): extra.pop(one) for one in given}
+
+    def _plugin(self, key: str, name: str, options: dict[str, Any]) -> None:
+        """The section for one of them."""
+        if {"module_path", "class_name"} & options.keys():
+            text = "isn't available in this version: a backend is a package that pip installs"
+            self._problem((key,), name, f"{text}, not a module's path. Remove it to start without")
+            return
+        kind = name.partition(".")[0]
+        try:
+            descriptor = self.plugins.backend_for_url(f"{kind}://")
+            descriptor = descriptor or self.plugins.storage_backend(kind)
+            section: dict[str, Any] = {"type": descriptor.name}
+            for option, value in options.items():
+                if option == "url" or option.endswith("_url"):
+                    section |= self.plugins.options_from_url(descriptor, str(value))
+                else:
+                    section[descriptor.extra_config_keys.get(option, option)] = value
+        except PluginError as error:
+            self._problem((key,), name, str(error))
+            return
+        self._section(name.replace(".", "-"), key, section)
+
     def _unopened(self, url: str) -> str:
         scheme = url.partition("://")[0].lower()
         schemes = sorted({s for b in self.plugins.storage_backends() for s in b.url_schemes})
@@ -272,6 +284,18 @@ class _Upgrade:
         if package := URL_PACKAGES.get(scheme):
             text += f". Try: pip install {package}"
         return text
+
+    def _locations(self) -> None:
+        """Choices of tiers that leave none out ask for what happens anyway."""
+        sections = self._sections()
+        if sections is None:
+            return
+        tiers = {HOST, *sections}
+        for key in ("store_location", "retrieve_locations"):
+            value = self.values.get(key)
+            names = value if isinstance(value, list) else str(value).split(",")
+            if {_TIERS.get(str(name).strip(), str(name).strip()) for name in names} >= tiers:
+                del self.values[key]
 
     def _order_tiers(self) -> None:
         """Nearest first: the disk, then the remote store, then ``backends`` as it is written."""
@@ -373,13 +397,3 @@ def is_set(value: Any) -> bool:
     if isinstance(value, str):
         return value.strip().lower() not in ("", "0", "false", "no", "off", "none", "null")
     return bool(value)
-
-
-def known_names() -> list[str]:
-    """Every top-level key that LMCache has, for suggestions."""
-    return [*KEYS, *ALIASES]
-
-
-def variable(path: KeyPath) -> str:
-    """The environment variable that sets the option at ``path``."""
-    return ENV_PREFIX + ENV_NESTING.join(path).upper()

@@ -1,6 +1,6 @@
 """What becomes of each configuration key that LMCache has.
 
-A table and nothing else; `lmcache_keys` acts on it and the configuration
+A table and nothing else; `keys` acts on it and the configuration
 reference is made from it. The keys are those of LMCache 0.5.6, and the few of
 0.3.10 that 0.5.6 dropped.
 """
@@ -55,6 +55,7 @@ _MARU = _detail_of("maru_path")
 _API = _detail_of("internal_api_server_enabled")
 _HIDDEN = _detail_of("enable_hidden_state_cache")
 _STATISTICS = _no_effect("chunk reuse statistics aren't collected in this version")
+_PLUGINS = Key(Fate.SECTION, "`backends.NAME`, where an installed plugin is called so")
 _SERVER = _no_effect("the cache runs inside the engine's processes; there is no server to reach")
 _LAZY = _no_effect("the operating system backs host memory as it is used, so it needn't grow")
 
@@ -142,12 +143,8 @@ KEYS: dict[str, Key] = {
     "internal_api_server_include_index_list": _API,
     "internal_api_server_socket_path_prefix": _API,
     "runtime_plugin_locations": _refused("scripts started beside the engine"),
-    "storage_plugins": _refused(
-        "backends named by module path; a backend is a package that pip installs"
-    ),
-    "remote_storage_plugins": _refused(
-        "backends named by module path; a backend is a package that pip installs"
-    ),
+    "storage_plugins": _PLUGINS,
+    "remote_storage_plugins": _PLUGINS,
     "lookup_timeout_ms": _OPTION,
     "min_retrieve_tokens": _OPTION,
     "hit_miss_ratio": _refused("an artificial limit on hits"),
@@ -175,12 +172,22 @@ KEYS: dict[str, Key] = {
     "max_hidden_state_cpu_size": _HIDDEN,
     "hidden_state_layers": _HIDDEN,
     "hidden_states_retrieve_mode": _HIDDEN,
-    # of 0.3.10 only
+    # of earlier versions only
+    "local_device": _no_effect("host memory and a disk are local_cpu and local_disk"),
+    "pipelined_backend": _no_effect("remote stores are always written in the background"),
+    "error_handling": _no_effect("what can't be loaded is always computed again"),
+    "lookup_url": _refused("a lookup server"),
+    "distributed_url": _refused("peer-to-peer sharing"),
+    "nixl_enable_gc": _PD,
     "weka_path": _refused("the Weka backend"),
     "cufile_buffer_size": _GDS,
 }
 
 ALIASES: dict[str, str] = {
+    "enable_nixl": "enable_pd",
+    "nixl_receiver_host": "pd_peer_host",
+    "nixl_receiver_port": "pd_peer_init_port",
+    "blend_recompute_ratio": "blend_recompute_ratios",
     "enable_xpyd": "enable_pd",
     "nixl_peer_host": "pd_peer_host",
     "nixl_peer_init_port": "pd_peer_init_port",
@@ -194,7 +201,7 @@ ALIASES: dict[str, str] = {
     "plugin_locations": "runtime_plugin_locations",
     "external_backends": "storage_plugins",
 }
-"""Old names. All twelve are honoured, each in its own layer, so that precedence stays right."""
+"""Old names. Each is honoured in its own layer, so that precedence stays right."""
 
 EXTRA_KEYS: dict[str, Key] = {
     "gpu_to_numa_mapping": _detail_of("numa_mode: manual"),
@@ -239,31 +246,16 @@ URL_PACKAGES: dict[str, str] = {
 }
 """Who opens which ``remote_url``, for the hint when nobody does."""
 
-ENVIRONMENT = frozenset(
+SWITCHES = frozenset(
     {
-        "LMCACHE_CONFIG_FILE",
-        "LMCACHE_DISABLE_PLUGINS",
-        "LMCACHE_TRACE_PLUGINS",
-        "LMCACHE_SERVER_TOKEN",
-        "LMCACHE_LOG_LEVEL",
         "LMCACHE_FORCE_SKIP_SAVE",
         "LMCACHE_USE_EXPERIMENTAL",
         "LMCACHE_USE_UPSTREAM_MP",
         "LMCACHE_DISABLE_BANNER",
         "LMCACHE_TRACK_USAGE",
-        # What the kernels and this project's own tools read; people export them.
-        "LMCACHE_KERNEL_THREADS",
-        "LMCACHE_KERNEL_TRITON",
-        "LMCACHE_ENVS",
-        "LMCACHE_INSTALL",
-        "LMCACHE_TEST_KILLS",
-        "LMCACHE_TEST_LAYOUTS",
-        "LMCACHE_TEST_SEED",
-        "LMCACHE_TEST_STEPS",
-        "LMCACHE_VLLM_PYTHON",
     }
 )
-"""Switches of processes, and switches that LMCache has and whose effect is ours anyway."""
+"""Variables that LMCache has and whose effect is ours anyway."""
 
 FOREIGN_ENVIRONMENT = (
     "LMCACHE_USAGE_TRACK_",
@@ -284,7 +276,6 @@ FOREIGN_ENVIRONMENT = (
 ENGINE_KEYS = frozenset(
     {
         "lmcache_rpc_port",
-        "discard_partial_chunks",
         "use_native",
         "skip_last_n_tokens",
         "use_layerwise",
