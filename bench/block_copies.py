@@ -26,9 +26,9 @@ import torch
 from calibrations import Memcpy
 from measuring import Report, parse, parser, runs_of, throughput
 
-from lmcache_core.connector import BlockSpan, Kernels, PagedLayout, PlaneStrides
-from lmcache_core.layout import DType, LayerGroup, full_attention
-from lmcache_core.reference import ReferenceKernels
+from lmcache_core.chunks.layout import DType, LayerGroup, full_attention
+from lmcache_core.contracts.connector import BlockSpan, Kernels, PagedLayout, PlaneStrides
+from lmcache_core.memory.reference import ReferenceKernels
 from lmcache_kernels.cpu import CpuKernels
 
 LAYERS, HEADS, HEAD_SIZE, CHUNK_TOKENS, BLOCK_TOKENS = 32, 8, 128, 256, 16

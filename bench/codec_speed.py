@@ -29,8 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lmcache_core.layout import DType, full_attention
-from lmcache_core.serde import Rope, Serde
+from lmcache_core.chunks.layout import DType, full_attention
+from lmcache_core.contracts.serde import Rope, Serde
 from lmcache_kernels import _native
 from lmcache_kernels.codec.config import CacheGenConfig, CodecConfig
 from lmcache_kernels.codec.profile import Profile

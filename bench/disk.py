@@ -30,10 +30,10 @@ from calibrations import RawFiles, aligned
 from measuring import Report, Run, parse, parser, take_turns, throughput
 
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
-from lmcache_core.frame import HEADER_BYTES
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.layout import DType, KVLayout, full_attention
-from lmcache_core.storage import BackendContext, StoreOutcome
+from lmcache_core.chunks.frame import HEADER_BYTES
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.chunks.layout import DType, KVLayout, full_attention
+from lmcache_core.contracts.storage import BackendContext, StoreOutcome
 
 SHAPES = {"1 x 32 MiB": (1, 32 << 20), "8 x 2 MiB": (8, 2 << 20)}
 MODES = {

@@ -15,12 +15,12 @@ import argparse
 import json
 from pathlib import Path
 
-from lmcache_core.connector import BlockSpan
-from lmcache_core.keys import ChunkKey
+from lmcache_core.cache.plan import Report
+from lmcache_core.cache.planner import Planner
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.contracts.connector import BlockSpan
 from lmcache_core.metrics import Counters
-from lmcache_core.plan import Report
-from lmcache_core.planner import Planner
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.manager import Plugins
 
 BLOCK_TOKENS = 512
 SPAN = BlockSpan([0], 0, BLOCK_TOKENS, BLOCK_TOKENS)

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 from measuring import Report, Result, Run, duration, parse, parser, take_turns
 
-from lmcache_core.chunk_index import NONE, ChunkState
-from lmcache_core.hashing import PrefixHasher
-from lmcache_core.keys import ChunkKey
+from lmcache_core.chunks.chunk_index import NONE, ChunkState
+from lmcache_core.chunks.hashing import PrefixHasher
+from lmcache_core.chunks.keys import ChunkKey
 from lmcache_kernels.index import LRU, ChunkIndex
 
 CHUNK_TOKENS, LONG, MIDDLE, TURN = 256, 100_000, 32_768, 512

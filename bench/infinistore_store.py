@@ -33,12 +33,12 @@ import measuring
 
 from lmcache_backend_infinistore.backend import InfinistoreBackend
 from lmcache_backend_infinistore.config import InfinistoreConfig
-from lmcache_core.host_memory import allocate_region
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey, chunk_key
+from lmcache_core.chunks.layout import DType, KVLayout, full_attention
+from lmcache_core.contracts.storage import BackendContext, HostRegion, StorageBackend, StoreOutcome
 from lmcache_core.isolation.backend import IsolatedBackend
-from lmcache_core.keys import CacheNamespace, ChunkKey, chunk_key
-from lmcache_core.layout import DType, KVLayout, full_attention
+from lmcache_core.memory.host_memory import allocate_region
 from lmcache_core.metrics import Counters
-from lmcache_core.storage import BackendContext, HostRegion, StorageBackend, StoreOutcome
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "lmcache-backend-infinistore" / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))

@@ -26,12 +26,12 @@ from measuring import Report, Run, duration, parse, parser, runs_of, take_turns,
 
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
 from lmcache_core.builtin.memory import MemoryBackend, MemoryConfig
-from lmcache_core.host_memory import allocate_region
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.chunks.layout import DType, KVLayout, full_attention
+from lmcache_core.contracts.storage import BackendContext, HostRegion, StorageBackend, StoreOutcome
 from lmcache_core.isolation.backend import IsolatedBackend
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.layout import DType, KVLayout, full_attention
+from lmcache_core.memory.host_memory import allocate_region
 from lmcache_core.metrics import Counters
-from lmcache_core.storage import BackendContext, HostRegion, StorageBackend, StoreOutcome
 
 SHAPES = {"1 x 32 MiB": (1, 32 << 20), "16 x 2 MiB": (16, 2 << 20)}
 CALL_BYTES = 32 << 20

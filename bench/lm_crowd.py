@@ -40,10 +40,10 @@ from lmcache_backend_lm import greeting, protocol
 from lmcache_backend_lm.backend import LmBackend
 from lmcache_backend_lm.config import LmConfig
 from lmcache_backend_lm.protocol import HEADER_BYTES, MAX_KEYS, MAX_META_BYTES, Op
-from lmcache_core.host_memory import allocate_region
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.layout import DType, KVLayout, full_attention
-from lmcache_core.storage import BackendContext, StoreOutcome
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.chunks.layout import DType, KVLayout, full_attention
+from lmcache_core.contracts.storage import BackendContext, StoreOutcome
+from lmcache_core.memory.host_memory import allocate_region
 
 COUNT = 2000
 KEYS = 128

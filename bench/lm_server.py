@@ -39,10 +39,10 @@ from typing import Any
 
 from lmcache_backend_lm.backend import LmBackend
 from lmcache_backend_lm.config import LmConfig
-from lmcache_core.host_memory import allocate_region
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.layout import DType, KVLayout, full_attention
-from lmcache_core.storage import BackendContext, StoreOutcome
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.chunks.layout import DType, KVLayout, full_attention
+from lmcache_core.contracts.storage import BackendContext, StoreOutcome
+from lmcache_core.memory.host_memory import allocate_region
 
 MIB = 1 << 20
 KEYS = 128

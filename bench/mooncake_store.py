@@ -31,12 +31,12 @@ import mooncake
 
 from lmcache_backend_mooncake.backend import MooncakeBackend
 from lmcache_backend_mooncake.config import MooncakeConfig
-from lmcache_core.host_memory import allocate_region
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey, chunk_key
+from lmcache_core.chunks.layout import DType, KVLayout, full_attention
+from lmcache_core.contracts.storage import BackendContext, HostRegion, StorageBackend, StoreOutcome
 from lmcache_core.isolation.backend import IsolatedBackend
-from lmcache_core.keys import CacheNamespace, ChunkKey, chunk_key
-from lmcache_core.layout import DType, KVLayout, full_attention
+from lmcache_core.memory.host_memory import allocate_region
 from lmcache_core.metrics import Counters
-from lmcache_core.storage import BackendContext, HostRegion, StorageBackend, StoreOutcome
 
 MIB = 1 << 20
 TOTAL = 32 * MIB

@@ -56,11 +56,11 @@ from nixl import nixl_agent, nixl_agent_config
 from lmcache_backend_nixl.agent import address_of
 from lmcache_backend_nixl.config import PAGE_BYTES, NixlConfig
 from lmcache_backend_nixl.files import NixlFileBackend
-from lmcache_core.daemon_pool import DaemonPool
-from lmcache_core.frame import HEADER_BYTES
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.layout import DType, KVLayout, full_attention
-from lmcache_core.storage import BackendContext, HostRegion, StoreOutcome
+from lmcache_core.aio.daemon_pool import DaemonPool
+from lmcache_core.chunks.frame import HEADER_BYTES
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.chunks.layout import DType, KVLayout, full_attention
+from lmcache_core.contracts.storage import BackendContext, HostRegion, StoreOutcome
 
 T = TypeVar("T")
 SHAPES = {

@@ -20,13 +20,13 @@ from itertools import count
 from measuring import Report as Table
 from measuring import duration, parse, parser, runs_of
 
-from lmcache_core.connector import BlockSpan
-from lmcache_core.keys import ChunkKey
-from lmcache_core.lookup import PrefixLookup
+from lmcache_core.cache.lookup import PrefixLookup
+from lmcache_core.cache.plan import Report
+from lmcache_core.cache.planner import Planner
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.contracts.connector import BlockSpan
 from lmcache_core.metrics import Counters
-from lmcache_core.plan import Report
-from lmcache_core.planner import Planner
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.manager import Plugins
 
 CHUNKS, CHUNK_TOKENS = 128, 256
 SPAN = BlockSpan([0], 0, CHUNK_TOKENS, CHUNK_TOKENS)

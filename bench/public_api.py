@@ -41,7 +41,7 @@ from lmcache_core import (
     full_attention,
     load_config,
 )
-from lmcache_core.paged import PagedConnector
+from lmcache_core.contracts.paged import PagedConnector
 
 LAYERS, HEADS, HEAD_SIZE, CHUNK_TOKENS, BLOCK_TOKENS = 32, 8, 128, 256, 16
 CHUNKS = 4  # a call

@@ -37,10 +37,10 @@ from lmcache_backend_redis.config import RedisConfig
 from lmcache_backend_redis.layout import HEAD, Head, Names
 from lmcache_backend_redis.loading import IN_FLIGHT_BYTES
 from lmcache_backend_redis.resp import command
-from lmcache_core.frame import HEADER_BYTES
-from lmcache_core.keys import CacheNamespace, ChunkKey, chunk_key
-from lmcache_core.layout import DType, KVLayout, full_attention
-from lmcache_core.storage import BackendContext
+from lmcache_core.chunks.frame import HEADER_BYTES
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey, chunk_key
+from lmcache_core.chunks.layout import DType, KVLayout, full_attention
+from lmcache_core.contracts.storage import BackendContext
 
 MIB = 1 << 20
 VALUES = 8  # of each size, used in turn

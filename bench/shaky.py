@@ -16,10 +16,10 @@ import numpy as np
 
 from lmcache_core import Plugins
 from lmcache_core.builtin.memory import MemoryBackend, MemoryConfig
-from lmcache_core.hookspecs import hookimpl
-from lmcache_core.layout import LayerGroup
-from lmcache_core.serde import Serde, SerdeDescriptor
-from lmcache_core.storage import StorageBackendDescriptor
+from lmcache_core.chunks.layout import LayerGroup
+from lmcache_core.contracts.hookspecs import hookimpl
+from lmcache_core.contracts.serde import Serde, SerdeDescriptor
+from lmcache_core.contracts.storage import StorageBackendDescriptor
 from lmcache_core.testing.faults import (
     NEGATIVE,
     TOO_FEW,

@@ -46,8 +46,8 @@ from calibrations import Memcpy, address, aligned
 from measuring import Report, Result, parse, parser, spread
 
 from lmcache_core import Cache, DType, KVLayout, full_attention, load_config
-from lmcache_core.keys import CacheNamespace
-from lmcache_core.mover import slots_in
+from lmcache_core.cache.mover import slots_in
+from lmcache_core.chunks.keys import CacheNamespace
 from lmcache_core.testing.faults import Faults
 
 CHUNK_TOKENS, LAYERS, HEADS, HEAD_SIZE = 64, 4, 2, 64

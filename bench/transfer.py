@@ -33,9 +33,9 @@ from typing import Any
 from calibrations import SocketPeer, address, aligned
 from measuring import Report, parse, parser, runs_of, throughput
 
-from lmcache_core.link import make_channel
+from lmcache_core.contracts.transfer import Peer, Range
 from lmcache_core.testing.transfer_peer import End, Process, descriptor_of, pattern
-from lmcache_core.transfer import Peer, Range
+from lmcache_core.tiers.peers import make_channel
 
 PIECE_BYTES = 2 << 20
 TURNS = 3

@@ -22,8 +22,8 @@ from pydantic_core import PydanticUndefined
 from lmcache_core.config.layers import variable
 from lmcache_core.config.models import CoreConfig, SectionHead, hidden
 from lmcache_core.dialect.table import ALIASES, EXTRA_KEYS, KEYS, URL_PACKAGES, Key
-from lmcache_core.discovery import CORE
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.discovery import CORE
+from lmcache_core.plugins.manager import Plugins
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 

@@ -27,12 +27,12 @@ from lmcache_backend_redis.layout import HEAD as REDIS_HEAD
 from lmcache_backend_redis.layout import Head as RedisHead
 from lmcache_backend_redis.loading import Load
 from lmcache_backend_redis.resp import ReplyError
+from lmcache_core.chunks.frame import HEADER_BYTES, checksums, may_start, read_header, write_header
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.chunks.layout import DType, KVLayout, full_attention
+from lmcache_core.contracts.storage import BackendContext
 from lmcache_core.errors import BackendError, FrameError, LMCacheError
-from lmcache_core.frame import HEADER_BYTES, checksums, may_start, read_header, write_header
 from lmcache_core.isolation import wire as isolation
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.layout import DType, KVLayout, full_attention
-from lmcache_core.storage import BackendContext
 from lmcache_core.transfer_tcp import wire as tcp
 
 Errors = tuple[type[BaseException], ...]

@@ -10,10 +10,10 @@ from fuzzing import Target
 from fuzzing_files import GROUP, InFolder
 
 from lmcache_core import Plugins
+from lmcache_core.chunks.layout import DType, full_attention
+from lmcache_core.contracts.serde import Serde
 from lmcache_core.errors import ConfigError
-from lmcache_core.layout import DType, full_attention
-from lmcache_core.serde import Serde
-from lmcache_core.serde_chain import chain
+from lmcache_core.tiers.serde_chain import chain_serdes
 from lmcache_kernels.codec.aesgcm import KEYS_VARIABLE, AesGcmConfig, read_keys
 from lmcache_kernels.codec.gpu import stream
 from lmcache_kernels.codec.profile import Profile
@@ -50,7 +50,8 @@ class Codec(Target):
 
     def _chained(self, chunk: bytes) -> bytes:
         named = {one.name: one for one in Plugins().serdes()}
-        serde = chain([named[name].create(named[name].config()) for name in ("cachegen", "raw")])
+        links = (named[name] for name in ("cachegen", "raw"))
+        serde = chain_serdes([link.create(link.config()) for link in links])
         into = bytearray(serde.max_encoded_bytes(self._group, self._tokens))
         size = serde.encode(memoryview(chunk), memoryview(into), self._group, self._tokens)
         self._serdes.append(serde)

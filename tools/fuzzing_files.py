@@ -30,11 +30,11 @@ from lmcache_core.builtin.filesystem_io import ChunkFiles
 from lmcache_core.builtin.filesystem_ledger import LEDGER, Space, UsageLedger, contents
 from lmcache_core.builtin.filesystem_scan import _key
 from lmcache_core.builtin.filesystem_usage import FolderUsage
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.chunks.layout import DType, KVLayout, full_attention
 from lmcache_core.config.models import CoreConfig
+from lmcache_core.contracts.transfer import PeerDescriptor
 from lmcache_core.errors import BackendRejected, ConfigError, PluginError
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.layout import DType, KVLayout, full_attention
-from lmcache_core.transfer import PeerDescriptor
 
 GROUP = full_attention(layers=2, heads=2, head_size=32, dtype=DType.BF16)
 NAMESPACE = CacheNamespace("model", KVLayout(16, (GROUP,)))

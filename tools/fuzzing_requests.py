@@ -12,7 +12,7 @@ from fuzzing import Target
 from fuzzing_files import damage, odd
 
 from lmcache_connector_vllm import identity
-from lmcache_core.hashing import request_root
+from lmcache_core.chunks.hashing import request_root
 
 _PARAMS = {"lmcache.tag.user": "x", "lmcache.tag.n": 1, "lmcache.skip_save": True, "other": {}}
 

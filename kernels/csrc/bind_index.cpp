@@ -68,7 +68,7 @@ Extras extras_of(const std::optional<nb::dict>& given) {
   return extras;
 }
 
-// The digest chain of lmcache_core.hashing, one chunk at a time.
+// The digest chain of lmcache_core.chunks.hashing, one chunk at a time.
 class Chain {
  public:
   Chain(nb::handle parent, int64_t chunk_tokens, int64_t start, Extras extras)
@@ -113,7 +113,7 @@ nb::object plain(nb::handle tokens) {
                        PyLong_CheckExact(PyList_GET_ITEM(tokens.ptr(), count - 1))))
       return nb::borrow(tokens);
   }
-  return nb::module_::import_("lmcache_core.tokens").attr("plain")(tokens);
+  return nb::module_::import_("lmcache_core.chunks.tokens").attr("plain")(tokens);
 }
 
 // Feed the full chunks of `tokens` to `chain` while `go_on()` says so. Bytes, which are 32-bit
@@ -274,7 +274,7 @@ class Index {
   size_t nbytes() const { return index_.nbytes(); }
 
  private:
-  static constexpr uint32_t kReady = 3;  // lmcache_core.chunk_index.ChunkState
+  static constexpr uint32_t kReady = 3;  // lmcache_core.chunks.chunk_index.ChunkState
 
   uint32_t slot_of(int64_t slot) const {
     if (slot < 0 || static_cast<uint64_t>(slot) >= index_.slots())

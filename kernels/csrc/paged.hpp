@@ -11,12 +11,12 @@
 
 namespace lmcache {
 
-// See lmcache_core.connector.PlaneStrides; here in bytes.
+// See lmcache_core.contracts.connector.PlaneStrides; here in bytes.
 struct Plane {
   int64_t offset, block, token, head, dim;
 };
 
-// See lmcache_core.connector.PagedLayout.
+// See lmcache_core.contracts.connector.PagedLayout.
 struct Layout {
   int64_t itemsize, blocks, block_tokens, heads, head_size;
   std::vector<Plane> planes;
@@ -33,7 +33,7 @@ struct Layer {
   int64_t position;
 };
 
-// See lmcache_core.connector.BlockSpan. `blocks` begins with the block of the first token, so
+// See lmcache_core.contracts.connector.BlockSpan. `blocks` begins with the block of the first token, so
 // `first` is less than a block.
 struct Span {
   int64_t first, tokens, chunk_tokens, chunk_offset;

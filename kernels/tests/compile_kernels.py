@@ -24,8 +24,8 @@ from paged_memory import Paged
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lmcache_core.connector import BlockSpan
-from lmcache_core.layout import DType
+from lmcache_core.chunks.layout import DType
+from lmcache_core.contracts.connector import BlockSpan
 from lmcache_kernels import _native, triton_kernels
 from lmcache_kernels.codec.gpu import (
     decode_kernels,

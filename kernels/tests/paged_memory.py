@@ -9,9 +9,9 @@ import numpy
 import torch
 from hypothesis import strategies as st
 
-from lmcache_core.connector import BlockSpan, PagedLayout, PlaneStrides
-from lmcache_core.layout import AttentionKind, DType, LayerGroup
-from lmcache_core.paged import PagedConnector
+from lmcache_core.chunks.layout import AttentionKind, DType, LayerGroup
+from lmcache_core.contracts.connector import BlockSpan, PagedLayout, PlaneStrides
+from lmcache_core.contracts.paged import PagedConnector
 from lmcache_core.testing.connector import EngineMemory
 
 TORCH = {

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from lmcache_core.chunks.layout import DType, full_attention
+from lmcache_core.contracts.serde import Serde, SerdeFacts
 from lmcache_core.errors import ConfigError
-from lmcache_core.layout import DType, full_attention
-from lmcache_core.serde import Serde, SerdeFacts
-from lmcache_core.serde_chain import chain
 from lmcache_core.testing.serde import MakeSerde, SerdeTests, decode, encode, ordinary
+from lmcache_core.tiers.serde_chain import chain_serdes
 from lmcache_kernels.codec import aesgcm
 from lmcache_kernels.codec.config import AesGcmConfig, CacheGenConfig
 from lmcache_kernels.codec.serdes import CacheGenSerde, engine
@@ -51,7 +51,7 @@ class TestAesGcmBehindACodec(SerdeTests):
 
     @pytest.fixture
     def make_serde(self, make_serde: MakeSerde) -> MakeSerde:
-        return lambda: chain([CacheGenSerde(CacheGenConfig(), engine(1)), make_serde()])
+        return lambda: chain_serdes([CacheGenSerde(CacheGenConfig(), engine(1)), make_serde()])
 
 
 def test_a_value_belongs_to_its_place(make_serde: MakeSerde) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmcache_core.layout import DType, LayerGroup, full_attention
-from lmcache_core.serde import Rope, Serde, SerdeFacts
+from lmcache_core.chunks.layout import DType, LayerGroup, full_attention
+from lmcache_core.contracts.serde import Rope, Serde, SerdeFacts
 from lmcache_core.testing.serde import decode, encode
 from lmcache_kernels import _native
 from lmcache_kernels.codec.config import CacheGenConfig

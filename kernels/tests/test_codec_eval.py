@@ -12,9 +12,9 @@ import torch
 from tiny_models import save
 from torch import Tensor
 
+from lmcache_core.contracts.serde import Rope
 from lmcache_core.errors import ConfigError, UnknownPluginError
-from lmcache_core.plugins import Plugins
-from lmcache_core.serde import Rope
+from lmcache_core.plugins.manager import Plugins
 from lmcache_kernels.codec.profile import Profile
 from lmcache_kernels.codec_eval import capture, needle, references, scoring, sensitivity, texts
 from lmcache_kernels.codec_eval.calibration import Options, basis_heads, calibrate

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lmcache_core.chunks.layout import AttentionKind, DType, LayerGroup, full_attention
 from lmcache_core.errors import ConfigError
-from lmcache_core.layout import AttentionKind, DType, LayerGroup, full_attention
 from lmcache_kernels.codec.profile import Profile, basis_bytes
 
 GROUP = full_attention(layers=4, heads=4, head_size=8, dtype=DType.BF16)

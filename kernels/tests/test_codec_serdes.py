@@ -10,13 +10,19 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from lmcache_core.cache import Cache
+from lmcache_core.cache.cache import Cache
+from lmcache_core.chunks.layout import (
+    AttentionKind,
+    DType,
+    KVLayout,
+    LayerGroup,
+    full_attention,
+    mla,
+)
 from lmcache_core.config import load_config
+from lmcache_core.contracts.serde import Rope, Serde, SerdeFacts
 from lmcache_core.errors import ConfigError, UnknownPluginError
-from lmcache_core.layout import AttentionKind, DType, KVLayout, LayerGroup, full_attention, mla
-from lmcache_core.plugins import Plugins
-from lmcache_core.serde import Rope, Serde, SerdeFacts
-from lmcache_core.serde_chain import chain
+from lmcache_core.plugins.manager import Plugins
 from lmcache_core.testing.serde import (
     MakeSerde,
     SerdeTests,
@@ -26,6 +32,7 @@ from lmcache_core.testing.serde import (
     ordinary,
     unpack,
 )
+from lmcache_core.tiers.serde_chain import chain_serdes
 from lmcache_kernels.codec.config import CacheGenConfig, CodecConfig
 from lmcache_kernels.codec.profile import Profile
 from lmcache_kernels.codec.serdes import (
@@ -103,7 +110,7 @@ class TestAChain(SerdeTests):
 
     @pytest.fixture
     def make_serde(self) -> MakeSerde:
-        return lambda: chain([safe(), LosslessSerde(CONFIG, engine(1))])
+        return lambda: chain_serdes([safe(), LosslessSerde(CONFIG, engine(1))])
 
 
 # -- what codecs are for ---------------------------------------------------------------------

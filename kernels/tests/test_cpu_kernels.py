@@ -21,11 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_memory import ORDERS, Paged, TorchMemory, aligned, situations
 
-from lmcache_core.checksums import checksums, layer_checksums
-from lmcache_core.connector import BlockSpan, HostKernels, PagedLayout
-from lmcache_core.layout import AttentionKind, DType, LayerGroup
-from lmcache_core.paged import CanonicalBuffer
-from lmcache_core.reference import ReferenceKernels
+from lmcache_core.chunks.checksums import checksums, layer_checksums
+from lmcache_core.chunks.layout import AttentionKind, DType, LayerGroup
+from lmcache_core.contracts.connector import BlockSpan, HostKernels, PagedLayout
+from lmcache_core.contracts.paged import CanonicalBuffer
+from lmcache_core.memory.reference import ReferenceKernels
 from lmcache_core.testing.connector import EngineConnectorTests, EngineMemory
 from lmcache_kernels import _native
 from lmcache_kernels.cpu import CpuKernels

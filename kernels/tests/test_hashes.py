@@ -11,7 +11,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcache_core.hashing import PrefixHasher
+from lmcache_core.chunks.hashing import PrefixHasher
 from lmcache_kernels import _native
 from lmcache_kernels.index import ChunkIndex
 

@@ -13,10 +13,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from lmcache_core import eviction
-from lmcache_core.chunk_index import NONE, ChunkState, DictIndex
-from lmcache_core.hashing import PrefixHasher
-from lmcache_core.keys import ChunkKey
+from lmcache_core.chunks.chunk_index import NONE, ChunkState, DictIndex
+from lmcache_core.chunks.hashing import PrefixHasher
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.contracts import eviction
 from lmcache_kernels import index as native
 from lmcache_kernels.index import ChunkIndex
 

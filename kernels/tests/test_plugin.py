@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from lmcache_core import eviction
-from lmcache_core.chunk_index import DictIndex
+from lmcache_core.chunks.chunk_index import DictIndex
+from lmcache_core.contracts import eviction
 from lmcache_core.errors import ConfigError
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.manager import Plugins
 from lmcache_kernels import plugin
 from lmcache_kernels.cpu import CpuKernels, usable_cpus
 from lmcache_kernels.index import ChunkIndex

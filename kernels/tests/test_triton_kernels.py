@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_memory import Paged, TorchMemory, situations
 
-from lmcache_core.connector import BlockSpan, Kernels
-from lmcache_core.layout import DType
-from lmcache_core.reference import ReferenceKernels
+from lmcache_core.chunks.layout import DType
+from lmcache_core.contracts.connector import BlockSpan, Kernels
+from lmcache_core.memory.reference import ReferenceKernels
 from lmcache_core.testing.connector import EngineConnectorTests, EngineMemory
 
 pytest.importorskip("triton", reason="pip install lmcache-kernels[triton]")

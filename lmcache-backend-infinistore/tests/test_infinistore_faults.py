@@ -21,12 +21,12 @@ from open_ports import documented, open_ports
 from lmcache_backend_infinistore.backend import InfinistoreBackend
 from lmcache_backend_infinistore.layout import MAX_VALUE_BYTES, Head
 from lmcache_backend_infinistore.links import TcpLink
+from lmcache_core.chunks.keys import CacheNamespace
+from lmcache_core.contracts.storage import MISS, BackendContext, HostRegion, StoreOutcome
 from lmcache_core.errors import BackendRejected, BackendUnavailable
-from lmcache_core.host_memory import allocate_region
 from lmcache_core.isolation.backend import IsolatedBackend
-from lmcache_core.keys import CacheNamespace
+from lmcache_core.memory.host_memory import allocate_region
 from lmcache_core.metrics import Counters
-from lmcache_core.storage import MISS, BackendContext, HostRegion, StoreOutcome
 from lmcache_core.testing.loop import Loop
 from lmcache_core.testing.storage import LAYOUT, buffers, keys, value, views
 
@@ -312,7 +312,7 @@ def connected(port: int) -> Any:
 EVICTING = """
 from dataclasses import replace
 from lmcache_backend_infinistore import links, plugin
-from lmcache_core.hookspecs import hookimpl
+from lmcache_core.contracts.hookspecs import hookimpl
 
 class Evicting(links.TcpLink):
     def exist(self, names):

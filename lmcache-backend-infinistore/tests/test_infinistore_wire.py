@@ -14,9 +14,9 @@ from lmcache_backend_infinistore.config import InfinistoreConfig
 from lmcache_backend_infinistore.layout import BEGINNING, MAX_VALUE_BYTES, Head
 from lmcache_backend_infinistore.links import HEAD_BYTES, VALUES
 from lmcache_backend_infinistore.wire import Block, Wire
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.layout import DType, KVLayout, full_attention
-from lmcache_core.storage import BackendContext
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.chunks.layout import DType, KVLayout, full_attention
+from lmcache_core.contracts.storage import BackendContext
 
 MIB = 1 << 20
 SIZES = (1, 4 << 10, 64 << 10, (64 << 10) - 8, 300_001, 2 * MIB, 5 * MIB + 7)

@@ -35,10 +35,10 @@ from lmcache_backend_lm.shares import Budget, Shares
 from lmcache_backend_lm.values import UNSENT_PART, Value, Values
 from lmcache_backend_lm.wire import MAX_FDS, Wire
 from lmcache_core.builtin.filesystem import FilesystemConfig
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.contracts.storage import StoreOutcome
 from lmcache_core.errors import ConfigError
-from lmcache_core.keys import ChunkKey
 from lmcache_core.metrics import Counters
-from lmcache_core.storage import StoreOutcome
 
 PAGE = 4096
 MIB = 1 << 20

@@ -34,9 +34,9 @@ from lmcache_backend_lm import handshake
 from lmcache_backend_lm.backend import LmBackend
 from lmcache_backend_lm.config import LmConfig
 from lmcache_backend_lm.server import _Worker
+from lmcache_core.contracts.storage import BackendContext, HostRegion
 from lmcache_core.errors import BackendError, BackendUnavailable
-from lmcache_core.host_memory import allocate_region
-from lmcache_core.storage import BackendContext, HostRegion
+from lmcache_core.memory.host_memory import allocate_region
 
 STRUCK = int(os.environ.get("LMCACHE_TEST_KILLS", "40"))
 SEED = int(os.environ.get("LMCACHE_TEST_SEED") or random.randrange(1 << 32))
@@ -47,7 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "staging": {"path": "/where the server is"},
     "region": {"host": "127.0.0.1", "port": 1},
 }
-CALLS = ("stream.Plain.receive ", "stream.Plain._receive ", "stream.Plain.send ")
+CALLS = ("stream.PlainStream.receive ", "stream.PlainStream._receive ", "stream.PlainStream.send ")
 """Functions of nothing but system calls, which may fail at any time."""
 BUSY = ("incoming.Incoming._receive ", "incoming.Incoming._copy ", "outgoing.Outgoing._send_staged")
 HALF_WAY = "connection.Connection.call asyncio.wait 2"

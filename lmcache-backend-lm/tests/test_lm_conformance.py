@@ -13,9 +13,9 @@ from lm_server import RunningServer
 
 from lmcache_backend_lm.backend import LmBackend
 from lmcache_backend_lm.config import LmConfig
-from lmcache_core.host_memory import allocate_region
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.storage import BackendContext, StoreOutcome
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.contracts.storage import BackendContext, StoreOutcome
+from lmcache_core.memory.host_memory import allocate_region
 from lmcache_core.testing.storage import LAYOUT, MakeBackend, StorageBackendTests
 
 REGION_BYTES = 96 << 20

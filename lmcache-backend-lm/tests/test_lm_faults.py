@@ -32,10 +32,10 @@ from lmcache_backend_lm.call import Call, Stage
 from lmcache_backend_lm.config import LmConfig
 from lmcache_backend_lm.protocol import HEADER_BYTES, Op, Status
 from lmcache_core import Cache, ConfigError, DType, KVLayout, Plugins, full_attention, load_config
+from lmcache_core.chunks.keys import CacheNamespace
+from lmcache_core.contracts.storage import MISS, BackendContext, HostRegion, StoreOutcome
 from lmcache_core.errors import BackendError, BackendRejected, BackendTimeout, BackendUnavailable
-from lmcache_core.host_memory import allocate_region
-from lmcache_core.keys import CacheNamespace
-from lmcache_core.storage import MISS, BackendContext, HostRegion, StoreOutcome
+from lmcache_core.memory.host_memory import allocate_region
 from lmcache_core.testing.loop import Loop
 from lmcache_core.testing.storage import LAYOUT, buffers, keys, value, views
 

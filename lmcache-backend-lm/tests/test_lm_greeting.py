@@ -19,12 +19,13 @@ from lmcache_backend_lm import greeting, protocol
 from lmcache_backend_lm.backend import LmBackend
 from lmcache_backend_lm.config import LmConfig
 from lmcache_backend_lm.greeting import Welcome
-from lmcache_backend_lm.proof import PROOF_BYTES, Side, Transcript, binding_of
+from lmcache_backend_lm.proof import PROOF_BYTES, Side, Transcript
 from lmcache_backend_lm.protocol import HEADER_BYTES, Op, Status
+from lmcache_core.aio.tls import binding_of
+from lmcache_core.chunks.keys import CacheNamespace
+from lmcache_core.contracts.storage import BackendContext
 from lmcache_core.errors import BackendRejected
-from lmcache_core.host_memory import allocate_region
-from lmcache_core.keys import CacheNamespace
-from lmcache_core.storage import BackendContext
+from lmcache_core.memory.host_memory import allocate_region
 from lmcache_core.testing.loop import Loop
 from lmcache_core.testing.storage import LAYOUT
 

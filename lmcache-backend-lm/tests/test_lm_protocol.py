@@ -24,7 +24,7 @@ from lmcache_backend_lm import greeting, protocol
 from lmcache_backend_lm.greeting import Welcome
 from lmcache_backend_lm.proof import PROOF_BYTES, Side, Transcript
 from lmcache_backend_lm.protocol import HEADER_BYTES, MISSING, Op, ProtocolError, Status
-from lmcache_core.keys import ChunkKey
+from lmcache_core.chunks.keys import ChunkKey
 
 CASES = 300
 COUNT = st.one_of(st.integers(0, 5), st.sampled_from([protocol.MAX_KEYS, 1 << 20]))

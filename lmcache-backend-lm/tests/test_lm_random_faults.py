@@ -28,16 +28,16 @@ from lmcache_backend_lm.call import Call
 from lmcache_backend_lm.config import LmConfig
 from lmcache_backend_lm.connection import Connection
 from lmcache_backend_lm.protocol import Op
+from lmcache_core.aio.guard import Guard
 from lmcache_core.builtin.raw import RawSerde
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.contracts.storage import BackendContext, HostRegion
 from lmcache_core.errors import BackendError
-from lmcache_core.guard import Guard
-from lmcache_core.host_memory import allocate_region
-from lmcache_core.keys import CacheNamespace, ChunkKey
+from lmcache_core.memory.host_memory import allocate_region
 from lmcache_core.metrics import Counters
-from lmcache_core.storage import BackendContext, HostRegion
 from lmcache_core.testing.loop import Loop
 from lmcache_core.testing.storage import LAYOUT, keys, value
-from lmcache_core.tier import Tier
+from lmcache_core.tiers.tier import Tier
 
 FAULTS = int(os.environ.get("LM_FAULTS", "200"))
 NAMESPACE = CacheNamespace("random faults", LAYOUT)

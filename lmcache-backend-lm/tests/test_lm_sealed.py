@@ -25,13 +25,13 @@ from lmcache_backend_lm.greeting import Welcome
 from lmcache_backend_lm.mapping import is_sealed, may_share
 from lmcache_backend_lm.protocol import HEADER_BYTES, Op, Status
 from lmcache_backend_lm.shared import Staging, open_for_reading
-from lmcache_core.host_memory import allocate_region, reader_of
-from lmcache_core.keys import CacheNamespace
+from lmcache_core.chunks.keys import CacheNamespace
+from lmcache_core.contracts.storage import BackendContext, HostRegion
+from lmcache_core.memory.host_memory import allocate_region, reader_of
 from lmcache_core.metrics import Counters
-from lmcache_core.storage import BackendContext, HostRegion
 from lmcache_core.testing.loop import Loop
 from lmcache_core.testing.storage import LAYOUT
-from lmcache_core.tiers import Tiers
+from lmcache_core.tiers.tiers import Tiers
 
 NBYTES = 1 << 20
 NOBODY = 65534
@@ -324,7 +324,7 @@ def test_a_system_without_proc_shares_no_host_memory(monkeypatch: pytest.MonkeyP
     def no_proc(*_: object) -> int:
         raise FileNotFoundError
 
-    monkeypatch.setattr("lmcache_core.host_memory.os.open", no_proc)
+    monkeypatch.setattr("lmcache_core.memory.host_memory.os.open", no_proc)
     assert owned.region.fd is not None
     assert reader_of(owned.region.fd) is None
     assert open_for_reading(owned.region) is None

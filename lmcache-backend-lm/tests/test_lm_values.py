@@ -25,14 +25,14 @@ from lmcache_backend_lm.protocol import MAX_EXTENTS, Op, ProtocolError
 from lmcache_backend_lm.service import Epochs, Regions
 from lmcache_backend_lm.shared import SharedMemory, Staging
 from lmcache_backend_lm.values import Value, Values
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.contracts.storage import StoreOutcome
 from lmcache_core.errors import ConfigError, LeaseError
-from lmcache_core.keys import ChunkKey
 from lmcache_core.metrics import Counters
-from lmcache_core.storage import StoreOutcome
 
 if TYPE_CHECKING:
     from lmcache_backend_lm.mapping import ReadOnlyMapping
-    from lmcache_core.stream import Stream
+    from lmcache_core.aio.stream import Stream
 
 PAGE = 4096
 SPACE = "0" * 16

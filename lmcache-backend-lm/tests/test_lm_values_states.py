@@ -18,10 +18,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from lmcache_backend_lm.arena import Arena, whole_pages
 from lmcache_backend_lm.values import Held, Value, Values
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.contracts.storage import StoreOutcome
 from lmcache_core.errors import LeaseError
-from lmcache_core.keys import ChunkKey
 from lmcache_core.metrics import Counters
-from lmcache_core.storage import StoreOutcome
 
 STEPS = int(os.environ.get("LMCACHE_TEST_STEPS", "1000"))
 SEED = int(os.environ.get("LMCACHE_TEST_SEED") or random.randrange(1 << 32))

@@ -13,8 +13,8 @@ from contextlib import closing, contextmanager
 import pytest
 
 from lmcache_backend_lm.wire import Wire
-from lmcache_core.stream import WAKE_BYTES, Plain
-from lmcache_core.views import last_first, next_of, take_out
+from lmcache_core.aio.pieces import last_first, next_of, take_out
+from lmcache_core.aio.stream import WAKE_BYTES, PlainStream
 
 KIB = 1 << 10
 SIZES = [
@@ -63,7 +63,7 @@ def test_a_client_receives_all_views(sizes: list[int], part: int) -> None:
     content = os.urandom(sum(sizes))
     views = [memoryview(bytearray(size)) for size in sizes]
     with _pair() as (near, far), _trickling(far, content, part):
-        stream = Plain(near)
+        stream = PlainStream(near)
         left = last_first(views)
         while left:
             got = stream.receive(next_of(left))

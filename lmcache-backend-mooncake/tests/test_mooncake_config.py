@@ -16,7 +16,7 @@ from lmcache_backend_mooncake import machine
 from lmcache_backend_mooncake.config import PATH_VARIABLE, MooncakeConfig
 from lmcache_core.config import load_config
 from lmcache_core.errors import ConfigError
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.manager import Plugins
 
 GIB = 1 << 30
 MIXED = """

@@ -21,12 +21,12 @@ from open_ports import documented, open_ports
 from lmcache_backend_mooncake import machine
 from lmcache_backend_mooncake.backend import MooncakeBackend
 from lmcache_backend_mooncake.config import MooncakeConfig
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey, chunk_key
+from lmcache_core.contracts.storage import MISS, BackendContext, HostRegion, StoreOutcome
 from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
-from lmcache_core.host_memory import allocate_region
 from lmcache_core.isolation.backend import IsolatedBackend
-from lmcache_core.keys import CacheNamespace, ChunkKey, chunk_key
+from lmcache_core.memory.host_memory import allocate_region
 from lmcache_core.metrics import Counters
-from lmcache_core.storage import MISS, BackendContext, HostRegion, StoreOutcome
 from lmcache_core.testing.loop import Loop
 from lmcache_core.testing.storage import LAYOUT
 

@@ -15,13 +15,13 @@ from open_ports import documented, open_ports
 from pydantic import ValidationError
 
 from lmcache_backend_nixl.config import NixlChannelConfig
+from lmcache_core.contracts.transfer import PeerDescriptor, TransferChannel, TransferContext
 from lmcache_core.errors import BackendRejected
-from lmcache_core.host_memory import allocate_region
-from lmcache_core.link import open_channel
-from lmcache_core.plugins import Plugins
+from lmcache_core.memory.host_memory import allocate_region
+from lmcache_core.plugins.manager import Plugins
 from lmcache_core.testing.transfer import TransferChannelTests
 from lmcache_core.testing.transfer_processes import BetweenProcesses
-from lmcache_core.transfer import PeerDescriptor, TransferChannel, TransferContext
+from lmcache_core.tiers.peers import open_channel
 
 LOOPBACK = {"devices": "lo"}
 OVER_TCP = {**LOOPBACK, "transport": "tcp"}

@@ -13,7 +13,7 @@ from lmcache_backend_nixl import plugin
 from lmcache_backend_nixl.config import NixlConfig
 from lmcache_core.config import load_config
 from lmcache_core.errors import BackendRejected, ConfigError
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.manager import Plugins
 
 POSIX = """\
 chunk_size: 256

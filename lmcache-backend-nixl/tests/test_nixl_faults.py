@@ -17,15 +17,15 @@ from lmcache_backend_nixl.agent import Agent, Moves, TransferFailed, address_of
 from lmcache_backend_nixl.config import NixlConfig
 from lmcache_backend_nixl.files import NixlFileBackend
 from lmcache_backend_nixl.objects import NixlObjectBackend
-from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.storage import (
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.contracts.storage import (
     MISS,
     BackendContext,
     BlockingBackend,
     HostRegion,
     StoreOutcome,
 )
+from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
 from lmcache_core.testing.loop import Loop
 from lmcache_core.testing.storage import LAYOUT, keys, value
 

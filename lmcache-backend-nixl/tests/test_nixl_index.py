@@ -16,7 +16,7 @@ import pytest
 from lmcache_backend_nixl import index as module
 from lmcache_backend_nixl.index import Entry, Index, OwnIndex
 from lmcache_backend_nixl.slots import Shape
-from lmcache_core.keys import ChunkKey
+from lmcache_core.chunks.keys import ChunkKey
 
 SLOT = 4096
 SHAPE = Shape(SLOT, 1, 1)
@@ -246,7 +246,7 @@ import os, sys
 from pathlib import Path
 from lmcache_backend_nixl.index import OwnIndex
 from lmcache_backend_nixl.slots import Shape
-from lmcache_core.keys import ChunkKey
+from lmcache_core.chunks.keys import ChunkKey
 owner = OwnIndex(Path(sys.argv[1]), "pool", os.open(sys.argv[1], os.O_RDWR | os.O_CREAT))
 owner.recover(8, Shape(4096, 1, 1), 8)
 data = open(sys.argv[2], "r+b", buffering=0)

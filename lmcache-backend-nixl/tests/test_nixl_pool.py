@@ -12,8 +12,8 @@ import pytest
 from lmcache_backend_nixl.index import Entry, Index
 from lmcache_backend_nixl.pool import Others, Pool, index_file
 from lmcache_backend_nixl.slots import Shape
+from lmcache_core.chunks.keys import ChunkKey
 from lmcache_core.errors import BackendUnavailable
-from lmcache_core.keys import ChunkKey
 
 SLOT = 4096
 SHAPE = Shape(SLOT, 2, 1)

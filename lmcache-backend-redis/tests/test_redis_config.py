@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from lmcache_backend_redis.config import Address, Form, RedisConfig, parse_address
 from lmcache_core.config import load_config
 from lmcache_core.errors import ConfigError
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.manager import Plugins
 
 LOCAL = ("localhost", 6379)
 

@@ -25,16 +25,16 @@ from lmcache_backend_redis.backend import RedisBackend
 from lmcache_backend_redis.config import RedisConfig
 from lmcache_backend_redis.layout import HEAD, Names
 from lmcache_backend_redis.storing import Store
+from lmcache_core.aio.guard import Guard
 from lmcache_core.builtin.raw import RawSerde
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.contracts.storage import MISS, BackendContext, StoreOutcome
 from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
-from lmcache_core.guard import Guard
-from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.metrics import Counters
-from lmcache_core.storage import MISS, BackendContext, StoreOutcome
 from lmcache_core.testing.loop import Loop
 from lmcache_core.testing.ports import free_port
 from lmcache_core.testing.storage import LAYOUT, buffers, keys, value, views
-from lmcache_core.tier import Tier
+from lmcache_core.tiers.tier import Tier
 
 NAMESPACE = CacheNamespace("faults", LAYOUT)
 PIECE = 64 << 10

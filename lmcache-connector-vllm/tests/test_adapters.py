@@ -26,7 +26,7 @@ from lmcache_connector_vllm.adapters import (  # noqa: E402
     RequestAdapter,
     adapter_facts,
 )
-from lmcache_core.model import adapter_identity  # noqa: E402
+from lmcache_core.chunks.identity import adapter_identity  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

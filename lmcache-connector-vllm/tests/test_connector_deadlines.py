@@ -21,10 +21,10 @@ pytest.importorskip("vllm.distributed.kv_events")
 from lmcache_connector_vllm.scheduler import SchedulerSide  # noqa: E402
 from lmcache_connector_vllm.settings import Settings  # noqa: E402
 from lmcache_connector_vllm.worker import WorkerSide  # noqa: E402
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey  # noqa: E402
+from lmcache_core.chunks.layout import DType, KVLayout, full_attention  # noqa: E402
 from lmcache_core.config import load_config  # noqa: E402
-from lmcache_core.keys import CacheNamespace, ChunkKey  # noqa: E402
-from lmcache_core.layout import DType, KVLayout, full_attention  # noqa: E402
-from lmcache_core.plugins import Plugins  # noqa: E402
+from lmcache_core.plugins.manager import Plugins  # noqa: E402
 
 RANKS, CLOSING_S, LOOKUP_S = 2, 8.0, 3.0
 WAIT_S = 30.0

@@ -206,7 +206,7 @@ def test_streamed_weights_are_named_by_their_address(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What vLLM leaves in a folder of its own is the configuration alone."""
-    from lmcache_core import model as core
+    from lmcache_core.chunks import identity as core
 
     asked: list[str] = []
 

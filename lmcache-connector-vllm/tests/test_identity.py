@@ -13,10 +13,10 @@ torch = pytest.importorskip("torch")
 interface = pytest.importorskip("vllm.v1.kv_cache_interface")
 
 from lmcache_connector_vllm import identity  # noqa: E402
+from lmcache_core.chunks.keys import CacheNamespace  # noqa: E402
+from lmcache_core.chunks.layout import AttentionKind, DType, KVLayout, full_attention  # noqa: E402
+from lmcache_core.contracts.serde import Rope  # noqa: E402
 from lmcache_core.errors import ConfigError, LayoutError  # noqa: E402
-from lmcache_core.keys import CacheNamespace  # noqa: E402
-from lmcache_core.layout import AttentionKind, DType, KVLayout, full_attention  # noqa: E402
-from lmcache_core.serde import Rope  # noqa: E402
 
 
 def vllm_config(**parallel: int) -> Any:

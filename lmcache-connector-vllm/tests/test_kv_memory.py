@@ -13,10 +13,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
 from lmcache_connector_vllm import kv_memory  # noqa: E402
-from lmcache_core.connector import BlockSpan  # noqa: E402
+from lmcache_core.chunks.layout import DType, LayerGroup, full_attention, mla  # noqa: E402
+from lmcache_core.contracts.connector import BlockSpan  # noqa: E402
 from lmcache_core.errors import LayoutError  # noqa: E402
-from lmcache_core.layout import DType, LayerGroup, full_attention, mla  # noqa: E402
-from lmcache_core.reference import ReferenceKernels  # noqa: E402
+from lmcache_core.memory.reference import ReferenceKernels  # noqa: E402
 
 BLOCKS, HEADS, TOKENS, SIZE = 4, 2, 32, 64
 GROUP = full_attention(layers=1, heads=HEADS, head_size=SIZE, dtype=DType.F32)

@@ -16,13 +16,13 @@ kv_events = pytest.importorskip("vllm.distributed.kv_events")
 
 from lmcache_connector_vllm.scheduler import SchedulerSide  # noqa: E402
 from lmcache_connector_vllm.settings import Settings  # noqa: E402
-from lmcache_core.chunk_index import ChunkState  # noqa: E402
+from lmcache_core.cache.mover import slots_in  # noqa: E402
+from lmcache_core.cache.plan import FetchOp, Report, StoreOp  # noqa: E402
+from lmcache_core.chunks.chunk_index import ChunkState  # noqa: E402
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey  # noqa: E402
+from lmcache_core.chunks.layout import DType, KVLayout, full_attention  # noqa: E402
 from lmcache_core.config import load_config  # noqa: E402
-from lmcache_core.keys import CacheNamespace, ChunkKey  # noqa: E402
-from lmcache_core.layout import DType, KVLayout, full_attention  # noqa: E402
-from lmcache_core.mover import slots_in  # noqa: E402
-from lmcache_core.plan import FetchOp, Report, StoreOp  # noqa: E402
-from lmcache_core.plugins import Plugins  # noqa: E402
+from lmcache_core.plugins.manager import Plugins  # noqa: E402
 
 CHUNK, SLOTS = 16, 40
 NAMESPACE = CacheNamespace(

@@ -13,9 +13,9 @@ MakeDistribution = Callable[..., str]
 
 DESCRIPTORS = """
 from pydantic import BaseModel, ConfigDict, SecretStr
-from lmcache_core.hookspecs import hookimpl
-from lmcache_core.serde import SerdeDescriptor
-from lmcache_core.storage import StorageBackendDescriptor
+from lmcache_core.contracts.hookspecs import hookimpl
+from lmcache_core.contracts.serde import SerdeDescriptor
+from lmcache_core.contracts.storage import StorageBackendDescriptor
 
 class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)

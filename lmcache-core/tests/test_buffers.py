@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from lmcache_core import Cache, DType, KVLayout, Paged, Plugins, full_attention, load_config, mla
-from lmcache_core.buffers import kv_memory
-from lmcache_core.connector import EngineConnector
-from lmcache_core.layout import LayerGroup
-from lmcache_core.paged import CanonicalBuffer
+from lmcache_core.chunks.layout import LayerGroup
+from lmcache_core.contracts.buffers import kv_memory
+from lmcache_core.contracts.connector import EngineConnector
+from lmcache_core.contracts.paged import CanonicalBuffer
 
 CHUNK, TOKENS = 16, 64
 GROUP = full_attention(layers=3, heads=2, head_size=8, dtype=DType.F16)
@@ -251,7 +251,7 @@ def paged_engine() -> Any:
     """Eight blocks of sixteen tokens."""
     torch = pytest.importorskip("torch")
     from lmcache_core import PagedLayout, PlaneStrides
-    from lmcache_core.paged import PagedConnector
+    from lmcache_core.contracts.paged import PagedConnector
 
     row, plane = 16, 16 * 16
     planes = tuple(PlaneStrides(i * plane, 2 * plane, row, 8, 1) for i in range(2))

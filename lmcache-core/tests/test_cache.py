@@ -27,10 +27,10 @@ from lmcache_core import (
     hookimpl,
     load_config,
 )
+from lmcache_core.cache.mover import Mover
 from lmcache_core.config import Config
-from lmcache_core.connector import EngineConnectorDescriptor
-from lmcache_core.mover import Mover
-from lmcache_core.paged import CanonicalBuffer
+from lmcache_core.contracts.connector import EngineConnectorDescriptor
+from lmcache_core.contracts.paged import CanonicalBuffer
 
 CHUNK = 16
 GROUP = full_attention(layers=3, heads=2, head_size=8, dtype=DType.BF16)

@@ -12,10 +12,10 @@ import pytest
 from mover_rig import CHUNK, WAIT_S, Rig, content, counted, eventually, loaded
 
 from lmcache_core import Cache
+from lmcache_core.aio.guard import Guard
+from lmcache_core.aio.io_loop import IOLoop
 from lmcache_core.errors import BackendRejected, BackendUnavailable
-from lmcache_core.guard import Guard
-from lmcache_core.io_loop import IOLoop
-from lmcache_core.tiers import CLEAR_AGAIN_S, Tiers
+from lmcache_core.tiers.tiers import CLEAR_AGAIN_S, Tiers
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from lmcache_core import collision
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
+from lmcache_core.chunks.keys import CacheNamespace
+from lmcache_core.chunks.layout import DType, KVLayout, full_attention
 from lmcache_core.cli import doctor, main
+from lmcache_core.contracts.storage import BackendContext
 from lmcache_core.errors import ConfigError
-from lmcache_core.keys import CacheNamespace
-from lmcache_core.layout import DType, KVLayout, full_attention
-from lmcache_core.storage import BackendContext
+from lmcache_core.plugins import upstream
 
 MakeDistribution = Callable[..., str]
 
@@ -271,10 +271,10 @@ def test_the_disk_folder_is_tried(
 
 
 def test_upstream_beside_us_is_refused(distribution: MakeDistribution, lmcache: Run) -> None:
-    collision.refuse_upstream()
+    upstream.refuse_upstream()
     distribution("lmcache", "", version="0.5.6", entry_points="[x]\n")
     with pytest.raises(ConfigError) as caught:
-        collision.refuse_upstream()
+        upstream.refuse_upstream()
     assert "lmcache 0.5.6" in str(caught.value)
     assert "pip uninstall lmcache" in str(caught.value)
     status, out, _ = lmcache("doctor", "--set", "max_local_cpu_size=0.01")
@@ -291,4 +291,4 @@ def test_what_a_half_removed_upstream_leaves_is_refused(
     (package / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match="hides the files"):
-        collision.refuse_upstream()
+        upstream.refuse_upstream()

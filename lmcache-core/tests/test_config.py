@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from lmcache_core.config import BackendSection, Config, CoreConfig, load_config
 from lmcache_core.errors import ConfigError, PluginLoadError
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.manager import Plugins
 from lmcache_core.redaction import without_passwords_in
 
 MakeDistribution = Callable[..., str]

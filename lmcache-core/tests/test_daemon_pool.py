@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from lmcache_core.daemon_pool import DaemonPool
+from lmcache_core.aio.daemon_pool import DaemonPool
 from lmcache_core.errors import PluginRaised
 
 
@@ -133,7 +133,7 @@ def test_after_shutdown_nothing_is_taken() -> None:
 def test_a_stuck_call_does_not_keep_the_interpreter_from_exiting() -> None:
     program = (
         "import threading\n"
-        "from lmcache_core.daemon_pool import DaemonPool\n"
+        "from lmcache_core.aio.daemon_pool import DaemonPool\n"
         "stuck = threading.Event()\n"
         "pool = DaemonPool(1, 'test')\n"
         "pool.submit(stuck.wait)\n"

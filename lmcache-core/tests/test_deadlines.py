@@ -16,7 +16,7 @@ import pytest
 from mover_rig import CHUNK, WAIT_S, Clock, Rig, content, eventually, loaded, prompt
 
 from lmcache_core import Cache
-from lmcache_core.io_loop import IOLoop
+from lmcache_core.aio.io_loop import IOLoop
 
 DEADLINE_S = 1000.0
 """Of the cache under test: so long that it never passes on any real clock."""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lmcache_core import digests as module
-from lmcache_core.digests import PIECE_BYTES, FileDigests
+from lmcache_core.chunks import digests as module
+from lmcache_core.chunks.digests import PIECE_BYTES, FileDigests
 from lmcache_core.errors import UnnamedError
 
 LATER = 4e9

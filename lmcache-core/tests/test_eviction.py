@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcache_core.builtin import policies
-from lmcache_core.eviction import FIFO, LFU, LRU, MRU, CachePolicy
+from lmcache_core.contracts.eviction import FIFO, LFU, LRU, MRU, CachePolicy
 
 SLOTS = 8
 OPERATIONS = st.lists(

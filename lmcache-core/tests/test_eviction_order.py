@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from lmcache_core.chunk_index import DictIndex
-from lmcache_core.connector import BlockSpan
+from lmcache_core.cache.eviction_order import LOOKED_AT, MAX_FAILURES
+from lmcache_core.cache.plan import Report
+from lmcache_core.cache.planner import Planner
+from lmcache_core.chunks.chunk_index import DictIndex
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.contracts.connector import BlockSpan
+from lmcache_core.contracts.eviction import LRU, CachePolicy
 from lmcache_core.errors import PluginError
-from lmcache_core.eviction import LRU, CachePolicy
-from lmcache_core.eviction_order import LOOKED_AT, MAX_FAILURES
-from lmcache_core.keys import ChunkKey
 from lmcache_core.metrics import Counters
-from lmcache_core.plan import Report
-from lmcache_core.planner import Planner
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.manager import Plugins
 
 SPAN = BlockSpan([0], 0, 16, 16)
 

@@ -9,10 +9,10 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcache_core.checksums import checksums, combined, layer_checksums
+from lmcache_core.chunks.checksums import checksums, combined, layer_checksums
+from lmcache_core.chunks.frame import HEADER_BYTES, Header, read_header, write_header
+from lmcache_core.chunks.keys import ChunkKey, chunk_key
 from lmcache_core.errors import FrameError
-from lmcache_core.frame import HEADER_BYTES, Header, read_header, write_header
-from lmcache_core.keys import ChunkKey, chunk_key
 
 KEY = chunk_key(bytes(range(1, 17)))
 FINGERPRINT = "0123456789abcdef"

@@ -6,9 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from lmcache_core.hashing import PrefixHasher, request_root
-from lmcache_core.keys import CacheNamespace, chunk_key
-from lmcache_core.layout import AttentionKind, DType, KVLayout, LayerGroup, full_attention, mla
+from lmcache_core.chunks.hashing import PrefixHasher, request_root
+from lmcache_core.chunks.keys import CacheNamespace, chunk_key
+from lmcache_core.chunks.layout import (
+    AttentionKind,
+    DType,
+    KVLayout,
+    LayerGroup,
+    full_attention,
+    mla,
+)
 
 NEVER = "names never change; see docs/decisions/0018-names.md"
 FULL = full_attention(layers=4, heads=4, head_size=64, dtype=DType.BF16)

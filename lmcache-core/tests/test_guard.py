@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lmcache_core.aio.guard import Answer, BreakerState, Guard, attempt, attempted
 from lmcache_core.errors import (
     BackendError,
     BackendProcessLost,
@@ -19,7 +20,6 @@ from lmcache_core.errors import (
     BackendUnavailable,
     PluginRaised,
 )
-from lmcache_core.guard import Answer, BreakerState, Guard, attempt, attempted
 from lmcache_core.metrics import Counters
 
 LONG_S = 30.0

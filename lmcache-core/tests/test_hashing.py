@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcache_core.hashing import PrefixHasher, request_root, token_bytes
-from lmcache_core.keys import DIGEST_BYTES
+from lmcache_core.chunks.hashing import PrefixHasher, request_root, token_bytes
+from lmcache_core.chunks.keys import DIGEST_BYTES
 
 ROOT = b"\x11" * 8
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=40)
@@ -155,8 +155,8 @@ def test_tokens_are_little_endian() -> None:
 
 def test_nothing_depends_on_the_hash_seed() -> None:
     code = (
-        "from lmcache_core.hashing import *; from lmcache_core.keys import *;"
-        "from lmcache_core.layout import *;"
+        "from lmcache_core.chunks.hashing import *; from lmcache_core.chunks.keys import *;"
+        "from lmcache_core.chunks.layout import *;"
         "g = LayerGroup((0, 1), AttentionKind.FULL, 2, 2, 8, DType.BF16);"
         "n = CacheNamespace('model', KVLayout(4, (g,)), salt='s');"
         "h = PrefixHasher(request_root(n.root, 'lora=x'), 4, {0: b'image'});"

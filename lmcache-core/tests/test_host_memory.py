@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_core import host_memory
 from lmcache_core.builtin import host
+from lmcache_core.contracts.storage import HostRegion
 from lmcache_core.errors import ConfigError
-from lmcache_core.host_memory import (
+from lmcache_core.memory import host_memory
+from lmcache_core.memory.host_memory import (
     PAGE_BYTES,
     HostArena,
     allocate_region,
@@ -27,8 +28,7 @@ from lmcache_core.host_memory import (
     own_node,
     share,
 )
-from lmcache_core.plugins import Plugins
-from lmcache_core.storage import HostRegion
+from lmcache_core.plugins.manager import Plugins
 
 MIB = 1 << 20
 
@@ -156,7 +156,7 @@ def test_another_process_sees_and_changes_shared_memory() -> None:
     region = allocate_region(MIB, shared=True, populate=True).region
     region.view[7:10] = b"abc"
     code = (
-        "import sys; from lmcache_core.host_memory import attach\n"
+        "import sys; from lmcache_core.memory.host_memory import attach\n"
         "view = attach(int(sys.argv[1]), 1 << 20).view\n"
         "view[7:10] = bytes(view[7:10]).upper()"
     )

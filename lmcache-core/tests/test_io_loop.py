@@ -10,8 +10,8 @@ from concurrent.futures import CancelledError
 
 import pytest
 
+from lmcache_core.aio.io_loop import IOLoop
 from lmcache_core.errors import PluginRaised
-from lmcache_core.io_loop import IOLoop
 
 
 @pytest.fixture

@@ -17,27 +17,27 @@ from typing import Any
 import pytest
 import unsafe_backend
 
+from lmcache_core.aio.guard import BreakerState, Guard
+from lmcache_core.aio.io_loop import IOLoop
 from lmcache_core.builtin.filesystem import FilesystemConfig
 from lmcache_core.builtin.memory import MemoryConfig
 from lmcache_core.builtin.raw import RawSerde
-from lmcache_core.cache import Cache
+from lmcache_core.cache.cache import Cache
+from lmcache_core.chunks.keys import CacheNamespace
+from lmcache_core.chunks.layout import DType, KVLayout, full_attention
 from lmcache_core.config import load_config
+from lmcache_core.contracts.storage import MISS, BackendContext, HostRegion, StoreOutcome
 from lmcache_core.errors import BackendUnavailable, ConfigError, PluginError
-from lmcache_core.guard import BreakerState, Guard
-from lmcache_core.host_memory import PAGE_BYTES, HostArena, allocate_region
-from lmcache_core.io_loop import IOLoop
 from lmcache_core.isolation import backend as isolated_backend
 from lmcache_core.isolation import process
 from lmcache_core.isolation.backend import IsolatedBackend
-from lmcache_core.keys import CacheNamespace
-from lmcache_core.layout import DType, KVLayout, full_attention
+from lmcache_core.memory.host_memory import PAGE_BYTES, HostArena, allocate_region
 from lmcache_core.metrics import Counters
-from lmcache_core.plugins import Plugins
-from lmcache_core.storage import MISS, BackendContext, HostRegion, StoreOutcome
+from lmcache_core.plugins.manager import Plugins
 from lmcache_core.testing.loop import Loop
 from lmcache_core.testing.storage import LAYOUT, buffers, keys, value, views
-from lmcache_core.tier import Tier
-from lmcache_core.tiers import Tiers
+from lmcache_core.tiers.tier import Tier
+from lmcache_core.tiers.tiers import Tiers
 
 LONG_S = 60.0
 MIB = 1 << 20
@@ -420,11 +420,11 @@ def test_a_child_dies_with_its_parent(options: Callable[..., Any], busy: bool) -
     code = f"""
 import asyncio, sys
 from lmcache_core.isolation.backend import IsolatedBackend
-from lmcache_core.layout import DType, KVLayout, full_attention
+from lmcache_core.chunks.layout import DType, KVLayout, full_attention
 from lmcache_core.metrics import Counters
-from lmcache_core.plugins import Plugins
-from lmcache_core.storage import BackendContext
-from lmcache_core.keys import CacheNamespace
+from lmcache_core.plugins.manager import Plugins
+from lmcache_core.contracts.storage import BackendContext
+from lmcache_core.chunks.keys import CacheNamespace
 from lmcache_core.testing.storage import LAYOUT, keys
 
 async def main():
@@ -559,7 +559,7 @@ def test_nothing_of_this_is_imported_when_nobody_isolates(tmp_path: Path) -> Non
 import sys
 from lmcache_core import Cache, DType, KVLayout, full_attention
 from lmcache_core.config import load_config
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.manager import Plugins
 plugins = Plugins()
 settings = ["chunk_size=16", "max_local_cpu_size=0.01", "backends.memory.type=memory"]
 config = load_config(plugins, environ={}, assignments=settings)

@@ -17,10 +17,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, SecretBytes, SecretStr
 
+from lmcache_core.chunks.keys import CacheNamespace
+from lmcache_core.chunks.layout import (
+    AttentionKind,
+    DType,
+    KVLayout,
+    LayerGroup,
+    full_attention,
+    mla,
+)
 from lmcache_core.config import load_config
-from lmcache_core.creation import NotCreated
+from lmcache_core.contracts.storage import BackendContext, HostRegion
 from lmcache_core.errors import BackendUnavailable, ConfigError, LeaseError, PluginLoadError
-from lmcache_core.host_memory import PAGE_BYTES
 from lmcache_core.isolation import wire
 from lmcache_core.isolation.process import Child, describe_exit
 from lmcache_core.isolation.scratch import Extent, Scratch
@@ -34,11 +42,10 @@ from lmcache_core.isolation.wire import (
     error_to_plain,
     options_to_plain,
 )
-from lmcache_core.keys import CacheNamespace
-from lmcache_core.layout import AttentionKind, DType, KVLayout, LayerGroup, full_attention, mla
+from lmcache_core.memory.host_memory import PAGE_BYTES
 from lmcache_core.metrics import Counters
-from lmcache_core.plugins import Plugins
-from lmcache_core.storage import BackendContext, HostRegion
+from lmcache_core.plugins.creation import NotCreated
+from lmcache_core.plugins.manager import Plugins
 
 # -- messages ------------------------------------------------------------------------------
 

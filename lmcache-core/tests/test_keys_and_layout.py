@@ -8,9 +8,9 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
+from lmcache_core.chunks.keys import DIGEST_BYTES, GROUP_NAME_BYTES, CacheNamespace, chunk_key
+from lmcache_core.chunks.layout import AttentionKind, DType, KVLayout, LayerGroup
 from lmcache_core.errors import LayoutError
-from lmcache_core.keys import DIGEST_BYTES, GROUP_NAME_BYTES, CacheNamespace, chunk_key
-from lmcache_core.layout import AttentionKind, DType, KVLayout, LayerGroup
 
 GROUP = LayerGroup((0, 1), AttentionKind.FULL, 2, heads=4, head_size=8, dtype=DType.BF16)
 LAYOUT = KVLayout(16, (GROUP,))

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from lmcache_core.errors import LeaseError
-from lmcache_core.leases import Ledger, Shared
+from lmcache_core.memory.leases import Ledger, SharedResource
 from lmcache_core.metrics import Counters
 
 
@@ -20,8 +20,8 @@ class Kept:
         self.ledger = Ledger("slot", self.counters)
         self.ended: list[str] = []
 
-    def shared(self, what: str = "7") -> Shared:
-        return Shared(self.ledger, lambda: self.ended.append(what), what)
+    def shared(self, what: str = "7") -> SharedResource:
+        return SharedResource(self.ledger, lambda: self.ended.append(what), what)
 
 
 def test_a_lease_is_given_back_once() -> None:

@@ -13,7 +13,7 @@ from lmcache_core.config import Config, load_config
 from lmcache_core.config.models import CoreConfig
 from lmcache_core.dialect.table import ALIASES, KEYS, Fate
 from lmcache_core.errors import ConfigError
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.manager import Plugins
 
 MakeDistribution = Callable[..., str]
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from lmcache_core.digests import FileDigests
-from lmcache_core.errors import UnnamedError
-from lmcache_core.model import (
+from lmcache_core.chunks.digests import FileDigests
+from lmcache_core.chunks.identity import (
     ModelFacts,
     adapter_identity,
     config_identity,
     weights_identity,
 )
+from lmcache_core.errors import UnnamedError
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +136,7 @@ def test_a_folder_without_weights_has_no_name(tmp_path: Path) -> None:
 def test_the_cost_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = _checkpoint(tmp_path / "model")
     digests = FileDigests(tmp_path / "kept", clock=lambda: 4e9)
-    with caplog.at_level(logging.INFO, "lmcache_core.model"):
+    with caplog.at_level(logging.INFO, "lmcache_core.chunks.identity"):
         weights_identity(str(folder), digests=digests)
         weights_identity(str(folder), digests=digests)
     (line,) = caplog.messages

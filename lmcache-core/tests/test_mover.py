@@ -33,12 +33,12 @@ from lmcache_core import (
     Cache,
     Paged,
 )
-from lmcache_core.checksums import checksums
+from lmcache_core.chunks.checksums import checksums
+from lmcache_core.chunks.frame import HEADER_BYTES
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.chunks.layout import LayerGroup
 from lmcache_core.errors import FrameError
-from lmcache_core.frame import HEADER_BYTES
-from lmcache_core.keys import ChunkKey
-from lmcache_core.layout import LayerGroup
-from lmcache_core.sealing import Chunk, Sealer
+from lmcache_core.tiers.sealing import Chunk, Sealer
 
 
 @pytest.fixture

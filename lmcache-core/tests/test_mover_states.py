@@ -31,7 +31,7 @@ from mover_rig import (
 )
 
 from lmcache_core import Paged
-from lmcache_core.sealing import Chunk, Sealer
+from lmcache_core.tiers.sealing import Chunk, Sealer
 
 STEPS_EACH = 25
 STEPS = int(os.environ.get("LMCACHE_TEST_STEPS", "300"))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from lmcache_core.chunks.identity import weights_identity
+from lmcache_core.chunks.object_weights import listed
 from lmcache_core.errors import UnnamedError
-from lmcache_core.model import weights_identity
-from lmcache_core.object_weights import listed
 
 Objects = dict[str, dict[str, Any]]
 

@@ -19,9 +19,9 @@ from open_ports import documented, open_ports
 
 from lmcache_backend_lm.server import Server, ServerOptions
 from lmcache_core import Cache, ConfigError, DType, KVLayout, Plugins, full_attention, load_config
-from lmcache_core.host_memory import allocate_region
-from lmcache_core.link import open_channel
-from lmcache_core.transfer import TransferContext
+from lmcache_core.contracts.transfer import TransferContext
+from lmcache_core.memory.host_memory import allocate_region
+from lmcache_core.tiers.peers import open_channel
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104
 GROUP = full_attention(layers=1, heads=1, head_size=8, dtype=DType.BF16)

@@ -12,16 +12,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from lmcache_core.chunk_index import NONE, ChunkIndex, ChunkState, DictIndex
-from lmcache_core.connector import BlockSpan
+from lmcache_core.cache.holds import Hold
+from lmcache_core.cache.plan import FetchOp, Report, StoreOp
+from lmcache_core.cache.planner import Planner
+from lmcache_core.chunks.chunk_index import NONE, ChunkIndex, ChunkState, DictIndex
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.contracts.connector import BlockSpan
+from lmcache_core.contracts.eviction import CachePolicy
 from lmcache_core.errors import LeaseError
-from lmcache_core.eviction import CachePolicy
-from lmcache_core.holds import Hold
-from lmcache_core.keys import ChunkKey
 from lmcache_core.metrics import Counters
-from lmcache_core.plan import FetchOp, Report, StoreOp
-from lmcache_core.planner import Planner
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.manager import Plugins
 from lmcache_core.testing.faults import Answer as Nonsense
 from lmcache_core.testing.faults import Faults, Raise
 from lmcache_core.testing.faulty import FaultyPolicy

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from lmcache_core.discovery import core_version
 from lmcache_core.errors import ConfigError, PluginError, PluginLoadError, UnknownPluginError
-from lmcache_core.plugins import BUILTIN_PLUGINS, PluginRecord, Plugins
+from lmcache_core.plugins.discovery import core_version
+from lmcache_core.plugins.manager import BUILTIN_PLUGINS, PluginRecord, Plugins
 
 MakeDistribution = Callable[..., str]
 
@@ -316,7 +316,7 @@ def lmcache_serdes():
 
 def test_policies_conflict_whatever_their_case(distribution: MakeDistribution) -> None:
     code = """
-from lmcache_core.eviction import LRU, CachePolicyDescriptor
+from lmcache_core.contracts.eviction import LRU, CachePolicyDescriptor
 @hookimpl
 def lmcache_cache_policies():
     return [CachePolicyDescriptor(name="lru", summary="", create=LRU)]
@@ -343,7 +343,7 @@ def test_host_memory_of_a_failing_plugin_falls_back_to_core(
 
 def test_a_plugin_is_asked_for_host_memory_before_core(distribution: MakeDistribution) -> None:
     code = """
-from lmcache_core.storage import HostRegion
+from lmcache_core.contracts.storage import HostRegion
 @hookimpl
 def lmcache_host_region(nbytes, device):
     return HostRegion(12345, nbytes, memoryview(bytearray(nbytes))) if device == "toy" else None

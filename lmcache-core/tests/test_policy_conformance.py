@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from lmcache_core.eviction import LRU, CachePolicy
-from lmcache_core.plugins import Plugins
+from lmcache_core.contracts.eviction import LRU, CachePolicy
+from lmcache_core.plugins.manager import Plugins
 from lmcache_core.testing.policy import CachePolicyTests
 
 

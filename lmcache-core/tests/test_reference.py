@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcache_core.connector import BlockSpan, PagedLayout, PlaneStrides
+from lmcache_core.chunks.layout import AttentionKind, DType, LayerGroup
+from lmcache_core.contracts.connector import BlockSpan, PagedLayout, PlaneStrides
+from lmcache_core.contracts.paged import CanonicalBuffer, PagedConnector
 from lmcache_core.errors import LayoutError
-from lmcache_core.layout import AttentionKind, DType, LayerGroup
-from lmcache_core.paged import CanonicalBuffer, PagedConnector
-from lmcache_core.reference import ReferenceKernels
+from lmcache_core.memory.reference import ReferenceKernels
 from lmcache_core.testing.connector import EngineConnectorTests, EngineMemory
 
 Situation = tuple["Paged", list[BlockSpan], range]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from lm_server import RunningServer
 
-from lmcache_core.frame import VERSION
+from lmcache_core.chunks.frame import VERSION
 
 WORKER = Path(__file__).parent / "servers" / "upgrade_worker.py"
 PROMPTS, CHUNKS = 125, 8

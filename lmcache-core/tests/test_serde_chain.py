@@ -7,10 +7,10 @@ import zlib
 import pytest
 
 from lmcache_core.builtin.raw import RawSerde
-from lmcache_core.layout import DType, LayerGroup, full_attention
-from lmcache_core.serde import Serde, SerdeFacts
-from lmcache_core.serde_chain import ChainedSerde, chain
+from lmcache_core.chunks.layout import DType, LayerGroup, full_attention
+from lmcache_core.contracts.serde import Serde, SerdeFacts
 from lmcache_core.testing.serde import MakeSerde, SerdeTests, decode, encode, ordinary
+from lmcache_core.tiers.serde_chain import ChainedSerde, chain_serdes
 
 GROUP = full_attention(layers=2, heads=2, head_size=16, dtype=DType.BF16)
 
@@ -55,29 +55,29 @@ class Deflate(Serde):
 class TestChain(SerdeTests):
     @pytest.fixture
     def make_serde(self) -> MakeSerde:
-        return lambda: chain([Deflate(), RawSerde(), Deflate()])
+        return lambda: chain_serdes([Deflate(), RawSerde(), Deflate()])
 
 
 def test_one_serde_is_itself() -> None:
     only = RawSerde()
-    assert chain([only]) is only
+    assert chain_serdes([only]) is only
 
 
 @pytest.mark.parametrize("count", [0, 9])
 def test_lengths_that_cannot_be(count: int) -> None:
     with pytest.raises(ValueError, match="1 to 8"):
-        chain([RawSerde()] * count)
+        chain_serdes([RawSerde()] * count)
 
 
 def test_each_is_told() -> None:
     facts = SerdeFacts("0123456789abcdef")
-    chained = chain([Deflate(), Deflate()]).bound(facts).for_chunk(b"key", 256)
+    chained = chain_serdes([Deflate(), Deflate()]).bound(facts).for_chunk(b"key", 256)
     assert isinstance(chained, ChainedSerde)
     told = [(one.facts, one.key, one.start) for one in chained._serdes]  # type: ignore[attr-defined]
     assert told == [(facts, b"key", 256)] * 2
 
 
 def test_other_serdes_in_the_same_number_are_refused() -> None:
-    encoded = encode(chain([Deflate(), RawSerde()]), ordinary(GROUP, 4), GROUP, 4)
+    encoded = encode(chain_serdes([Deflate(), RawSerde()]), ordinary(GROUP, 4), GROUP, 4)
     with pytest.raises(ValueError, match="other serdes"):
-        decode(chain([RawSerde(), Deflate()]), encoded, GROUP, 4)
+        decode(chain_serdes([RawSerde(), Deflate()]), encoded, GROUP, 4)

@@ -6,8 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from lmcache_core.chunk_index import NONE
-from lmcache_core.slot_use import SlotUse
+from lmcache_core.cache.slot_use import SlotUse
+from lmcache_core.chunks.chunk_index import NONE
 
 SLOTS = 5
 slots = st.integers(0, SLOTS - 1)

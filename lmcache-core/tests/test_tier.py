@@ -9,15 +9,12 @@ from typing import Any
 
 import pytest
 
+from lmcache_core.aio.guard import BreakerState, Guard
+from lmcache_core.aio.io_loop import IOLoop
 from lmcache_core.builtin.raw import RawSerde
-from lmcache_core.damage import MAX_DAMAGED
-from lmcache_core.errors import BackendUnavailable
-from lmcache_core.guard import BreakerState, Guard
-from lmcache_core.io_loop import IOLoop
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.layout import DType, KVLayout, full_attention
-from lmcache_core.metrics import Counters
-from lmcache_core.storage import (
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.chunks.layout import DType, KVLayout, full_attention
+from lmcache_core.contracts.storage import (
     MISS,
     BackendCapabilities,
     BackendContext,
@@ -25,7 +22,10 @@ from lmcache_core.storage import (
     StorageBackend,
     StoreOutcome,
 )
-from lmcache_core.tier import Tier
+from lmcache_core.errors import BackendUnavailable
+from lmcache_core.metrics import Counters
+from lmcache_core.tiers.damage import MAX_DAMAGED
+from lmcache_core.tiers.tier import Tier
 
 LONG_S = 30.0
 SHORT_S = 0.01

@@ -13,22 +13,14 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from lmcache_core.aio.io_loop import IOLoop
 from lmcache_core.builtin.memory import MemoryBackend, MemoryConfig
 from lmcache_core.builtin.raw import RawConfig, RawSerde
-from lmcache_core.errors import (
-    BackendRejected,
-    BackendUnavailable,
-    ConfigError,
-    PluginError,
-    PluginLoadError,
-)
-from lmcache_core.frame import HEADER_BYTES
-from lmcache_core.io_loop import IOLoop
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.layout import AttentionKind, DType, KVLayout, LayerGroup
-from lmcache_core.metrics import Counters
-from lmcache_core.serde import SerdeDescriptor
-from lmcache_core.storage import (
+from lmcache_core.chunks.frame import HEADER_BYTES
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.chunks.layout import AttentionKind, DType, KVLayout, LayerGroup
+from lmcache_core.contracts.serde import SerdeDescriptor
+from lmcache_core.contracts.storage import (
     MISS,
     BackendCapabilities,
     BackendContext,
@@ -36,7 +28,15 @@ from lmcache_core.storage import (
     StorageBackendDescriptor,
     StoreOutcome,
 )
-from lmcache_core.tiers import Tiers
+from lmcache_core.errors import (
+    BackendRejected,
+    BackendUnavailable,
+    ConfigError,
+    PluginError,
+    PluginLoadError,
+)
+from lmcache_core.metrics import Counters
+from lmcache_core.tiers.tiers import Tiers
 
 LONG_S = 30.0
 NAMESPACE = CacheNamespace(
@@ -304,9 +304,9 @@ class Joined(logging.Handler):
 
 @pytest.fixture
 def joined(caplog: pytest.LogCaptureFixture) -> Iterator[threading.Event]:
-    handler, logger = Joined(), logging.getLogger("lmcache_core.tiers")
+    handler, logger = Joined(), logging.getLogger("lmcache_core.tiers.tiers")
     logger.addHandler(handler)
-    with caplog.at_level(logging.INFO, "lmcache_core.tiers"):
+    with caplog.at_level(logging.INFO, "lmcache_core.tiers.tiers"):
         yield handler.event
     logger.removeHandler(handler)
 

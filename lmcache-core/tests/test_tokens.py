@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcache_core.chunk_index import ChunkIndex, DictIndex
-from lmcache_core.hashing import PrefixHasher
-from lmcache_core.keys import ChunkKey
-from lmcache_core.plugins import Plugins
-from lmcache_core.tokens import count, plain, token_bytes
+from lmcache_core.chunks.chunk_index import ChunkIndex, DictIndex
+from lmcache_core.chunks.hashing import PrefixHasher
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.chunks.tokens import count, plain, token_bytes
+from lmcache_core.plugins.manager import Plugins
 
 IDS = [5, 0, 127, 1, 99, 3]
 PACKED = b"".join(i.to_bytes(4, "little") for i in IDS)
@@ -208,7 +208,7 @@ def test_any_array_is_its_list(data: st.DataObject, dtype: str) -> None:
 
 def test_nothing_is_imported_for_it() -> None:
     code = (
-        "import sys, array; from lmcache_core.tokens import token_bytes;"
+        "import sys, array; from lmcache_core.chunks.tokens import token_bytes;"
         "token_bytes(array.array('q', [1])); token_bytes([1]);"
         "print([m for m in ('numpy', 'torch') if m in sys.modules])"
     )

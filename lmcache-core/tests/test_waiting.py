@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lmcache_core.cache.waiting import WaitingBudget
 from lmcache_core.metrics import Counters
-from lmcache_core.waiting import WaitingBudget
 
 
 def test_one_that_needs_more_than_the_share_has_it_alone() -> None:

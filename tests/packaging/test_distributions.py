@@ -220,7 +220,7 @@ def test_the_mooncake_package_makes_its_addresses_understood(
     install(python, built["lmcache-core"].wheel, built["lmcache-backend-mooncake"].wheel)
     script = (
         "import sys; from lmcache_core.config import load_config;"
-        "from lmcache_core.plugins import Plugins;"
+        "from lmcache_core.plugins.manager import Plugins;"
         "found = load_config(environ={'LMCACHE_REMOTE_URL': 'mooncakestore://localhost:1/'},"
         " plugins=Plugins());"
         "section, = found.backends; print(section.type, section.options.master_server_address);"

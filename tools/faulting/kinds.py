@@ -18,8 +18,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
+from lmcache_core.contracts.storage import MISS, StoreOutcome
 from lmcache_core.errors import BackendRejected, BackendUnavailable
-from lmcache_core.storage import MISS, StoreOutcome
 from lmcache_core.testing.faults import (
     NEGATIVE,
     TOO_FEW,

@@ -20,13 +20,13 @@ from shaky import Inverted
 from faulting import kinds, seam
 from lmcache_backend_lm.config import LmConfig
 from lmcache_core.builtin.raw import RawSerde
-from lmcache_core.eviction import LRU, CachePolicy, CachePolicyDescriptor
-from lmcache_core.hookspecs import hookimpl
-from lmcache_core.keys import ChunkKey
-from lmcache_core.layout import LayerGroup
-from lmcache_core.plugins import Plugins
-from lmcache_core.serde import Serde, SerdeDescriptor
-from lmcache_core.storage import StorageBackend, StorageBackendDescriptor
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.chunks.layout import LayerGroup
+from lmcache_core.contracts.eviction import LRU, CachePolicy, CachePolicyDescriptor
+from lmcache_core.contracts.hookspecs import hookimpl
+from lmcache_core.contracts.serde import Serde, SerdeDescriptor
+from lmcache_core.contracts.storage import StorageBackend, StorageBackendDescriptor
+from lmcache_core.plugins.manager import Plugins
 from lmcache_core.testing.faulty import FaultyBackend, FaultyPolicy, FaultySerde
 
 FOLDER, SEED, BREAK = "FAULT_HARNESS_FOLDER", "FAULT_HARNESS_SEED", "FAULT_HARNESS_BREAK"

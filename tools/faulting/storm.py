@@ -22,7 +22,7 @@ from faulting.kinds import DEADLINE_S, LOOKUP_DEADLINE_S, switch, total
 from faulting.places import Place, sections
 from faulting.rest import Held, Rest, Undisturbed, settled
 from lmcache_core import Cache, Plugins, load_config
-from lmcache_core.guard import BreakerState
+from lmcache_core.aio.guard import BreakerState
 
 WORKERS = 6
 SLOTS_MIB = {"small": 0.125, "large": 1.0}

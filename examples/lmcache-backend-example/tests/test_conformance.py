@@ -11,7 +11,7 @@ import pytest
 
 import lmcache_backend_example.plugin
 from lmcache_backend_example.plugin import SqliteBackend, SqliteConfig
-from lmcache_core.plugins import Plugins
+from lmcache_core import Plugins
 from lmcache_core.testing.storage import MakeBackend, StorageBackendTests
 
 

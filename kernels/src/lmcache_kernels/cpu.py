@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lmcache_core.connector import BlockSpan, PagedLayout
+from lmcache_core import BlockSpan, PagedLayout
 from lmcache_kernels import _native
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ def usable_cpus() -> int:
 
 
 class CpuKernels:
-    """`lmcache_core.connector.HostKernels`, for tensors in host memory.
+    """`lmcache_core.contracts.connector.HostKernels`, for tensors in host memory.
 
     ``threads`` counts the calling thread; ``simd`` is one of ``_native.simd_levels()``. Threads
     start with the first big copy and wait in between. Calls may come from any thread.
 
     ``tensors`` are torch's or plain C-contiguous buffers. Checksums are those of
-    `lmcache_core.checksums`, one for each layer, so that threads can share a chunk. They cover the
-    layers that a call names, and whole chunks: also tokens outside of the span.
+    `lmcache_core.chunks.checksums`, one for each layer, so that threads can share a chunk. They
+    cover the layers that a call names, and whole chunks: also tokens outside of the span.
     """
 
     name = "native-cpu"

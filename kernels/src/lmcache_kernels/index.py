@@ -1,15 +1,15 @@
 """Which chunk lies in which slot, and in which order slots are evicted, in native code.
 
-`ChunkIndex` is `lmcache_core.chunk_index.ChunkIndex`: 42.7 bytes a slot, asked for at once and used
-when needed. Its keys have 16 bytes: take an index for each layer group. The policies are
-`lmcache_core.eviction`'s, at 8 bytes a slot.
+`ChunkIndex` is that of `lmcache_core.chunks.chunk_index`: 42.7 bytes a slot, asked for at once and
+used when needed. Its keys have 16 bytes: take an index for each layer group. The policies are
+`lmcache_core.contracts.eviction`'s, at 8 bytes a slot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lmcache_core.eviction import CachePolicy
+from lmcache_core import CachePolicy
 from lmcache_kernels._native import ChunkIndex, SlotRing
 
 __all__ = ["FIFO", "LRU", "MRU", "ChunkIndex"]

@@ -10,11 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from lmcache_core.connector import Kernels
-from lmcache_core.errors import ConfigError
-from lmcache_core.eviction import CachePolicyDescriptor
-from lmcache_core.hookspecs import hookimpl
-from lmcache_core.serde import SerdeDescriptor
+from lmcache_core import CachePolicyDescriptor, ConfigError, Kernels, SerdeDescriptor, hookimpl
 from lmcache_kernels.codec import descriptors
 from lmcache_kernels.codec_eval import cli
 from lmcache_kernels.cpu import CpuKernels

@@ -17,7 +17,7 @@ import torch
 import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
-from lmcache_core.connector import BlockSpan, PagedLayout
+from lmcache_core import BlockSpan, PagedLayout
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _TOKENS_PER_PROGRAM = 16
@@ -69,7 +69,7 @@ def _move(  # type: ignore[no-untyped-def]
 
 
 class TritonKernels:
-    """`lmcache_core.connector.Kernels` for tensors on a GPU. Not run on hardware."""
+    """`lmcache_core.contracts.connector.Kernels` for tensors on a GPU. Not run on hardware."""
 
     name = "triton"
 

@@ -20,13 +20,13 @@ from lmcache_backend_infinistore.layout import BEGINNING, MAX_VALUE_BYTES, Head
 from lmcache_backend_infinistore.links import HEAD_BYTES, VALUES, Link, Links, Parts, TcpLink
 from lmcache_backend_infinistore.rdma import RdmaLink, chosen_device
 from lmcache_backend_infinistore.wire import Block
-from lmcache_core.errors import BackendUnavailable
-from lmcache_core.keys import ChunkKey
-from lmcache_core.storage import (
+from lmcache_core import (
     MISS,
     BackendCapabilities,
     BackendContext,
+    BackendUnavailable,
     BlockingBackend,
+    ChunkKey,
     StoreOutcome,
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, Final
 
-from lmcache_core.errors import BackendRejected
+from lmcache_core import BackendRejected
 
 INSTALL: Final = (
     "pip install infinistore uvloop==0.21.0 (there are wheels for Python 3.10 to 3.12; without "

@@ -19,8 +19,7 @@ from typing import Final, NamedTuple
 
 from lmcache_backend_infinistore.config import InfinistoreConfig
 from lmcache_backend_infinistore.wire import Block, Pending, Wire
-from lmcache_core.errors import BackendError, BackendUnavailable
-from lmcache_core.storage import StoreOutcome
+from lmcache_core import BackendError, BackendUnavailable, StoreOutcome
 
 logger = logging.getLogger(__name__)
 

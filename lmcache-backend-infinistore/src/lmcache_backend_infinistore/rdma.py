@@ -22,8 +22,7 @@ from lmcache_backend_infinistore import devices
 from lmcache_backend_infinistore.config import InfinistoreConfig
 from lmcache_backend_infinistore.links import PROBE, Link, Parts
 from lmcache_backend_infinistore.wire import DONE, MISSING, NO_ROOM, Block, Pending
-from lmcache_core.errors import BackendRejected, BackendUnavailable
-from lmcache_core.storage import HostRegion, StoreOutcome
+from lmcache_core import BackendRejected, BackendUnavailable, HostRegion, StoreOutcome
 
 _REQUEST_BYTES: Final = 32 << 20
 """In one request. The server evicts before a request if it is 95 % full, so one must need less than

@@ -20,8 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
-from lmcache_core.errors import BackendUnavailable
-from lmcache_core.views import IOV_MAX, last_first, next_of, take_out
+from lmcache_core import IOV_MAX, BackendUnavailable, last_first, next_of, take_out
 
 _HEADER: Final = struct.Struct("<IcI")
 _MAGIC: Final = 0xDEADBEEF

@@ -15,7 +15,7 @@ import ssl
 from collections.abc import Callable
 from typing import Any
 
-from lmcache_core.errors import ConfigError
+from lmcache_core import ConfigError
 
 logger = logging.getLogger(__name__)
 

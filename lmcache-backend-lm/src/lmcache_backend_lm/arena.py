@@ -20,9 +20,9 @@ import mmap
 import os
 
 from lmcache_backend_lm.protocol import MAX_EXTENTS, Extent
-from lmcache_core.errors import ConfigError
-from lmcache_core.host_memory import (
+from lmcache_core import (
     PAGE_BYTES,
+    ConfigError,
     available_bytes,
     keep_writers_out,
     memfd,

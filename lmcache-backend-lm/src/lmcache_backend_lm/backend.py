@@ -16,12 +16,12 @@ from lmcache_backend_lm.call import Call
 from lmcache_backend_lm.config import LmConfig, read_token
 from lmcache_backend_lm.connection import Connection
 from lmcache_backend_lm.protocol import MAX_KEYS, MISSING, Op, ProtocolError
-from lmcache_core.errors import BackendUnavailable
-from lmcache_core.keys import ChunkKey
-from lmcache_core.storage import (
+from lmcache_core import (
     MISS,
     BackendCapabilities,
     BackendContext,
+    BackendUnavailable,
+    ChunkKey,
     StorageBackend,
     StoreOutcome,
 )

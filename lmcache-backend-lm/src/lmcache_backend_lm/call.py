@@ -13,8 +13,7 @@ from enum import Enum, auto
 from typing import Any
 
 from lmcache_backend_lm.protocol import Op
-from lmcache_core.errors import BackendError
-from lmcache_core.futures import settle_soon
+from lmcache_core import BackendError, settle_soon
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmcache_backend_lm.config import DEFAULT_PORT, TOKEN_VARIABLE, read_token
-from lmcache_core.errors import LMCacheError
-from lmcache_core.logging import init_logger
-from lmcache_core.secret_file import remark_if_public
+from lmcache_core import LMCacheError, init_logger, remark_if_public
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace, _SubParsersAction

@@ -11,8 +11,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from lmcache_backend_lm.protocol import MAX_TOKEN_BYTES
-from lmcache_core.errors import BackendRejected
-from lmcache_core.secret_file import remark_if_public
+from lmcache_core import BackendRejected, remark_if_public
 
 DEFAULT_PORT = 65432
 TOKEN_VARIABLE = "LMCACHE_SERVER_TOKEN"  # noqa: S105  a name

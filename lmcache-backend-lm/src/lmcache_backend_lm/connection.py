@@ -32,9 +32,7 @@ from lmcache_backend_lm.line import Line
 from lmcache_backend_lm.outgoing import Outgoing
 from lmcache_backend_lm.protocol import HEADER_BYTES, Op, ProtocolError, Status
 from lmcache_backend_lm.shared import SharedMemory
-from lmcache_core.errors import BackendError, BackendUnavailable
-from lmcache_core.futures import settle_soon
-from lmcache_core.storage import HostRegion
+from lmcache_core import BackendError, BackendUnavailable, HostRegion, settle_soon
 
 
 class Connection:

@@ -21,13 +21,16 @@ from typing import Any, TypeVar
 from lmcache_backend_lm.arena import Arena
 from lmcache_backend_lm.folders import Folder, Folders
 from lmcache_backend_lm.values import Held, Value, Values
-from lmcache_core.builtin.filesystem import FilesystemConfig
-from lmcache_core.errors import BackendError
-from lmcache_core.io_loop import IOLoop
-from lmcache_core.keys import ChunkKey
-from lmcache_core.logging import Seldom
-from lmcache_core.metrics import Counters
-from lmcache_core.storage import MISS, StoreOutcome
+from lmcache_core import (
+    MISS,
+    BackendError,
+    ChunkKey,
+    Counters,
+    FilesystemConfig,
+    IOLoop,
+    Seldom,
+    StoreOutcome,
+)
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")

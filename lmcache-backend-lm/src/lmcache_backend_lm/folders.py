@@ -15,12 +15,17 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
-from lmcache_core.daemon_pool import DaemonPool
-from lmcache_core.errors import BackendError
-from lmcache_core.keys import CacheNamespace
-from lmcache_core.layout import DType, KVLayout, full_attention
-from lmcache_core.storage import BackendContext
+from lmcache_core import (
+    BackendContext,
+    BackendError,
+    CacheNamespace,
+    DaemonPool,
+    DType,
+    FilesystemBackend,
+    FilesystemConfig,
+    KVLayout,
+    full_attention,
+)
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")

@@ -27,10 +27,17 @@ from lmcache_backend_lm.shared import (
     Staging,
     open_for_reading,
 )
-from lmcache_core.errors import BackendError, BackendRejected
-from lmcache_core.storage import HostRegion
-from lmcache_core.stream import Plain, Stream, Tls, dial, dial_unix
-from lmcache_core.tls import client_context
+from lmcache_core import (
+    BackendError,
+    BackendRejected,
+    HostRegion,
+    PlainStream,
+    Stream,
+    TlsStream,
+    client_context,
+    dial,
+    dial_unix,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -72,16 +79,16 @@ class Handshake:
         """
         config = self._config
         if config.path is not None:
-            stream: Stream = Plain(dial_unix(config.path, config.connect_timeout_s))
+            stream: Stream = PlainStream(dial_unix(config.path, config.connect_timeout_s))
         else:
             sock = dial(config.host, config.port, config.connect_timeout_s)
-            stream = self._encrypted(sock) if config.tls else Plain(sock)
+            stream = self._encrypted(sock) if config.tls else PlainStream(sock)
         self._line.use(stream)
         welcome = self._greet(stream)
         if config.same_host and config.path is None and stream.same_host and welcome.unix_path:
             stream, welcome = self._nearer(stream, welcome)
         shared: SharedMemory | None = None
-        if config.same_host and welcome.shares_memory and isinstance(stream, Plain):
+        if config.same_host and welcome.shares_memory and isinstance(stream, PlainStream):
             if may_share(stream.sock):
                 shared = self._share(stream)
             else:
@@ -92,7 +99,7 @@ class Handshake:
         config = self._config
         try:
             context = client_context(config.ca_file)
-            return Tls(sock, context, config.host, config.connect_timeout_s)
+            return TlsStream(sock, context, config.host, config.connect_timeout_s)
         except BaseException:
             sock.close()
             raise
@@ -139,7 +146,7 @@ class Handshake:
         """The same server's Unix socket, if it can be had; otherwise what there is."""
         line = self._line
         try:
-            nearer = Plain(dial_unix(welcome.unix_path, self._config.connect_timeout_s))
+            nearer = PlainStream(dial_unix(welcome.unix_path, self._config.connect_timeout_s))
         except OSError as error:
             logger.debug("%s: stays on TCP: %s: %s", line.address, welcome.unix_path, error)
             return stream, welcome
@@ -162,7 +169,7 @@ class Handshake:
 
     # -- shared memory ---------------------------------------------------------------------
 
-    def _share(self, stream: Plain) -> SharedMemory:
+    def _share(self, stream: PlainStream) -> SharedMemory:
         """Exchange shared memory with the server."""
         staging = Staging()
         region = self._region
@@ -184,7 +191,7 @@ class Handshake:
                 os.close(region_fd)
         return SharedMemory(arena, epoch_at, staging, region)
 
-    def _arena(self, stream: Plain) -> tuple[ReadOnlyMapping, int]:
+    def _arena(self, stream: PlainStream) -> tuple[ReadOnlyMapping, int]:
         """What SHARE is answered with: the server's memory, and where our epoch is in it."""
         until = time.monotonic() + self._config.connect_timeout_s
         start, fds = self._with_fds(stream, until)
@@ -207,7 +214,7 @@ class Handshake:
             for fd in fds:
                 os.close(fd)
 
-    def _with_fds(self, stream: Plain, until: float) -> tuple[bytes, list[int]]:
+    def _with_fds(self, stream: PlainStream, until: float) -> tuple[bytes, list[int]]:
         """The beginning of a header, with the descriptors that come with its first byte."""
         while True:
             try:

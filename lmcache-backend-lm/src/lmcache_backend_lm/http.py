@@ -15,8 +15,7 @@ from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from lmcache_core.errors import ConfigError
-from lmcache_core.metrics import PREFIX, Counters, render_prometheus
+from lmcache_core import METRIC_PREFIX, ConfigError, Counters, render_prometheus
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ class MetricsServer:
                         self._reply(401, "text/plain", "Authorization: Bearer TOKEN is needed\n")
                 elif self.path == "/metrics":
                     gauges = "".join(
-                        f"# TYPE {PREFIX}{name} gauge\n{PREFIX}{name} {value}\n"
+                        f"# TYPE {METRIC_PREFIX}{name} gauge\n{METRIC_PREFIX}{name} {value}\n"
                         for name, value in totals().items()
                     )
                     text = render_prometheus(counters.snapshot()) + gauges

@@ -20,8 +20,7 @@ from lmcache_backend_lm.protocol import Header, Op, ProtocolError
 from lmcache_backend_lm.service import Region, Service
 from lmcache_backend_lm.values import Held, Value
 from lmcache_backend_lm.wire import Wire
-from lmcache_core.keys import ChunkKey
-from lmcache_core.storage import StoreOutcome
+from lmcache_core import ChunkKey, StoreOutcome
 
 _CODES = {
     StoreOutcome.STORED: 0,

@@ -14,14 +14,16 @@ from collections.abc import Callable, Sequence
 from lmcache_backend_lm import protocol
 from lmcache_backend_lm.config import LmConfig
 from lmcache_backend_lm.protocol import ProtocolError, Status
-from lmcache_core.errors import (
+from lmcache_core import (
     BackendError,
     BackendRejected,
     BackendTimeout,
     BackendUnavailable,
+    Stream,
+    last_first,
+    next_of,
+    take_out,
 )
-from lmcache_core.stream import Stream
-from lmcache_core.views import last_first, next_of, take_out
 
 _SCRATCH_BYTES = 256 << 10
 _REJECTED = (Status.DENIED, Status.VERSION, Status.UNSUPPORTED, Status.MALFORMED)

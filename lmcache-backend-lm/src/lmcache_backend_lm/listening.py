@@ -11,7 +11,7 @@ import socket
 import stat
 from pathlib import Path
 
-from lmcache_core.errors import ConfigError
+from lmcache_core import ConfigError
 
 logger = logging.getLogger(__name__)
 

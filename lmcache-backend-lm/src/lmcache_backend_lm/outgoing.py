@@ -15,7 +15,7 @@ from lmcache_backend_lm.call import Call
 from lmcache_backend_lm.line import Line
 from lmcache_backend_lm.protocol import Op
 from lmcache_backend_lm.shared import PIECE_BYTES, SharedMemory, Staging
-from lmcache_core.stream import TICK_S
+from lmcache_core import TICK_S
 
 _SHARED_FROM_BYTES = 64 << 10
 """Below this, two more messages cost more than a copy through the socket."""

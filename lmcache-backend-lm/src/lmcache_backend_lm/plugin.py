@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lmcache_backend_lm.config import SCHEMES, TOKEN_VARIABLE, LmConfig, config_from_url
-from lmcache_core.hookspecs import hookimpl
-from lmcache_core.storage import StorageBackend, StorageBackendDescriptor
+from lmcache_core import StorageBackend, StorageBackendDescriptor, hookimpl
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, _SubParsersAction

@@ -7,8 +7,6 @@ which side made it, and holds for one connection only. Knows nothing about messa
 from __future__ import annotations
 
 import hmac
-import socket
-import ssl
 from enum import Enum
 from typing import NamedTuple
 
@@ -29,7 +27,7 @@ class Transcript(NamedTuple):
     hello: bytes
     challenge: bytes
     binding: bytes
-    """See `binding_of`."""
+    """See `lmcache_core.binding_of`."""
 
     def proof(self, token: bytes, side: Side) -> bytes:
         """What only somebody with ``token`` can say as ``side``."""
@@ -38,20 +36,3 @@ class Transcript(NamedTuple):
     def proves(self, said: bytes, token: bytes, side: Side) -> bool:
         """Whether ``said`` is that; takes the same time for all that aren't."""
         return hmac.compare_digest(said, self.proof(token, side))
-
-
-def binding_of(sock: socket.socket) -> bytes:
-    """What no other connection has in common with this one, as far as there is such a thing.
-
-    With TLS it is a secret of this one's handshake, so that a proof can't be passed on over
-    another. Without, it is the kind of socket: who sits between can pass everything on.
-
-    Raises:
-        OSError: TLS doesn't say.
-    """
-    if isinstance(sock, ssl.SSLSocket):
-        unique = sock.get_channel_binding("tls-unique")
-        if unique is None:
-            raise OSError("TLS has no channel binding to prove the token over")
-        return b"tls" + unique
-    return b"unix" if sock.family == socket.AF_UNIX else b"tcp"

@@ -92,7 +92,7 @@ from enum import IntEnum
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from lmcache_core.keys import ChunkKey
+from lmcache_core import ChunkKey
 
 VERSION = 2
 MAGIC = b"LM\r\n"

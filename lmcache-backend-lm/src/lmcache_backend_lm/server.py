@@ -34,10 +34,7 @@ from lmcache_backend_lm.service import Epochs, Regions, Service
 from lmcache_backend_lm.session import SCRATCH_BYTES, Session
 from lmcache_backend_lm.values import Values
 from lmcache_backend_lm.wire import Wire
-from lmcache_core.errors import ConfigError
-from lmcache_core.host_memory import available_bytes
-from lmcache_core.metrics import Counters
-from lmcache_core.tls import server_context
+from lmcache_core import ConfigError, Counters, available_bytes, server_context
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,7 @@ from lmcache_backend_lm.guesses import Guesses
 from lmcache_backend_lm.mapping import Backing, ReadOnlyMapping
 from lmcache_backend_lm.shares import Budget
 from lmcache_backend_lm.values import Values
-from lmcache_core.leases import Lease, Ledger, Shared
-from lmcache_core.logging import Seldom
-from lmcache_core.metrics import Counters
+from lmcache_core import Counters, Lease, Ledger, Seldom, SharedResource
 
 if TYPE_CHECKING:
     from lmcache_backend_lm.disk import Disk
@@ -121,7 +119,7 @@ class Regions:
 
     def __init__(self, counters: Counters) -> None:
         self.leases = Ledger("client region", counters)
-        self._mapped: dict[tuple[int, int], tuple[ReadOnlyMapping, Backing, Shared]] = {}
+        self._mapped: dict[tuple[int, int], tuple[ReadOnlyMapping, Backing, SharedResource]] = {}
         self._lock = threading.Lock()
 
     def attach(self, fd: int, nbytes: int) -> Region:
@@ -144,7 +142,7 @@ class Regions:
                 except OSError:
                     mapping.close()
                     raise
-                users = Shared(self.leases, partial(self._unmap, name))
+                users = SharedResource(self.leases, partial(self._unmap, name))
                 self._mapped[name] = mapping, backing, users
             return Region(self, mapping, backing, users.lease())
 

@@ -21,7 +21,7 @@ from lmcache_backend_lm import greeting, protocol
 from lmcache_backend_lm.greeting import Welcome
 from lmcache_backend_lm.intake import Intake
 from lmcache_backend_lm.mapping import may_share
-from lmcache_backend_lm.proof import NONCE_BYTES, PROOF_BYTES, Side, Transcript, binding_of
+from lmcache_backend_lm.proof import NONCE_BYTES, PROOF_BYTES, Side, Transcript
 from lmcache_backend_lm.protocol import (
     HEADER_BYTES,
     MAX_HELLO_BYTES,
@@ -35,7 +35,7 @@ from lmcache_backend_lm.protocol import (
 from lmcache_backend_lm.service import Epoch, Service
 from lmcache_backend_lm.values import Held
 from lmcache_backend_lm.wire import Wire
-from lmcache_core.keys import ChunkKey
+from lmcache_core import ChunkKey, binding_of
 
 if TYPE_CHECKING:
     from lmcache_backend_lm.disk import Disk

@@ -14,8 +14,7 @@ from queue import SimpleQueue
 
 from lmcache_backend_lm.fence import fence
 from lmcache_backend_lm.mapping import ReadOnlyMapping
-from lmcache_core.host_memory import address_of, keep_writers_out, memfd, reader_of
-from lmcache_core.storage import HostRegion
+from lmcache_core import HostRegion, address_of, keep_writers_out, memfd, reader_of
 
 PIECE_BYTES = 1 << 20
 """Small enough to be in the second-level cache still when the server copies it on."""

@@ -19,11 +19,7 @@ from types import TracebackType
 from lmcache_backend_lm.arena import Arena, trimmed, whole_pages
 from lmcache_backend_lm.protocol import MAX_EXTENTS, Extent
 from lmcache_backend_lm.shares import Shares
-from lmcache_core.host_memory import PAGE_BYTES
-from lmcache_core.keys import ChunkKey
-from lmcache_core.leases import Lease, Ledger
-from lmcache_core.metrics import Counters
-from lmcache_core.storage import StoreOutcome
+from lmcache_core import PAGE_BYTES, ChunkKey, Counters, Lease, Ledger, StoreOutcome
 
 _BYTES_PER_ENTRY = 16 << 10
 """There is one entry for so many bytes of arena at most, which bounds the index's own memory, some

@@ -15,8 +15,7 @@ import socket
 import ssl
 from collections.abc import Callable, Sequence
 
-from lmcache_core.stream import WAKE_BYTES, wake_from
-from lmcache_core.views import last_first, next_of, take_out
+from lmcache_core import WAKE_BYTES, last_first, next_of, take_out, wake_from
 
 MIN_PROGRESS_BYTES = 64 << 10
 """Fewer than so many bytes in a stall time-out are no progress, or a peer that sends a byte now and

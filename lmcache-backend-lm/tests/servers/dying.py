@@ -31,6 +31,7 @@ from lmcache_backend_lm import (
     arena,
     backend,
     call,
+    command,
     connection,
     handshake,
     incoming,
@@ -42,18 +43,17 @@ from lmcache_backend_lm import (
     service,
     session,
     shared,
-    stream,
     values,
     wire,
 )
 from lmcache_backend_lm import disk as disk_module
 from lmcache_backend_lm.backend import LmBackend
 from lmcache_backend_lm.config import LmConfig
-from lmcache_core.cli import server as command
-from lmcache_core.host_memory import allocate_region
-from lmcache_core.keys import CacheNamespace, ChunkKey, chunk_key
-from lmcache_core.layout import DType, KVLayout, full_attention
-from lmcache_core.storage import MISS, BackendContext
+from lmcache_core.aio import stream
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey, chunk_key
+from lmcache_core.chunks.layout import DType, KVLayout, full_attention
+from lmcache_core.contracts.storage import MISS, BackendContext
+from lmcache_core.memory.host_memory import allocate_region
 
 CLIENT_MODULES = (
     *(backend, call, connection, handshake, incoming, line, mapping, outgoing, shared, stream),

@@ -10,7 +10,7 @@ from lmcache_backend_lm.arena import LEASE_BYTES, Arena, whole_pages
 from lmcache_backend_lm.disk import Disk
 from lmcache_backend_lm.service import Epochs, Regions, Service
 from lmcache_backend_lm.values import Values
-from lmcache_core.keys import ChunkKey
+from lmcache_core.chunks.keys import ChunkKey
 from lmcache_core.metrics import Counters
 
 

@@ -26,13 +26,14 @@ from lmcache_backend_mooncake.client import (
     library,
 )
 from lmcache_backend_mooncake.config import MooncakeConfig
-from lmcache_core.errors import BackendRejected, BackendUnavailable
-from lmcache_core.keys import ChunkKey
-from lmcache_core.storage import (
+from lmcache_core import (
     MISS,
     BackendCapabilities,
     BackendContext,
+    BackendRejected,
+    BackendUnavailable,
     BlockingBackend,
+    ChunkKey,
     HostRegion,
     StoreOutcome,
 )

@@ -20,12 +20,7 @@ from typing import Any, Final
 
 from lmcache_backend_mooncake import machine
 from lmcache_backend_mooncake.config import MooncakeConfig, host_and_port
-from lmcache_core.errors import (
-    BackendError,
-    BackendRejected,
-    BackendTimeout,
-    BackendUnavailable,
-)
+from lmcache_core import BackendError, BackendRejected, BackendTimeout, BackendUnavailable
 
 logger = logging.getLogger(__name__)
 

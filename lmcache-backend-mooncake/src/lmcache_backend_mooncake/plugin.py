@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmcache_backend_mooncake.config import SCHEME, MooncakeConfig
-from lmcache_core.hookspecs import hookimpl
-from lmcache_core.storage import StorageBackend, StorageBackendDescriptor
+from lmcache_core import StorageBackend, StorageBackendDescriptor, hookimpl
 
 _SETUP_KEYS = (
     "local_hostname",

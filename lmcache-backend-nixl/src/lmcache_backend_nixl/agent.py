@@ -19,9 +19,7 @@ from queue import SimpleQueue
 from typing import Any, Final, Literal
 
 from lmcache_backend_nixl.config import PAGE_BYTES
-from lmcache_core.daemon_pool import DaemonPool
-from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
-from lmcache_core.storage import HostRegion
+from lmcache_core import BackendError, BackendRejected, BackendUnavailable, DaemonPool, HostRegion
 
 Kind = Literal["FILE", "OBJ"]
 Op = Literal["READ", "WRITE"]

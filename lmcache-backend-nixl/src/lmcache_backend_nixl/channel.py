@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from lmcache_backend_nixl.agent import address_of
 from lmcache_backend_nixl.config import PAGE_BYTES, NixlChannelConfig
 from lmcache_backend_nixl.ucx import Pace, UcxAgent
-from lmcache_core.blocking_channel import BlockingChannel, Stop
-from lmcache_core.errors import BackendRejected, BackendUnavailable
-from lmcache_core.transfer import (
+from lmcache_core import (
+    BackendRejected,
+    BackendUnavailable,
+    BlockingChannel,
     Note,
     Peer,
     PeerDescriptor,
     Range,
+    Stop,
     TransferCapabilities,
     TransferContext,
 )

@@ -21,13 +21,15 @@ from lmcache_backend_nixl.config import NixlConfig
 from lmcache_backend_nixl.index import Entry
 from lmcache_backend_nixl.pool import Others, Pool, data_file
 from lmcache_backend_nixl.slots import Shape
-from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
-from lmcache_core.keys import ChunkKey
-from lmcache_core.storage import (
+from lmcache_core import (
     MISS,
     BackendCapabilities,
     BackendContext,
+    BackendError,
+    BackendRejected,
+    BackendUnavailable,
     BlockingBackend,
+    ChunkKey,
     StoreOutcome,
 )
 

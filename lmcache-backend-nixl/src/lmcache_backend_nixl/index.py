@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from lmcache_backend_nixl.slots import Places, Shape
-from lmcache_core.keys import ChunkKey
+from lmcache_core import ChunkKey
 
 KEY_BYTES: Final = 32
 """The longest key, as in core's frame."""

@@ -26,13 +26,15 @@ from lmcache_backend_nixl.agent import Agent, Agents, Lane, Memory, Moves, Trans
 from lmcache_backend_nixl.batch import Batches, Item
 from lmcache_backend_nixl.config import PAGE_BYTES, NixlConfig
 from lmcache_backend_nixl.slots import Places, rounded
-from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
-from lmcache_core.keys import ChunkKey
-from lmcache_core.storage import (
+from lmcache_core import (
     MISS,
     BackendCapabilities,
     BackendContext,
+    BackendError,
+    BackendRejected,
+    BackendUnavailable,
     BlockingBackend,
+    ChunkKey,
     StoreOutcome,
 )
 

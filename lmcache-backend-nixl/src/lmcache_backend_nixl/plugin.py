@@ -7,10 +7,14 @@ from importlib.util import find_spec
 from typing import Final
 
 from lmcache_backend_nixl.config import NixlChannelConfig, NixlConfig
-from lmcache_core.errors import BackendRejected
-from lmcache_core.hookspecs import hookimpl
-from lmcache_core.storage import StorageBackend, StorageBackendDescriptor
-from lmcache_core.transfer import TransferChannel, TransferChannelDescriptor
+from lmcache_core import (
+    BackendRejected,
+    StorageBackend,
+    StorageBackendDescriptor,
+    TransferChannel,
+    TransferChannelDescriptor,
+    hookimpl,
+)
 
 INSTALL: Final = "pip install numpy && pip install --no-deps nixl nixl-cu12"
 """NIXL isn't a requirement of this distribution, because its own pull a CUDA build of torch."""

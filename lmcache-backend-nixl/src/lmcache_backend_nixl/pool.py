@@ -27,8 +27,7 @@ from typing import Final
 
 from lmcache_backend_nixl.index import KEY_BYTES, Entry, Index, OwnIndex
 from lmcache_backend_nixl.slots import Shape
-from lmcache_core.errors import BackendRejected, BackendUnavailable
-from lmcache_core.keys import ChunkKey
+from lmcache_core import BackendRejected, BackendUnavailable, ChunkKey
 
 _INDEX: Final = re.compile(r"pool-([0-9a-f]{16})\.index")
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

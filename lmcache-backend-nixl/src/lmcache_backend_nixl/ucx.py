@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from lmcache_backend_nixl.agent import as_rejection
-from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
+from lmcache_core import BackendError, BackendRejected, BackendUnavailable
 
 if TYPE_CHECKING:
     import numpy as np

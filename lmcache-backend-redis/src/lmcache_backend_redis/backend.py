@@ -23,13 +23,15 @@ from lmcache_backend_redis.pools import Node
 from lmcache_backend_redis.resp import Wire, commands
 from lmcache_backend_redis.storing import Store
 from lmcache_backend_redis.topology import Topology
-from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
-from lmcache_core.keys import ChunkKey
-from lmcache_core.storage import (
+from lmcache_core import (
     MISS,
     BackendCapabilities,
     BackendContext,
+    BackendError,
+    BackendRejected,
+    BackendUnavailable,
     BlockingBackend,
+    ChunkKey,
     StoreOutcome,
 )
 

@@ -13,8 +13,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, Final, Protocol, TypeVar
 
 from lmcache_backend_redis.resp import Wire
-from lmcache_core.errors import BackendError
-from lmcache_core.views import last_first, next_of, take_out
+from lmcache_core import BackendError, last_first, next_of, take_out
 
 T = TypeVar("T")
 

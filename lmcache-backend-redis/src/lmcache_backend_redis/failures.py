@@ -20,12 +20,7 @@ from redis.exceptions import (
 )
 
 from lmcache_backend_redis.resp import ReplyError
-from lmcache_core.errors import (
-    BackendError,
-    BackendRejected,
-    BackendTimeout,
-    BackendUnavailable,
-)
+from lmcache_core import BackendError, BackendRejected, BackendTimeout, BackendUnavailable
 
 CLIENT_ERRORS: Final = (RedisError, RedisClusterException, OSError)
 """What redis-py raises; the second isn't one of the first."""

@@ -25,7 +25,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-from lmcache_core.keys import ChunkKey
+from lmcache_core import ChunkKey
 
 MAGIC: Final = b"LMR\x01"
 HEAD: Final = struct.Struct("<4sIQ8s")

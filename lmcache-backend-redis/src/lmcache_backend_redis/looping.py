@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from lmcache_backend_redis.resp import Wire
-from lmcache_core.views import last_first, next_of, take_out
+from lmcache_core import last_first, next_of, take_out
 
 _RECEIVES_A_TURN: Final = 16
 """After so many that needn't have waited, others have their turn: a fast server may never let the

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmcache_backend_redis.config import SCHEMES, RedisConfig
-from lmcache_core.hookspecs import hookimpl
-from lmcache_core.storage import StorageBackend, StorageBackendDescriptor
+from lmcache_core import StorageBackend, StorageBackendDescriptor, hookimpl
 
 
 def _create(config: RedisConfig) -> StorageBackend:

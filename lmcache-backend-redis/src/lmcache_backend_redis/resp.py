@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Final, Union
 
-from lmcache_core.errors import BackendError, BackendTimeout, BackendUnavailable
+from lmcache_core import BackendError, BackendTimeout, BackendUnavailable
 
 MAX_LINE: Final = 64 << 10
 MAX_SMALL_BULK: Final = 1 << 20

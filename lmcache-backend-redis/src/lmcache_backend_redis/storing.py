@@ -14,7 +14,7 @@ from lmcache_backend_redis.commands import discard, intact, unlink
 from lmcache_backend_redis.config import RedisConfig
 from lmcache_backend_redis.layout import Head
 from lmcache_backend_redis.resp import ProtocolError, Reply, ReplyError, Wire, command
-from lmcache_core.storage import StoreOutcome
+from lmcache_core import StoreOutcome
 
 _STAGING_MARGIN_S: Final = 60
 

@@ -33,7 +33,7 @@ from lmcache_backend_redis.failures import CLIENT_ERRORS, is_move, translated
 from lmcache_backend_redis.looping import LoopWire
 from lmcache_backend_redis.pools import Line, Node, login_options, node_of, shown, tls_options
 from lmcache_backend_redis.resp import ReplyError, Wire
-from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
+from lmcache_core import BackendError, BackendRejected, BackendUnavailable
 
 logger = logging.getLogger(__name__)
 

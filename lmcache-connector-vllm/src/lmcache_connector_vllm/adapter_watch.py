@@ -14,11 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmcache_connector_vllm.adapters import AdapterUse, Board, Published
-from lmcache_core.digests import FileDigests
-from lmcache_core.errors import UnnamedError
-from lmcache_core.guard import attempted
-from lmcache_core.logging import init_logger
-from lmcache_core.model import adapter_identity
+from lmcache_core import FileDigests, UnnamedError, adapter_identity, attempted, init_logger
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest

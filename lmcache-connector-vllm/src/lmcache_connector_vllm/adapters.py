@@ -24,11 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmcache_core.daemon_pool import DaemonPool
-from lmcache_core.errors import UnnamedError
-from lmcache_core.guard import attempted
-from lmcache_core.logging import init_logger
-from lmcache_core.model import AdapterFacts, adapter_identity
+from lmcache_core import (
+    AdapterFacts,
+    DaemonPool,
+    UnnamedError,
+    adapter_identity,
+    attempted,
+    init_logger,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

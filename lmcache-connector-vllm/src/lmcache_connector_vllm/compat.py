@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from lmcache_core.errors import ConfigError
+from lmcache_core import ConfigError
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig

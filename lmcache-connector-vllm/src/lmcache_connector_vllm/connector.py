@@ -28,8 +28,7 @@ from lmcache_connector_vllm.scheduler import SchedulerSide
 from lmcache_connector_vllm.settings import Settings, read_settings
 from lmcache_connector_vllm.stats import LMCachePromMetrics, LMCacheStats
 from lmcache_connector_vllm.worker import WorkerSide
-from lmcache_core.errors import UnnamedError
-from lmcache_core.logging import init_logger
+from lmcache_core import UnnamedError, init_logger
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

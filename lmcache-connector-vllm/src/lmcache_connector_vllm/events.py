@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_events import MEDIUM_CPU, BlockRemoved, BlockStored, KVCacheEvent
 
-from lmcache_core.hashing import PrefixHasher
-from lmcache_core.keys import ChunkKey
+from lmcache_core import ChunkKey, PrefixHasher
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

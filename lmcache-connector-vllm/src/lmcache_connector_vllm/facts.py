@@ -1,7 +1,7 @@
 """Says which facts of vLLM's configuration change KV values.
 
 Every field of `VllmConfig` is either read here or in `identity`, or a reason why not stands in
-the table of tests/test_fields.py. The name that the facts make is `lmcache_core.model`'s.
+the table of tests/test_fields.py. The name that the facts make is `lmcache_core.chunks.identity`'s.
 Knows nothing about layouts, requests or adapters.
 """
 
@@ -13,8 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmcache_core.errors import UnnamedError
-from lmcache_core.model import ModelFacts, config_identity, is_address, weights_identity
+from lmcache_core import ModelFacts, UnnamedError, config_identity, is_address, weights_identity
 
 if TYPE_CHECKING:
     from vllm.config import LoadConfig, ModelConfig, VllmConfig

@@ -12,11 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lmcache_core.errors import ConfigError, LayoutError
-from lmcache_core.hashing import request_root
-from lmcache_core.keys import CacheNamespace
-from lmcache_core.layout import AttentionKind, DType, KVLayout, LayerGroup
-from lmcache_core.serde import Rope
+from lmcache_core import (
+    AttentionKind,
+    CacheNamespace,
+    ConfigError,
+    DType,
+    KVLayout,
+    LayerGroup,
+    LayoutError,
+    Rope,
+    request_root,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

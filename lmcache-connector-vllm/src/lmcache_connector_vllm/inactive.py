@@ -10,9 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lmcache_connector_vllm.metadata import StepPlan
-from lmcache_core.logging import init_logger
-from lmcache_core.metrics import Counters
-from lmcache_core.plan import Report
+from lmcache_core import Counters, Report, init_logger
 
 if TYPE_CHECKING:
     import torch

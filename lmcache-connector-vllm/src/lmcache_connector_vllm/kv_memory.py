@@ -17,10 +17,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from lmcache_connector_vllm.identity import layer_number
-from lmcache_core.connector import BlockSpan, PagedLayout, PlaneStrides
-from lmcache_core.errors import LayoutError
-from lmcache_core.layout import AttentionKind, LayerGroup
-from lmcache_core.reference import ReferenceKernels
+from lmcache_core import (
+    AttentionKind,
+    BlockSpan,
+    LayerGroup,
+    LayoutError,
+    PagedLayout,
+    PlaneStrides,
+    ReferenceKernels,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -10,7 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from lmcache_connector_vllm.adapters import AdapterUse
-from lmcache_core.plan import FetchOp, LoadOp, Report, StoreOp
+from lmcache_core import FetchOp, LoadOp, Report, StoreOp
 
 
 @dataclass

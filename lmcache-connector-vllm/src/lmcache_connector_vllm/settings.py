@@ -10,11 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lmcache_core.collision import refuse_upstream
-from lmcache_core.config import Config, load_config
-from lmcache_core.errors import ConfigError
-from lmcache_core.logging import init_logger
-from lmcache_core.plugins import Plugins
+from lmcache_core import Config, ConfigError, Plugins, init_logger, load_config, refuse_upstream
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

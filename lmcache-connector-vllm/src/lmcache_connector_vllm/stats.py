@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     PromMetricT,
 )
 
-from lmcache_core.metrics import GAUGES, METRICS
+from lmcache_core import GAUGES, METRICS
 
 Labels = tuple[tuple[str, str], ...]
 

@@ -19,17 +19,23 @@ from lmcache_connector_vllm import identity, kv_memory
 from lmcache_connector_vllm.adapter_watch import AdapterWatch
 from lmcache_connector_vllm.metadata import RequestLoad, StepPlan
 from lmcache_connector_vllm.settings import Settings
-from lmcache_core.daemon_pool import DaemonPool
-from lmcache_core.errors import ConfigError
-from lmcache_core.host_memory import HostArena
-from lmcache_core.io_loop import IOLoop, left_of
-from lmcache_core.keys import CacheNamespace
-from lmcache_core.logging import init_logger
-from lmcache_core.metrics import Counters
-from lmcache_core.mover import Mover, slot_bytes
-from lmcache_core.paged import PagedConnector
-from lmcache_core.plan import LoadOp, Report, StoreOp
-from lmcache_core.tiers import Tiers
+from lmcache_core import (
+    CacheNamespace,
+    ConfigError,
+    Counters,
+    DaemonPool,
+    HostArena,
+    IOLoop,
+    LoadOp,
+    Mover,
+    PagedConnector,
+    Report,
+    StoreOp,
+    Tiers,
+    init_logger,
+    left_of,
+    slot_bytes,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -1,7 +1,8 @@
-"""KV-cache layer for LLM serving: the public API.
+"""KV-cache layer for LLM serving: the public API, for applications and for authors of plugins.
 
-Importing this package imports almost nothing; each name is imported when it is
-first used. Nothing here ever imports torch, an engine or a client library.
+What isn't named here may change without notice; docs/public-api.md says what each name is for.
+Importing this package imports almost nothing; each name is imported when it is first used. Nothing
+here ever imports torch, an engine or a client library.
 """
 
 from __future__ import annotations
@@ -10,86 +11,201 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmcache_core.cache import Cache, Session
+    from lmcache_core.aio.daemon_pool import DaemonPool
+    from lmcache_core.aio.futures import settle_soon
+    from lmcache_core.aio.guard import attempted
+    from lmcache_core.aio.io_loop import IOLoop, left_of
+    from lmcache_core.aio.pieces import IOV_MAX, last_first, next_of, take_out
+    from lmcache_core.aio.secret_file import remark_if_public
+    from lmcache_core.aio.stream import PlainStream, Stream, TICK_S, TlsStream, WAKE_BYTES, dial, dial_unix, wake_from
+    from lmcache_core.aio.tls import binding_of, client_context, server_context
+    from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
+    from lmcache_core.cache.cache import Cache, Session
+    from lmcache_core.cache.holds import Hold
+    from lmcache_core.cache.lookup import PrefixLookup
+    from lmcache_core.cache.mover import Mover, slot_bytes, slots_in
+    from lmcache_core.cache.plan import FetchOp, LoadOp, Report, StoreOp
+    from lmcache_core.cache.planner import Planner
+    from lmcache_core.cache.waiting import WaitingBudget
+    from lmcache_core.chunks.digests import FileDigests
+    from lmcache_core.chunks.hashing import PrefixHasher, request_root
+    from lmcache_core.chunks.identity import AdapterFacts, ModelFacts, adapter_identity, config_identity, is_address, weights_identity
+    from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+    from lmcache_core.chunks.layout import AttentionKind, DType, KVLayout, LayerGroup, full_attention, mla
+    from lmcache_core.cli.table import text_table
     from lmcache_core.config import Config, load_config
-    from lmcache_core.connector import BlockSpan, EngineConnector, PagedLayout, Paging, PlaneStrides
-    from lmcache_core.errors import (
-        BackendError,
-        BackendRejected,
-        BackendTimeout,
-        BackendUnavailable,
-        ConfigError,
-        LayoutError,
-        LMCacheError,
-        PluginError,
-    )
-    from lmcache_core.hookspecs import hookimpl
-    from lmcache_core.keys import CacheNamespace, ChunkKey
-    from lmcache_core.layout import (
-        AttentionKind,
-        DType,
-        KVLayout,
-        LayerGroup,
-        full_attention,
-        mla,
-    )
-    from lmcache_core.paged import Paged
-    from lmcache_core.plugins import Plugins
-    from lmcache_core.serde import Serde, SerdeDescriptor
-    from lmcache_core.storage import (
-        MISS,
-        BackendCapabilities,
-        BackendContext,
-        BlockingBackend,
-        StorageBackend,
-        StorageBackendDescriptor,
-        StoreOutcome,
-    )
+    from lmcache_core.config.dialect import Dialect
+    from lmcache_core.contracts.blocking_channel import BlockingChannel, Stop
+    from lmcache_core.contracts.connector import BlockSpan, EngineConnector, EngineConnectorDescriptor, Kernels, PagedLayout, Paging, PlaneStrides
+    from lmcache_core.contracts.eviction import CachePolicy, CachePolicyDescriptor
+    from lmcache_core.contracts.hookspecs import hookimpl
+    from lmcache_core.contracts.paged import Paged, PagedConnector
+    from lmcache_core.contracts.serde import Rope, Serde, SerdeDescriptor, SerdeFacts
+    from lmcache_core.contracts.storage import BackendCapabilities, BackendContext, BlockingBackend, HostRegion, MISS, StorageBackend, StorageBackendDescriptor, StoreOutcome
+    from lmcache_core.contracts.transfer import Note, Peer, PeerDescriptor, Range, TransferCapabilities, TransferChannel, TransferChannelDescriptor, TransferContext
+    from lmcache_core.errors import BackendError, BackendRejected, BackendTimeout, BackendUnavailable, ConfigError, LMCacheError, LayoutError, LeaseError, PluginError, UnnamedError
+    from lmcache_core.logging import Seldom, init_logger
+    from lmcache_core.memory.host_memory import HostArena, PAGE_BYTES, address_of, allocate_region, available_bytes, keep_writers_out, memfd, reader_of
+    from lmcache_core.memory.leases import Lease, Ledger, SharedResource
+    from lmcache_core.memory.reference import ReferenceKernels
+    from lmcache_core.metrics import Counters, GAUGES, METRICS, METRIC_PREFIX, render_prometheus
+    from lmcache_core.plugins.manager import Plugins
+    from lmcache_core.plugins.upstream import refuse_upstream
+    from lmcache_core.tiers.peers import Link, open_channel
+    from lmcache_core.tiers.serde_chain import chain_serdes
+    from lmcache_core.tiers.tiers import Tiers
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Cache": "cache",
-    "Paged": "paged",
-    "Session": "cache",
-    "Config": "config",
-    "load_config": "config",
-    "BlockSpan": "connector",
-    "EngineConnector": "connector",
-    "PagedLayout": "connector",
-    "Paging": "connector",
-    "PlaneStrides": "connector",
-    "BackendError": "errors",
-    "BackendRejected": "errors",
-    "BackendTimeout": "errors",
-    "BackendUnavailable": "errors",
-    "ConfigError": "errors",
-    "LMCacheError": "errors",
-    "LayoutError": "errors",
-    "PluginError": "errors",
-    "hookimpl": "hookspecs",
-    "CacheNamespace": "keys",
-    "ChunkKey": "keys",
-    "AttentionKind": "layout",
-    "DType": "layout",
-    "KVLayout": "layout",
-    "LayerGroup": "layout",
-    "full_attention": "layout",
-    "mla": "layout",
-    "Plugins": "plugins",
-    "Serde": "serde",
-    "SerdeDescriptor": "serde",
-    "MISS": "storage",
-    "BackendCapabilities": "storage",
-    "BackendContext": "storage",
-    "BlockingBackend": "storage",
-    "StorageBackend": "storage",
-    "StorageBackendDescriptor": "storage",
-    "StoreOutcome": "storage",
+_ROLES = {
+    "Applications": {
+        "AttentionKind": "chunks.layout",
+        "Cache": "cache.cache",
+        "Config": "config",
+        "ConfigError": "errors",
+        "DType": "chunks.layout",
+        "KVLayout": "chunks.layout",
+        "LMCacheError": "errors",
+        "LayerGroup": "chunks.layout",
+        "LayoutError": "errors",
+        "LeaseError": "errors",
+        "Paged": "contracts.paged",
+        "PluginError": "errors",
+        "Plugins": "plugins.manager",
+        "Session": "cache.cache",
+        "UnnamedError": "errors",
+        "full_attention": "chunks.layout",
+        "load_config": "config",
+        "mla": "chunks.layout",
+    },
+    "Every plugin": {
+        "Counters": "metrics",
+        "Dialect": "config.dialect",
+        "GAUGES": "metrics",
+        "METRICS": "metrics",
+        "METRIC_PREFIX": "metrics",
+        "Seldom": "logging",
+        "hookimpl": "contracts.hookspecs",
+        "init_logger": "logging",
+        "render_prometheus": "metrics",
+        "text_table": "cli.table",
+    },
+    "Storage backends": {
+        "BackendCapabilities": "contracts.storage",
+        "BackendContext": "contracts.storage",
+        "BackendError": "errors",
+        "BackendRejected": "errors",
+        "BackendTimeout": "errors",
+        "BackendUnavailable": "errors",
+        "BlockingBackend": "contracts.storage",
+        "CacheNamespace": "chunks.keys",
+        "ChunkKey": "chunks.keys",
+        "FilesystemBackend": "builtin.filesystem",
+        "FilesystemConfig": "builtin.filesystem",
+        "HostRegion": "contracts.storage",
+        "MISS": "contracts.storage",
+        "StorageBackend": "contracts.storage",
+        "StorageBackendDescriptor": "contracts.storage",
+        "StoreOutcome": "contracts.storage",
+    },
+    "Serdes and cache policies": {
+        "CachePolicy": "contracts.eviction",
+        "CachePolicyDescriptor": "contracts.eviction",
+        "Rope": "contracts.serde",
+        "Serde": "contracts.serde",
+        "SerdeDescriptor": "contracts.serde",
+        "SerdeFacts": "contracts.serde",
+        "chain_serdes": "tiers.serde_chain",
+    },
+    "Transfer channels": {
+        "BlockingChannel": "contracts.blocking_channel",
+        "Link": "tiers.peers",
+        "Note": "contracts.transfer",
+        "Peer": "contracts.transfer",
+        "PeerDescriptor": "contracts.transfer",
+        "Range": "contracts.transfer",
+        "Stop": "contracts.blocking_channel",
+        "TransferCapabilities": "contracts.transfer",
+        "TransferChannel": "contracts.transfer",
+        "TransferChannelDescriptor": "contracts.transfer",
+        "TransferContext": "contracts.transfer",
+        "open_channel": "tiers.peers",
+    },
+    "What does I/O: threads, loops, streams": {
+        "DaemonPool": "aio.daemon_pool",
+        "IOLoop": "aio.io_loop",
+        "IOV_MAX": "aio.pieces",
+        "PlainStream": "aio.stream",
+        "Stream": "aio.stream",
+        "TICK_S": "aio.stream",
+        "TlsStream": "aio.stream",
+        "WAKE_BYTES": "aio.stream",
+        "attempted": "aio.guard",
+        "binding_of": "aio.tls",
+        "client_context": "aio.tls",
+        "dial": "aio.stream",
+        "dial_unix": "aio.stream",
+        "last_first": "aio.pieces",
+        "left_of": "aio.io_loop",
+        "next_of": "aio.pieces",
+        "remark_if_public": "aio.secret_file",
+        "server_context": "aio.tls",
+        "settle_soon": "aio.futures",
+        "take_out": "aio.pieces",
+        "wake_from": "aio.stream",
+    },
+    "Host memory": {
+        "HostArena": "memory.host_memory",
+        "Lease": "memory.leases",
+        "Ledger": "memory.leases",
+        "PAGE_BYTES": "memory.host_memory",
+        "ReferenceKernels": "memory.reference",
+        "SharedResource": "memory.leases",
+        "address_of": "memory.host_memory",
+        "allocate_region": "memory.host_memory",
+        "available_bytes": "memory.host_memory",
+        "keep_writers_out": "memory.host_memory",
+        "memfd": "memory.host_memory",
+        "reader_of": "memory.host_memory",
+    },
+    "Engine connectors": {
+        "AdapterFacts": "chunks.identity",
+        "BlockSpan": "contracts.connector",
+        "EngineConnector": "contracts.connector",
+        "EngineConnectorDescriptor": "contracts.connector",
+        "FetchOp": "cache.plan",
+        "FileDigests": "chunks.digests",
+        "Hold": "cache.holds",
+        "Kernels": "contracts.connector",
+        "LoadOp": "cache.plan",
+        "ModelFacts": "chunks.identity",
+        "Mover": "cache.mover",
+        "PagedConnector": "contracts.paged",
+        "PagedLayout": "contracts.connector",
+        "Paging": "contracts.connector",
+        "PlaneStrides": "contracts.connector",
+        "Planner": "cache.planner",
+        "PrefixHasher": "chunks.hashing",
+        "PrefixLookup": "cache.lookup",
+        "Report": "cache.plan",
+        "StoreOp": "cache.plan",
+        "Tiers": "tiers.tiers",
+        "WaitingBudget": "cache.waiting",
+        "adapter_identity": "chunks.identity",
+        "config_identity": "chunks.identity",
+        "is_address": "chunks.identity",
+        "refuse_upstream": "plugins.upstream",
+        "request_root": "chunks.hashing",
+        "slot_bytes": "cache.mover",
+        "slots_in": "cache.mover",
+        "weights_identity": "chunks.identity",
+    },
 }
+"""Whom it is for → public name → the module where it lives."""
+_MODULES = {name: module for names in _ROLES.values() for name, module in names.items()}
 
 __all__ = [
-    "MISS",
+    "AdapterFacts",
     "AttentionKind",
     "BackendCapabilities",
     "BackendContext",
@@ -99,41 +215,130 @@ __all__ = [
     "BackendUnavailable",
     "BlockSpan",
     "BlockingBackend",
+    "BlockingChannel",
     "Cache",
     "CacheNamespace",
+    "CachePolicy",
+    "CachePolicyDescriptor",
     "ChunkKey",
     "Config",
     "ConfigError",
+    "Counters",
     "DType",
+    "DaemonPool",
+    "Dialect",
     "EngineConnector",
+    "EngineConnectorDescriptor",
+    "FetchOp",
+    "FileDigests",
+    "FilesystemBackend",
+    "FilesystemConfig",
+    "GAUGES",
+    "Hold",
+    "HostArena",
+    "HostRegion",
+    "IOLoop",
+    "IOV_MAX",
     "KVLayout",
+    "Kernels",
     "LMCacheError",
     "LayerGroup",
     "LayoutError",
+    "Lease",
+    "LeaseError",
+    "Ledger",
+    "Link",
+    "LoadOp",
+    "METRICS",
+    "METRIC_PREFIX",
+    "MISS",
+    "ModelFacts",
+    "Mover",
+    "Note",
+    "PAGE_BYTES",
     "Paged",
+    "PagedConnector",
     "PagedLayout",
     "Paging",
+    "Peer",
+    "PeerDescriptor",
+    "PlainStream",
     "PlaneStrides",
+    "Planner",
     "PluginError",
     "Plugins",
+    "PrefixHasher",
+    "PrefixLookup",
+    "Range",
+    "ReferenceKernels",
+    "Report",
+    "Rope",
+    "Seldom",
     "Serde",
     "SerdeDescriptor",
+    "SerdeFacts",
     "Session",
+    "SharedResource",
+    "Stop",
     "StorageBackend",
     "StorageBackendDescriptor",
+    "StoreOp",
     "StoreOutcome",
+    "Stream",
+    "TICK_S",
+    "Tiers",
+    "TlsStream",
+    "TransferCapabilities",
+    "TransferChannel",
+    "TransferChannelDescriptor",
+    "TransferContext",
+    "UnnamedError",
+    "WAKE_BYTES",
+    "WaitingBudget",
+    "adapter_identity",
+    "address_of",
+    "allocate_region",
+    "attempted",
+    "available_bytes",
+    "binding_of",
+    "chain_serdes",
+    "client_context",
+    "config_identity",
+    "dial",
+    "dial_unix",
     "full_attention",
     "hookimpl",
+    "init_logger",
+    "is_address",
+    "keep_writers_out",
+    "last_first",
+    "left_of",
     "load_config",
+    "memfd",
     "mla",
+    "next_of",
+    "open_channel",
+    "reader_of",
+    "refuse_upstream",
+    "remark_if_public",
+    "render_prometheus",
+    "request_root",
+    "server_context",
+    "settle_soon",
+    "slot_bytes",
+    "slots_in",
+    "take_out",
+    "text_table",
+    "wake_from",
+    "weights_identity",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module when it is first asked for (PEP 562)."""
-    if (home := _HOME.get(name)) is None:
+    if (module := _MODULES.get(name)) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{home}"), name)
+    value = getattr(import_module(f"{__name__}.{module}"), name)
     globals()[name] = value
     return value
 

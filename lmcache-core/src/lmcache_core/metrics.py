@@ -51,7 +51,7 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 GAUGES = frozenset({"breaker_open", "clear_owed"})
 """Names whose value goes down as well; all others only grow."""
-PREFIX = "lmcache_"
+METRIC_PREFIX = "lmcache_"
 
 
 class Counters:
@@ -103,7 +103,7 @@ def render_prometheus(snapshot: Mapping[Series, float]) -> str:
     lines: list[str] = []
     family = ""
     for (name, labels), value in sorted(snapshot.items()):
-        exported = f"{PREFIX}{name}" if name in GAUGES else f"{PREFIX}{name}_total"
+        exported = f"{METRIC_PREFIX}{name}" if name in GAUGES else f"{METRIC_PREFIX}{name}_total"
         if exported != family:
             family = exported
             lines.append(f"# TYPE {family} {'gauge' if name in GAUGES else 'counter'}")

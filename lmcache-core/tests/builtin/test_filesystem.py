@@ -18,9 +18,9 @@ from pydantic import ValidationError
 
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig, config_from_url
 from lmcache_core.builtin.filesystem_io import ABANDONED_AFTER_S, ChunkFiles
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.contracts.storage import MISS, BackendContext, StoreOutcome
 from lmcache_core.errors import BackendRejected, BackendTimeout, BackendUnavailable
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.storage import MISS, BackendContext, StoreOutcome
 from lmcache_core.testing.loop import Loop
 from lmcache_core.testing.storage import LAYOUT, keys, value
 
@@ -283,7 +283,7 @@ KILLED = """
 import asyncio, os, sys
 from lmcache_core.builtin import filesystem_io
 from lmcache_core.builtin.filesystem import *
-from lmcache_core.keys import CacheNamespace
+from lmcache_core.chunks.keys import CacheNamespace
 from lmcache_core.testing.storage import LAYOUT, keys, value
 
 async def main():
@@ -537,7 +537,7 @@ def test_an_empty_value_is_not_kept(opened: Open, run: Loop) -> None:
 SHARING = """
 import asyncio, sys
 from lmcache_core.builtin.filesystem import *
-from lmcache_core.keys import CacheNamespace
+from lmcache_core.chunks.keys import CacheNamespace
 from lmcache_core.testing.storage import LAYOUT, keys, value
 
 async def main():

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lmcache_core.builtin.filesystem_io import ChunkFiles
-from lmcache_core.storage import MISS
+from lmcache_core.contracts.storage import MISS
 from lmcache_core.testing.storage import value
 
 SIZES = [1, 4095, 4096, 4097, 3 * 4096, (1 << 20) + 1, (2 << 20) + 4095]

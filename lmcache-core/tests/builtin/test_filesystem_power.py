@@ -21,10 +21,10 @@ from lmcache_core.builtin import filesystem_room
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
 from lmcache_core.builtin.filesystem_io import size_of
 from lmcache_core.builtin.filesystem_room import UNWRITTEN_S
+from lmcache_core.chunks.frame import HEADER_BYTES, may_start, read_header
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.contracts.storage import MISS, BackendContext, StoreOutcome
 from lmcache_core.errors import FrameError
-from lmcache_core.frame import HEADER_BYTES, may_start, read_header
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.storage import MISS, BackendContext, StoreOutcome
 from lmcache_core.testing.storage import LAYOUT, keys, value
 
 NAMESPACE = CacheNamespace("model", LAYOUT)

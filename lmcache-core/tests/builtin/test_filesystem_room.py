@@ -19,8 +19,8 @@ from lmcache_core.builtin import filesystem_room
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
 from lmcache_core.builtin.filesystem_io import NOTE_USE_AFTER_S
 from lmcache_core.builtin.filesystem_manifest import NAME, described, read
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.storage import MISS, BackendContext, StoreOutcome
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.contracts.storage import MISS, BackendContext, StoreOutcome
 from lmcache_core.testing.storage import LAYOUT, keys, value
 
 KIB = 1024
@@ -250,7 +250,7 @@ def test_reading_renews_a_files_time(opened: Open, tmp_path: Path) -> None:
 WRITER = """
 import fcntl, os, sys
 from lmcache_core.builtin.filesystem import *
-from lmcache_core.keys import CacheNamespace
+from lmcache_core.chunks.keys import CacheNamespace
 from lmcache_core.testing.storage import LAYOUT, keys, value
 from test_filesystem_room import total
 

@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from lmcache_core.builtin.memory import MemoryBackend, MemoryConfig
-from lmcache_core.keys import CacheNamespace
-from lmcache_core.storage import BackendContext, StoreOutcome
+from lmcache_core.chunks.keys import CacheNamespace
+from lmcache_core.contracts.storage import BackendContext, StoreOutcome
 from lmcache_core.testing.loop import Loop
 from lmcache_core.testing.storage import LAYOUT, keys, value
 

@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
 from lmcache_core.builtin.memory import MemoryBackend, MemoryConfig
-from lmcache_core.keys import ChunkKey
-from lmcache_core.storage import MISS, BackendCapabilities, BackendContext, StoreOutcome
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.contracts.storage import MISS, BackendCapabilities, BackendContext, StoreOutcome
 
 Views = Sequence[memoryview]
 Keys = Sequence[ChunkKey]

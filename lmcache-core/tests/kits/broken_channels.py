@@ -10,10 +10,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from lmcache_core.blocking_channel import Stop
-from lmcache_core.daemon_pool import DaemonPool
-from lmcache_core.errors import BackendUnavailable
-from lmcache_core.transfer import (
+from lmcache_core.aio.daemon_pool import DaemonPool
+from lmcache_core.contracts.blocking_channel import Stop
+from lmcache_core.contracts.transfer import (
     Note,
     Peer,
     PeerDescriptor,
@@ -21,6 +20,7 @@ from lmcache_core.transfer import (
     TransferChannelDescriptor,
     TransferContext,
 )
+from lmcache_core.errors import BackendUnavailable
 from lmcache_core.transfer_tcp.channel import TcpChannel, TcpPeer
 from lmcache_core.transfer_tcp.config import TcpChannelConfig
 

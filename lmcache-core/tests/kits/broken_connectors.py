@@ -7,8 +7,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from lmcache_core.connector import BlockSpan, EngineConnector, Paging
-from lmcache_core.layout import AttentionKind, DType, LayerGroup
+from lmcache_core.chunks.layout import AttentionKind, DType, LayerGroup
+from lmcache_core.contracts.connector import BlockSpan, EngineConnector, Paging
 from lmcache_core.testing.connector import EngineMemory
 
 Spans = Sequence[BlockSpan]

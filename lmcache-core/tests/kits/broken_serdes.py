@@ -7,8 +7,8 @@ import threading
 import zlib
 from typing import ClassVar
 
-from lmcache_core.layout import DType, LayerGroup
-from lmcache_core.serde import Serde
+from lmcache_core.chunks.layout import DType, LayerGroup
+from lmcache_core.contracts.serde import Serde
 from lmcache_core.testing.serde import pack, unpack
 
 

@@ -11,17 +11,17 @@ from typing import Any, TypeVar
 
 import pytest
 
+from lmcache_core.aio.guard import attempt
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
 from lmcache_core.builtin.memory import MemoryBackend, MemoryConfig
 from lmcache_core.builtin.raw import RawSerde
-from lmcache_core.connector import BlockSpan, EngineConnector, HostKernels
-from lmcache_core.eviction import LRU, CachePolicy
-from lmcache_core.guard import attempt
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.layout import AttentionKind, DType, KVLayout, LayerGroup
-from lmcache_core.paged import CanonicalBuffer
-from lmcache_core.serde import Serde, SerdeFacts
-from lmcache_core.storage import (
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.chunks.layout import AttentionKind, DType, KVLayout, LayerGroup
+from lmcache_core.contracts.connector import BlockSpan, EngineConnector, HostKernels
+from lmcache_core.contracts.eviction import LRU, CachePolicy
+from lmcache_core.contracts.paged import CanonicalBuffer
+from lmcache_core.contracts.serde import Serde, SerdeFacts
+from lmcache_core.contracts.storage import (
     MISS,
     BackendContext,
     ReportsUsage,

@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lmcache_core.keys import ChunkKey
-from lmcache_core.storage import MISS
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.contracts.storage import MISS
 from lmcache_core.testing.storage import buffers, views
-from lmcache_core.tier import Tier
+from lmcache_core.tiers.tier import Tier
 
 CUTS = (0, 50, 500, 5_000, 500_000, 5_000_000)
 """A connection ends before it passed one of so many bytes."""

@@ -28,7 +28,6 @@ from statements import Statements, Tracing
 from writers import KINDS, ROOMY
 
 from lmcache_backend_lm import disk, folders
-from lmcache_core import clearing, tier, tier_moves
 from lmcache_core.builtin import (
     filesystem,
     filesystem_index,
@@ -39,6 +38,8 @@ from lmcache_core.builtin import (
     filesystem_scan,
     filesystem_usage,
 )
+from lmcache_core.cache import tier_moves
+from lmcache_core.tiers import clearing, tier
 
 FILES = (
     *(filesystem, filesystem_index, filesystem_io, filesystem_ledger, filesystem_manifest),

@@ -27,13 +27,13 @@ from lmcache_core import (
     hookimpl,
     load_config,
 )
-from lmcache_core.connector import BlockSpan
-from lmcache_core.frame import HEADER_BYTES
-from lmcache_core.keys import CacheNamespace, ChunkKey
-from lmcache_core.layout import LayerGroup
-from lmcache_core.paged import CanonicalBuffer
-from lmcache_core.serde import Serde, SerdeDescriptor
-from lmcache_core.storage import MISS, BackendContext
+from lmcache_core.chunks.frame import HEADER_BYTES
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.chunks.layout import LayerGroup
+from lmcache_core.contracts.connector import BlockSpan
+from lmcache_core.contracts.paged import CanonicalBuffer
+from lmcache_core.contracts.serde import Serde, SerdeDescriptor
+from lmcache_core.contracts.storage import MISS, BackendContext
 
 CHUNK = 16
 GROUP = full_attention(layers=3, heads=2, head_size=8, dtype=DType.BF16)

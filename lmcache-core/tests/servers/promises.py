@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from lmcache_core.checksums import checksums
-from lmcache_core.frame import HEADER_BYTES, write_header
-from lmcache_core.keys import CacheNamespace, ChunkKey
+from lmcache_core.chunks.checksums import checksums
+from lmcache_core.chunks.frame import HEADER_BYTES, write_header
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
 from lmcache_core.testing.storage import LAYOUT, keys, value
 
 EACH = 8

@@ -17,10 +17,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from lmcache_core.errors import BackendRejected, BackendUnavailable, ConfigError
-from lmcache_core.hookspecs import hookimpl
-from lmcache_core.keys import ChunkKey
-from lmcache_core.storage import (
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.contracts.hookspecs import hookimpl
+from lmcache_core.contracts.storage import (
     MISS,
     BackendCapabilities,
     BackendContext,
@@ -29,6 +28,7 @@ from lmcache_core.storage import (
     StorageBackendDescriptor,
     StoreOutcome,
 )
+from lmcache_core.errors import BackendRejected, BackendUnavailable, ConfigError
 
 CRASHES_AT, HANGS_AT, LEAKS_BYTES = 100, 200, 128 << 10
 

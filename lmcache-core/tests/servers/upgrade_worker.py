@@ -11,7 +11,7 @@ import json
 import random
 import sys
 
-from lmcache_core import frame
+from lmcache_core.chunks import frame
 
 CHUNKS = 8
 

@@ -24,13 +24,13 @@ from lmcache_backend_lm.values import Value, Values
 from lmcache_core import Cache, Plugins, load_config
 from lmcache_core.builtin import filesystem_manifest, filesystem_usage
 from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
-from lmcache_core.discovery import core_version
+from lmcache_core.chunks.frame import read_header
+from lmcache_core.chunks.hashing import PrefixHasher, request_root
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.contracts.storage import MISS, BackendContext, StoreOutcome
 from lmcache_core.errors import FrameError
-from lmcache_core.frame import read_header
-from lmcache_core.hashing import PrefixHasher, request_root
-from lmcache_core.keys import CacheNamespace, ChunkKey
 from lmcache_core.metrics import Counters
-from lmcache_core.storage import MISS, BackendContext, StoreOutcome
+from lmcache_core.plugins.discovery import core_version
 from lmcache_core.testing.storage import LAYOUT, TOKENS, VALUE_BYTES, value
 
 GIB = 1 << 30

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from lmcache_core.host_memory import share
-from lmcache_core.transfer import TransferContext
+from lmcache_core.contracts.transfer import TransferContext
+from lmcache_core.memory.host_memory import share
 from lmcache_core.transfer_tcp.channel import TcpChannel
 from lmcache_core.transfer_tcp.config import TcpChannelConfig
 

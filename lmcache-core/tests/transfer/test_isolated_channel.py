@@ -9,12 +9,12 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from lmcache_core.contracts.transfer import Range, TransferChannel, TransferContext
 from lmcache_core.errors import BackendRejected, BackendUnavailable, ConfigError
-from lmcache_core.host_memory import allocate_region
 from lmcache_core.isolation.channel import IsolatedChannel
-from lmcache_core.link import open_channel
-from lmcache_core.plugins import Plugins
-from lmcache_core.transfer import Range, TransferChannel, TransferContext
+from lmcache_core.memory.host_memory import allocate_region
+from lmcache_core.plugins.manager import Plugins
+from lmcache_core.tiers.peers import open_channel
 from lmcache_core.transfer_tcp.config import TcpChannelConfig
 
 NBYTES = 1 << 20
@@ -96,6 +96,6 @@ def test_what_the_child_refuses_is_refused_here() -> None:
 
 
 def _port(descriptor: bytes) -> bytes:
-    from lmcache_core.transfer import PeerDescriptor
+    from lmcache_core.contracts.transfer import PeerDescriptor
 
     return PeerDescriptor.decode(descriptor, "tcp").body[1:3]

@@ -7,6 +7,13 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from lmcache_core.contracts.transfer import (
+    Peer,
+    Range,
+    TransferCapabilities,
+    TransferChannel,
+    TransferContext,
+)
 from lmcache_core.errors import (
     BackendRejected,
     BackendTimeout,
@@ -14,17 +21,10 @@ from lmcache_core.errors import (
     ConfigError,
     UnknownPluginError,
 )
-from lmcache_core.host_memory import OwnedRegion, allocate_region
-from lmcache_core.link import Link, open_channel
+from lmcache_core.memory.host_memory import OwnedRegion, allocate_region
 from lmcache_core.metrics import Counters
-from lmcache_core.plugins import Plugins
-from lmcache_core.transfer import (
-    Peer,
-    Range,
-    TransferCapabilities,
-    TransferChannel,
-    TransferContext,
-)
+from lmcache_core.plugins.manager import Plugins
+from lmcache_core.tiers.peers import Link, open_channel
 
 
 @pytest.fixture

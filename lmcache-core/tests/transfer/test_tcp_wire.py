@@ -13,10 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmcache_core.contracts.storage import HostRegion
+from lmcache_core.contracts.transfer import (
+    MAX_NOTE_BYTES,
+    Note,
+    PeerDescriptor,
+    Range,
+    TransferContext,
+)
 from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
-from lmcache_core.host_memory import allocate_region
-from lmcache_core.storage import HostRegion
-from lmcache_core.transfer import MAX_NOTE_BYTES, Note, PeerDescriptor, Range, TransferContext
+from lmcache_core.memory.host_memory import allocate_region
 from lmcache_core.transfer_tcp import wire
 from lmcache_core.transfer_tcp.channel import TcpChannel
 from lmcache_core.transfer_tcp.config import TcpChannelConfig

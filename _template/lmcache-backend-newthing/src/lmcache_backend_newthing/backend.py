@@ -12,12 +12,12 @@ import threading
 from collections.abc import Sequence
 
 from lmcache_backend_newthing.config import NewthingConfig
-from lmcache_core.keys import ChunkKey
-from lmcache_core.storage import (
+from lmcache_core import (
     MISS,
     BackendCapabilities,
     BackendContext,
     BlockingBackend,
+    ChunkKey,
     StoreOutcome,
 )
 

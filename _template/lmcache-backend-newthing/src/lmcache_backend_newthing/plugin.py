@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lmcache_backend_newthing.config import NewthingConfig
-from lmcache_core.hookspecs import hookimpl
-from lmcache_core.storage import StorageBackend, StorageBackendDescriptor
+from lmcache_core import StorageBackend, StorageBackendDescriptor, hookimpl
 
 
 def _create(config: NewthingConfig) -> StorageBackend:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lmcache_core.hookspecs import hookimpl
-from lmcache_core.keys import ChunkKey
-from lmcache_core.storage import (
+from lmcache_core import (
     MISS,
     BackendCapabilities,
     BackendContext,
     BlockingBackend,
+    ChunkKey,
     StorageBackendDescriptor,
     StoreOutcome,
+    hookimpl,
 )
 
 

@@ -30,9 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmcache_core.errors import ConfigError
-from lmcache_core.layout import LayerGroup
-from lmcache_core.serde import Serde, SerdeFacts
+from lmcache_core import ConfigError, LayerGroup, Serde, SerdeFacts
 from lmcache_kernels.codec.config import AesGcmConfig
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lmcache_core.serde import Serde, SerdeDescriptor
+from lmcache_core import Serde, SerdeDescriptor
 from lmcache_kernels.codec.config import AesGcmConfig, CacheGenConfig, CodecConfig
 
 Threads = Callable[[], int | None]

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from lmcache_core.errors import ConfigError
-from lmcache_core.layout import LayerGroup
+from lmcache_core import ConfigError, LayerGroup
 from lmcache_kernels import _native
 
 MAGIC = b"KVP1"
@@ -54,7 +53,7 @@ class Profile:
     first_layer: int = 0
     """The model's number of the first of them."""
     model: str = ""
-    """Names the weights: `lmcache_core.model.weights_identity`. Empty: any that has this shape."""
+    """Names the weights: `lmcache_core.weights_identity`. Empty: any that has this shape."""
     key_means: bytes = b""
     basis_heads: int = 0
     key_basis: bytes = b""

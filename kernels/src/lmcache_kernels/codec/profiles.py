@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from lmcache_core.layout import LayerGroup
-from lmcache_core.serde import SerdeFacts
+from lmcache_core import LayerGroup, SerdeFacts
 from lmcache_kernels import _native
 from lmcache_kernels.codec.profile import Profile
 

@@ -1,6 +1,6 @@
 """The serdes whose work is done in C++: `lossless`, `cachegen`, `int8` and `fp8`.
 
-Knows the contract of `lmcache_core.serde` and what the native module is asked. Which bytes come out
+Knows the contract of `lmcache_core.Serde` and what the native module is asked. Which bytes come out
 is described in docs/codec-format.md.
 """
 
@@ -12,9 +12,7 @@ import os
 import struct
 from typing import ClassVar
 
-from lmcache_core.errors import ConfigError
-from lmcache_core.layout import AttentionKind, DType, LayerGroup
-from lmcache_core.serde import Rope, Serde, SerdeFacts
+from lmcache_core import AttentionKind, ConfigError, DType, LayerGroup, Rope, Serde, SerdeFacts
 from lmcache_kernels import _native
 from lmcache_kernels.codec.config import STEPS, VALUES_BY_KEYS, CacheGenConfig, CodecConfig
 from lmcache_kernels.codec.profile import Profile

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmcache_core.errors import ConfigError
+from lmcache_core import ConfigError
 from lmcache_kernels.codec_eval.models import ROTARY_HALVES, Model
 
 

@@ -9,8 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmcache_core.errors import ConfigError
-from lmcache_core.plugins import Plugins
+from lmcache_core import ConfigError, Plugins
 from lmcache_kernels.codec.profiles import FOLDER_VARIABLE, profile_folder
 
 if TYPE_CHECKING:

@@ -15,10 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmcache_core.errors import ConfigError
-from lmcache_core.layout import DType, LayerGroup, full_attention
-from lmcache_core.model import weights_identity
-from lmcache_core.serde import Rope
+from lmcache_core import ConfigError, DType, LayerGroup, Rope, full_attention, weights_identity
 
 ROTARY_HALVES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose pairs are (j, j + pairs), and whose projections have the names of Llama's."""

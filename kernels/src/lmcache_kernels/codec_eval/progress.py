@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
-from lmcache_core.errors import ConfigError
+from lmcache_core import ConfigError
 
 T = TypeVar("T")
 

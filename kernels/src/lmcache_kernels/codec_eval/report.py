@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lmcache_core.cli.table import table
-from lmcache_core.errors import ConfigError
+from lmcache_core import ConfigError, text_table
 from lmcache_kernels.codec_eval.models import INSTALL
 from lmcache_kernels.codec_eval.scoring import Score
 
@@ -58,7 +57,7 @@ def shown(report: Report) -> str:
     lines.append(f"perplexity {report.baseline.perplexity:.2f} with the true cache")
     if report.needles is not None:
         lines[-1] += f", which finds {report.needles_found} of {report.needles} needles"
-    return "\n".join([*lines, "", table(_HEAD, [_cells(row, report) for row in report.rows])])
+    return "\n".join([*lines, "", text_table(_HEAD, [_cells(row, report) for row in report.rows])])
 
 
 def _cells(row: Row, report: Report) -> Sequence[str]:

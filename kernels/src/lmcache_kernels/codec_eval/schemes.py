@@ -16,10 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from lmcache_core.errors import ConfigError
-from lmcache_core.plugins import Plugins
-from lmcache_core.serde import Serde, SerdeDescriptor, SerdeFacts
-from lmcache_core.serde_chain import chain
+from lmcache_core import ConfigError, Plugins, Serde, SerdeDescriptor, SerdeFacts, chain_serdes
 from lmcache_kernels.codec.config import CacheGenConfig
 from lmcache_kernels.codec.profile import Profile
 from lmcache_kernels.codec_eval.models import Model
@@ -108,7 +105,7 @@ def serde_scheme(
                 f"{', '.join(known)}"
             )
     default = {"profile": "none" if profile is None else profile}
-    serde = chain(
+    serde = chain_serdes(
         [
             _link(words, one, {**default, **said} if one.config is CacheGenConfig else said)
             for one in descriptors

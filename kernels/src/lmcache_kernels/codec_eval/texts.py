@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lmcache_core.errors import ConfigError
+from lmcache_core import ConfigError
 
 Half = Literal["calibration", "evaluation"]
 _CHARACTERS_A_TOKEN = 8

@@ -28,11 +28,10 @@ from lmcache_core.builtin.filesystem_io import (
 )
 from lmcache_core.builtin.filesystem_room import ATTEMPTS, FolderRoom
 from lmcache_core.builtin.filesystem_scan import folders, place, scan
-from lmcache_core.errors import BackendRejected
-from lmcache_core.frame import MAGIC, may_start
-from lmcache_core.hookspecs import hookimpl
-from lmcache_core.keys import ChunkKey
-from lmcache_core.storage import (
+from lmcache_core.chunks.frame import MAGIC, may_start
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.contracts.hookspecs import hookimpl
+from lmcache_core.contracts.storage import (
     MISS,
     BackendCapabilities,
     BackendContext,
@@ -40,6 +39,7 @@ from lmcache_core.storage import (
     StorageBackendDescriptor,
     StoreOutcome,
 )
+from lmcache_core.errors import BackendRejected
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
-from lmcache_core.keys import ChunkKey
+from lmcache_core.chunks.keys import ChunkKey
 
 
 class FileIndex:

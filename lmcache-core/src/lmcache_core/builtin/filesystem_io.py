@@ -21,9 +21,9 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
+from lmcache_core.contracts.storage import MISS
 from lmcache_core.errors import BackendError, BackendRejected, BackendTimeout, BackendUnavailable
-from lmcache_core.host_memory import address_of
-from lmcache_core.storage import MISS
+from lmcache_core.memory.host_memory import address_of
 
 logger = logging.getLogger(__name__)
 

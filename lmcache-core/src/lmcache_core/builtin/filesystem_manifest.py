@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from lmcache_core.builtin.filesystem_io import FULL, ChunkFiles
-from lmcache_core.discovery import core_version
-from lmcache_core.keys import CacheNamespace
+from lmcache_core.chunks.keys import CacheNamespace
+from lmcache_core.plugins.discovery import core_version
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from lmcache_core.builtin.filesystem_io import ChunkFiles, remove
 from lmcache_core.builtin.filesystem_ledger import Removal, Standing
 from lmcache_core.builtin.filesystem_scan import place, remove_empty, scan, spaces
 from lmcache_core.builtin.filesystem_usage import FolderUsage
-from lmcache_core.frame import MAGIC, may_start
-from lmcache_core.keys import ChunkKey
+from lmcache_core.chunks.frame import MAGIC, may_start
+from lmcache_core.chunks.keys import ChunkKey
 
 logger = logging.getLogger(__name__)
 

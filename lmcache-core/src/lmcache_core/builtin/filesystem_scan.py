@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lmcache_core.builtin.filesystem_io import ChunkFiles, remove
-from lmcache_core.keys import ChunkKey
+from lmcache_core.chunks.keys import ChunkKey
 
 _SPACE = re.compile(r"[0-9a-f]{16}")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lmcache_core.hookspecs import hookimpl
-from lmcache_core.host_memory import allocate_region
-from lmcache_core.storage import HostRegion
+from lmcache_core.contracts.hookspecs import hookimpl
+from lmcache_core.contracts.storage import HostRegion
+from lmcache_core.memory.host_memory import allocate_region
 
 
 @hookimpl(trylast=True)

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lmcache_core.hookspecs import hookimpl
-from lmcache_core.keys import ChunkKey
-from lmcache_core.storage import (
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.contracts.hookspecs import hookimpl
+from lmcache_core.contracts.storage import (
     MISS,
     BackendCapabilities,
     BackendContext,

@@ -1,11 +1,11 @@
-"""Registers the eviction policies of `lmcache_core.eviction`."""
+"""Registers the eviction policies of `lmcache_core.contracts.eviction`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lmcache_core.eviction import FIFO, LFU, LRU, MRU, CachePolicyDescriptor
-from lmcache_core.hookspecs import hookimpl
+from lmcache_core.contracts.eviction import FIFO, LFU, LRU, MRU, CachePolicyDescriptor
+from lmcache_core.contracts.hookspecs import hookimpl
 
 
 @hookimpl

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from lmcache_core.hookspecs import hookimpl
-from lmcache_core.layout import LayerGroup
-from lmcache_core.serde import Serde, SerdeDescriptor
+from lmcache_core.chunks.layout import LayerGroup
+from lmcache_core.contracts.hookspecs import hookimpl
+from lmcache_core.contracts.serde import Serde, SerdeDescriptor
 
 WIRE_ID = 1
 

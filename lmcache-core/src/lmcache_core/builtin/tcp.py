@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lmcache_core.hookspecs import hookimpl
-from lmcache_core.transfer import TransferChannel, TransferChannelDescriptor
+from lmcache_core.contracts.hookspecs import hookimpl
+from lmcache_core.contracts.transfer import TransferChannel, TransferChannelDescriptor
 from lmcache_core.transfer_tcp.config import TcpChannelConfig
 
 

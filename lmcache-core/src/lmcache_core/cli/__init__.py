@@ -14,7 +14,7 @@ from lmcache_core.cli import config, doctor, version
 from lmcache_core.cli import plugins as plugins_command
 from lmcache_core.errors import LMCacheError
 from lmcache_core.logging import init_logger
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.manager import Plugins
 
 
 def main(argv: Sequence[str] | None = None) -> int:

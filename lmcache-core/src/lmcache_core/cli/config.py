@@ -6,9 +6,9 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from lmcache_core.cli.table import table
+from lmcache_core.cli.table import text_table
 from lmcache_core.config import Config, load_config
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.manager import Plugins
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, _SubParsersAction
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, plugins: Plugins) -> int:
         print(json.dumps({"values": values, "notices": config.notices}, indent=2))
         return 0
     print(
-        table(
+        text_table(
             ("OPTION", "VALUE", "ORIGIN"),
             [(name, _shown(value), origin) for name, value, origin in rows],
         )

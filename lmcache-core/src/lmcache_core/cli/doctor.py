@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Literal
 
 from lmcache_core.builtin.filesystem_ledger import contents
 from lmcache_core.cli.config import add_options, load
-from lmcache_core.collision import refuse_upstream
 from lmcache_core.config import BackendSection, Config
 from lmcache_core.config.models import hidden
-from lmcache_core.discovery import core_version
 from lmcache_core.errors import ConfigError
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.discovery import core_version
+from lmcache_core.plugins.manager import Plugins
+from lmcache_core.plugins.upstream import refuse_upstream
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, _SubParsersAction

@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from lmcache_core.cli.table import table
-from lmcache_core.plugins import Plugins
+from lmcache_core.cli.table import text_table
+from lmcache_core.plugins.manager import Plugins
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, _SubParsersAction
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace, plugins: Plugins) -> int:
         print(json.dumps({"plugins": rows, "conflicts": plugins.conflicts()}, indent=2))
         return 0
     print(
-        table(
+        text_table(
             ("NAME", "DISTRIBUTION", "VERSION", "STATUS", "PROVIDES", "DETAIL"),
             [
                 (r.name, r.distribution, r.version, r.status, ", ".join(r.provides), r.detail)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING
 
-from lmcache_core.discovery import core_version
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.discovery import core_version
+from lmcache_core.plugins.manager import Plugins
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace, _SubParsersAction

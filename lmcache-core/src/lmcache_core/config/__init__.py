@@ -14,7 +14,7 @@ from typing import Any
 
 from lmcache_core.config import layers, schema
 from lmcache_core.config.models import BackendSection, Config, CoreConfig
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.manager import Plugins
 
 __all__ = ["BackendSection", "Config", "CoreConfig", "load_config"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lmcache_core.config.layers import Layer, Merged
 
 if TYPE_CHECKING:
-    from lmcache_core.plugins import Plugins
+    from lmcache_core.plugins.manager import Plugins
 
 
 class Dialect(ABC):

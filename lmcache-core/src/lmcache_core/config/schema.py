@@ -23,7 +23,7 @@ from lmcache_core.config.models import (
 )
 from lmcache_core.config.problem import describe, suggest
 from lmcache_core.errors import ConfigError, PluginError
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.manager import Plugins
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _NAMES = ("serde", "engine_connector", "cache_policy")

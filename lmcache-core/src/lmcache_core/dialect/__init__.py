@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lmcache_core.hookspecs import hookimpl
+from lmcache_core.contracts.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from lmcache_core.config.dialect import Dialect

@@ -27,7 +27,7 @@ from lmcache_core.dialect.table import (
     Key,
 )
 from lmcache_core.errors import PluginError
-from lmcache_core.plugins import Plugins
+from lmcache_core.plugins.manager import Plugins
 
 DISK = "local_disk"
 REMOTE = "remote"

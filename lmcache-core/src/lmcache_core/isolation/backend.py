@@ -15,7 +15,16 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from lmcache_core.daemon_pool import DaemonPool
+from lmcache_core.aio.daemon_pool import DaemonPool
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.contracts.storage import (
+    MISS,
+    BackendCapabilities,
+    BackendContext,
+    HostRegion,
+    StorageBackend,
+    StoreOutcome,
+)
 from lmcache_core.errors import (
     BackendError,
     BackendProcessLost,
@@ -24,7 +33,6 @@ from lmcache_core.errors import (
     BackendUnavailable,
     LMCacheError,
 )
-from lmcache_core.host_memory import address_of, share
 from lmcache_core.isolation.process import Child
 from lmcache_core.isolation.scratch import Scratch, copy_all, loaded, placed, rounded
 from lmcache_core.isolation.wire import (
@@ -34,16 +42,8 @@ from lmcache_core.isolation.wire import (
     context_to_plain,
     options_to_plain,
 )
-from lmcache_core.keys import ChunkKey
+from lmcache_core.memory.host_memory import address_of, share
 from lmcache_core.metrics import Counters
-from lmcache_core.storage import (
-    MISS,
-    BackendCapabilities,
-    BackendContext,
-    HostRegion,
-    StorageBackend,
-    StoreOutcome,
-)
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")

@@ -20,11 +20,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-from lmcache_core.creation import NotCreated
-from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
-from lmcache_core.isolation.process import Child
-from lmcache_core.isolation.wire import options_to_plain
-from lmcache_core.transfer import (
+from lmcache_core.contracts.transfer import (
     Note,
     Peer,
     Range,
@@ -33,6 +29,10 @@ from lmcache_core.transfer import (
     TransferContext,
     check_call,
 )
+from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
+from lmcache_core.isolation.process import Child
+from lmcache_core.isolation.wire import options_to_plain
+from lmcache_core.plugins.creation import NotCreated
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from lmcache_core.creation import NotCreated
+from lmcache_core.contracts.transfer import Note, Peer, Range, TransferChannel, TransferContext
 from lmcache_core.errors import BackendUnavailable, LMCacheError
 from lmcache_core.isolation.child import (
     Service,
@@ -25,8 +25,7 @@ from lmcache_core.isolation.child import (
     serve,
 )
 from lmcache_core.isolation.wire import Message
-from lmcache_core.link import make_channel
-from lmcache_core.transfer import Note, Peer, Range, TransferChannel, TransferContext
+from lmcache_core.plugins.creation import NotCreated, created_channel
 
 
 class ChannelService(Service):
@@ -90,7 +89,7 @@ class ChannelService(Service):
         try:
             descriptor = plugins_here().transfer_channel(request["type"])
             config = options_of(descriptor.config, request["options"], where)
-            channel = make_channel(descriptor, config, isolated=False)
+            channel = created_channel(descriptor, config)
         except LMCacheError as error:
             raise NotCreated(error) from error
         await channel.open(

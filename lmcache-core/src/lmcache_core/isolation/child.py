@@ -23,21 +23,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lmcache_core.creation import NotCreated, created
-from lmcache_core.errors import BackendUnavailable, LMCacheError, PluginError
-from lmcache_core.guard import attempt, contain
-from lmcache_core.host_memory import PAGE_BYTES, attach
-from lmcache_core.isolation.wire import (
-    ARENA,
-    Answers,
-    Channel,
-    Message,
-    context_from_plain,
-    error_to_plain,
-)
-from lmcache_core.keys import ChunkKey
-from lmcache_core.plugins import Plugins
-from lmcache_core.storage import (
+from lmcache_core.aio.guard import attempt, contain
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.contracts.storage import (
     BackendCapabilities,
     BlockingBackend,
     HostRegion,
@@ -48,6 +36,18 @@ from lmcache_core.storage import (
     SupportsDelete,
     SupportsPrefixLookup,
 )
+from lmcache_core.errors import BackendUnavailable, LMCacheError, PluginError
+from lmcache_core.isolation.wire import (
+    ARENA,
+    Answers,
+    Channel,
+    Message,
+    context_from_plain,
+    error_to_plain,
+)
+from lmcache_core.memory.host_memory import PAGE_BYTES, attach
+from lmcache_core.plugins.creation import NotCreated, created
+from lmcache_core.plugins.manager import Plugins
 
 _PR_SET_PDEATHSIG = 1
 _KILL_FIRST = "1000"
@@ -187,7 +187,7 @@ def _named(outcome: object) -> str:
 
 def plugins_here() -> Plugins:
     """This process's plugins; the parent has told what is wrong with them."""
-    logging.getLogger("lmcache_core.plugins").setLevel(logging.ERROR)
+    logging.getLogger("lmcache_core.plugins.manager").setLevel(logging.ERROR)
     return Plugins()
 
 

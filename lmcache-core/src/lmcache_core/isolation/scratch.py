@@ -14,11 +14,11 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from lmcache_core.host_memory import PAGE_BYTES, address_of
+from lmcache_core.contracts.storage import MISS, HostRegion
 from lmcache_core.isolation.wire import SCRATCH, Place
-from lmcache_core.leases import Lease, Ledger
+from lmcache_core.memory.host_memory import PAGE_BYTES, address_of
+from lmcache_core.memory.leases import Lease, Ledger
 from lmcache_core.metrics import Counters
-from lmcache_core.storage import MISS, HostRegion
 
 
 class Extent:

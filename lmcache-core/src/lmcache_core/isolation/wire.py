@@ -23,7 +23,8 @@ from typing import Any, Final
 from pydantic import BaseModel, SecretBytes, SecretStr, TypeAdapter
 from pydantic_core import to_jsonable_python
 
-from lmcache_core.creation import NotCreated
+from lmcache_core.chunks.keys import CacheNamespace
+from lmcache_core.contracts.storage import BackendContext, HostRegion
 from lmcache_core.errors import (
     BackendError,
     BackendRejected,
@@ -35,8 +36,7 @@ from lmcache_core.errors import (
     PluginLoadError,
     UnknownPluginError,
 )
-from lmcache_core.keys import CacheNamespace
-from lmcache_core.storage import BackendContext, HostRegion
+from lmcache_core.plugins.creation import NotCreated
 
 Message = dict[str, Any]
 Place = tuple[int, int, int]

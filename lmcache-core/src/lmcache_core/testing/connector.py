@@ -23,9 +23,9 @@ from functools import partial
 
 import pytest
 
-from lmcache_core.checksums import layer_checksums, part_of
-from lmcache_core.connector import BlockSpan, EngineConnector
-from lmcache_core.layout import LayerGroup
+from lmcache_core.chunks.checksums import layer_checksums, part_of
+from lmcache_core.chunks.layout import LayerGroup
+from lmcache_core.contracts.connector import BlockSpan, EngineConnector
 
 Tokens = list[bytes]
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from lmcache_core.futures import settle_soon
+from lmcache_core.aio.futures import settle_soon
 
 PATIENCE_S = 60.0
 """A gate that nobody opens for so long is a mistake in the test."""

@@ -15,12 +15,18 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from lmcache_core.connector import BlockSpan, EngineConnector, HostKernels, PagedLayout, Paging
-from lmcache_core.eviction import CachePolicy
-from lmcache_core.keys import ChunkKey
-from lmcache_core.layout import LayerGroup
-from lmcache_core.serde import Serde, SerdeFacts
-from lmcache_core.storage import (
+from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.chunks.layout import LayerGroup
+from lmcache_core.contracts.connector import (
+    BlockSpan,
+    EngineConnector,
+    HostKernels,
+    PagedLayout,
+    Paging,
+)
+from lmcache_core.contracts.eviction import CachePolicy
+from lmcache_core.contracts.serde import Serde, SerdeFacts
+from lmcache_core.contracts.storage import (
     BackendCapabilities,
     BackendContext,
     BlockingBackend,

@@ -15,7 +15,7 @@ import random
 
 import pytest
 
-from lmcache_core.eviction import CachePolicy
+from lmcache_core.contracts.eviction import CachePolicy
 
 
 class CachePolicyTests:

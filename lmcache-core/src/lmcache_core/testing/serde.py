@@ -25,8 +25,8 @@ from typing import ClassVar
 
 import pytest
 
-from lmcache_core.layout import AttentionKind, DType, LayerGroup
-from lmcache_core.serde import Serde
+from lmcache_core.chunks.layout import AttentionKind, DType, LayerGroup
+from lmcache_core.contracts.serde import Serde
 
 MakeSerde = Callable[[], Serde]
 

@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 
 import pytest
 
-from lmcache_core.keys import CacheNamespace, ChunkKey, chunk_key
-from lmcache_core.layout import AttentionKind, DType, KVLayout, LayerGroup
-from lmcache_core.storage import (
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey, chunk_key
+from lmcache_core.chunks.layout import AttentionKind, DType, KVLayout, LayerGroup
+from lmcache_core.contracts.storage import (
     MISS,
     BackendContext,
     ReportsUsage,

@@ -23,12 +23,12 @@ from dataclasses import replace
 
 import pytest
 
+from lmcache_core.contracts.transfer import MAX_NOTE_BYTES, PeerDescriptor, Range, TransferChannel
 from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
 from lmcache_core.testing.loop import Loop, watched
 from lmcache_core.testing.transfer_fixtures import REGION_BYTES, OpenEnd, moved, scattered
 from lmcache_core.testing.transfer_peer import End, pattern
 from lmcache_core.testing.transfer_processes import BetweenProcesses
-from lmcache_core.transfer import MAX_NOTE_BYTES, PeerDescriptor, Range, TransferChannel
 
 OUTSIDE = (
     Range(0, REGION_BYTES - 1, 2),

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from lmcache_core.link import make_channel
+from lmcache_core.contracts.transfer import Range, TransferChannel
 from lmcache_core.testing.loop import Loop
 from lmcache_core.testing.transfer_peer import End, Process, descriptor_of, pattern
-from lmcache_core.transfer import Range, TransferChannel
+from lmcache_core.tiers.peers import make_channel
 
 REGION_BYTES = 4 << 20
 HANG_S = 10.0

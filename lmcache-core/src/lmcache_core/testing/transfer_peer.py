@@ -22,13 +22,13 @@ from typing import Any
 
 import xxhash
 
+from lmcache_core.contracts.storage import HostRegion
+from lmcache_core.contracts.transfer import Note, Range, TransferChannel, TransferContext
+from lmcache_core.contracts.transfer import TransferChannelDescriptor as Descriptor
 from lmcache_core.errors import LMCacheError
-from lmcache_core.host_memory import allocate_region
-from lmcache_core.link import make_channel
-from lmcache_core.plugins import Plugins
-from lmcache_core.storage import HostRegion
-from lmcache_core.transfer import Note, Range, TransferChannel, TransferContext
-from lmcache_core.transfer import TransferChannelDescriptor as Descriptor
+from lmcache_core.memory.host_memory import allocate_region
+from lmcache_core.plugins.manager import Plugins
+from lmcache_core.tiers.peers import make_channel
 
 _START_S = 60.0
 

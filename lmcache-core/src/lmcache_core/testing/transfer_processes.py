@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from lmcache_core.contracts.transfer import Range
 from lmcache_core.errors import BackendUnavailable
 from lmcache_core.testing.loop import Loop
 from lmcache_core.testing.transfer_fixtures import (
@@ -20,7 +21,6 @@ from lmcache_core.testing.transfer_fixtures import (
     TransferFixtures,
 )
 from lmcache_core.testing.transfer_peer import pattern
-from lmcache_core.transfer import Range
 
 
 class BetweenProcesses(TransferFixtures):

@@ -16,17 +16,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from lmcache_core.blocking_channel import BlockingChannel, Stop
-from lmcache_core.errors import BackendRejected, BackendTimeout, BackendUnavailable
-from lmcache_core.stream import Plain, Stream, Tls, dial
-from lmcache_core.tls import client_context
-from lmcache_core.transfer import (
+from lmcache_core.aio.stream import PlainStream, Stream, TlsStream, dial
+from lmcache_core.aio.tls import client_context
+from lmcache_core.contracts.blocking_channel import BlockingChannel, Stop
+from lmcache_core.contracts.transfer import (
     Peer,
     PeerDescriptor,
     Range,
     TransferCapabilities,
     TransferContext,
 )
+from lmcache_core.errors import BackendRejected, BackendTimeout, BackendUnavailable
 from lmcache_core.transfer_tcp import wire
 from lmcache_core.transfer_tcp.config import TcpChannelConfig
 from lmcache_core.transfer_tcp.line import Line, pieces
@@ -170,10 +170,10 @@ class TcpChannel(BlockingChannel):
         config, address = self._config, peer.address
         sock = dial(address.host, address.port, config.connect_timeout_s)
         try:
-            stream: Stream = Plain(sock)
+            stream: Stream = PlainStream(sock)
             if address.tls:
                 context = client_context(config.ca_file)
-                stream = Tls(sock, context, address.host, config.connect_timeout_s)
+                stream = TlsStream(sock, context, address.host, config.connect_timeout_s)
         except BaseException:
             sock.close()
             raise

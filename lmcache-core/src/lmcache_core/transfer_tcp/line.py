@@ -10,9 +10,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from lmcache_core.aio.pieces import last_first, next_of, take_out
+from lmcache_core.aio.stream import PlainStream, Stream
 from lmcache_core.errors import BackendTimeout
-from lmcache_core.stream import Plain, Stream
-from lmcache_core.views import last_first, next_of, take_out
 
 
 class Line:
@@ -46,7 +46,7 @@ class Line:
     def idle(self) -> bool:
         """Whether it is still there, with nothing to read: fit for another request."""
         stream = self._stream
-        if not isinstance(stream, Plain):
+        if not isinstance(stream, PlainStream):
             return not self._down
         try:
             stream.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)

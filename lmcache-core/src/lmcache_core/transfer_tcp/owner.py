@@ -17,12 +17,12 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from lmcache_core.aio.stream import PlainStream, Stream, TlsStream
+from lmcache_core.aio.tls import server_context
+from lmcache_core.contracts.storage import HostRegion
+from lmcache_core.contracts.transfer import Note
 from lmcache_core.errors import BackendError, BackendRejected, BackendUnavailable
 from lmcache_core.logging import Seldom
-from lmcache_core.storage import HostRegion
-from lmcache_core.stream import Plain, Stream, Tls
-from lmcache_core.tls import server_context
-from lmcache_core.transfer import Note
 from lmcache_core.transfer_tcp import wire
 from lmcache_core.transfer_tcp.config import TcpChannelConfig
 from lmcache_core.transfer_tcp.line import Line, pieces
@@ -161,8 +161,8 @@ class Owner:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if self._tls is None:
-            return Plain(sock)
-        return Tls(sock, self._tls, None, self._config.connect_timeout_s)
+            return PlainStream(sock)
+        return TlsStream(sock, self._tls, None, self._config.connect_timeout_s)
 
     def _greet(self, line: Line) -> str | None:
         """The client's name, once it has proved that it knows the secret; ``None``: it doesn't."""

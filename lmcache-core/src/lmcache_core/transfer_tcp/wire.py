@@ -26,7 +26,7 @@ from enum import IntEnum
 from itertools import chain
 from typing import Final
 
-from lmcache_core.transfer import MAX_NAME_BYTES, MAX_NOTE_BYTES
+from lmcache_core.contracts.transfer import MAX_NAME_BYTES, MAX_NOTE_BYTES
 
 SECRET_BYTES: Final = 32
 NONCE_BYTES: Final = 16

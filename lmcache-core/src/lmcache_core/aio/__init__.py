@@ -1,0 +1,1 @@
+"""Event loops, threads, sockets, and calls that end by their deadline. Nothing of chunks."""

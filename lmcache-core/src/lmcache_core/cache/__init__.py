@@ -1,0 +1,1 @@
+"""The public API, and what decides and moves: planner, mover, lookups."""

@@ -1,0 +1,1 @@
+"""Host memory: the arena, leases of it, and the kernels' reference."""

@@ -1,0 +1,4 @@
+"""Slow tiers and peers, behind guards.
+
+Values are sealed on their way there, and opened on the way back.
+"""
