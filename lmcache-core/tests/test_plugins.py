@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from lmcache_core.errors import ConfigError, PluginError, PluginLoadError, UnknownPluginError
 from lmcache_core.plugins.discovery import core_version
+from lmcache_core.plugins.known import PACKAGES
 from lmcache_core.plugins.manager import BUILTIN_PLUGINS, PluginRecord, Plugins
 
 MakeDistribution = Callable[..., str]
@@ -267,13 +270,40 @@ def test_an_unknown_name_lists_what_there_is_and_how_to_get_it() -> None:
         plugins.storage_backend("valkyrie")
     assert "installed: " in str(caught.value)
     assert "memory" in str(caught.value)
-    assert "pip install lmcache-backend-valkyrie" in str(caught.value)
+    assert "pip install" not in str(caught.value), "it may be a typing error, and anybody's package"
     with pytest.raises(UnknownPluginError, match=r"'zip'; installed: .*\braw\b"):
         plugins.serde("zip")
     with pytest.raises(UnknownPluginError, match="installed: FIFO, LFU, LRU, MRU"):
         plugins.cache_policy("random")
-    with pytest.raises(UnknownPluginError, match="pip install lmcache-connector-none-such"):
-        load("vllm").engine_connector("none-such")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("rediss", r"did you mean 'redis'\? \(pip install lmcache-backend-redis\)"),
+        ("memroy", r"did you mean 'memory'\?$"),
+        ("redis", r"Try: pip install lmcache-backend-redis$"),
+        ("none-such", r"Install the package that provides it$"),
+    ],
+)
+def test_a_name_that_nothing_provides_is_compared_with_those_that_are_known(
+    name: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMCACHE_DISABLE_PLUGINS", "redis")
+    plugins = Plugins()
+    if name == "redis":
+        monkeypatch.setattr(type(plugins), "records", ())  # nothing of it is there at all
+    with pytest.raises(UnknownPluginError, match=said):
+        plugins.storage_backend(name)
+
+
+def test_known_packages_are_those_of_this_repository() -> None:
+    published = {
+        re.findall(r'^name = "(.+)"$', path.read_text(), re.MULTILINE)[0]
+        for path in Path(__file__).parents[2].glob("*/pyproject.toml")
+    }
+    named = {package for names in PACKAGES.values() for package in names.values()}
+    assert named <= published
 
 
 # -- two with one name ---------------------------------------------------------------------

@@ -31,6 +31,7 @@ from lmcache_core.plugins.discovery import (
     normalised,
     unmet_core_requirement,
 )
+from lmcache_core.plugins.known import advice
 from lmcache_core.plugins.registry import Descriptor, Offer, Registry, conflict
 
 if TYPE_CHECKING:
@@ -325,8 +326,7 @@ class Plugins:
         message += f"; installed: {', '.join(registry.names()) or 'none'}"
         if unusable := self.unusable():
             message += f"; not usable: {unusable}"
-        if package is not None:
-            message += f". Try: pip install {package}{normalised(name)}"
+        message += advice(registry.noun, name, registry.names())
         raise UnknownPluginError(message)
 
     def unusable(self) -> str:
