@@ -34,7 +34,8 @@ CHUNK_TOKENS = 8
 """For this demonstration; the default of 256 is right in production."""
 MAX_TOKENS = 32
 CONNECTOR = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
-HITS = "vllm:external_prefix_cache_hits_total"
+HITS = "vllm:lmcache_load_tokens_total"
+"""What was loaded. vLLM's own counts say what was scheduled to be, also where that failed."""
 LOGS = REPOSITORY / "build" / "demo"
 BEGINNING = (
     "Qwen3 is the latest generation of large language models in Qwen series, offering a "

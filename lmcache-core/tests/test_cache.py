@@ -227,6 +227,7 @@ def test_damaged_host_memory_is_a_miss() -> None:
         assert cache.store(prompt, stored) == 48
         assert cache.load(prompt, loaded) == 80
         assert loaded == stored
+        assert count(cache, "load_tokens") == 32 + 80
 
 
 def count(cache: Cache, name: str, **labels: str) -> float:
@@ -257,6 +258,7 @@ def test_what_many_store_at_once_is_copied_once() -> None:
         assert count(cache, "store_chunks") == 20
         loaded = bytearray(len(stored))
         assert cache.load(prompt, loaded) == 320
+        assert count(cache, "load_tokens") == 320
         assert loaded == stored
 
 

@@ -55,6 +55,7 @@ def test_the_guides_two_requests(
         assert second.token_ids == uncached[SECOND]
         assert server.metric("vllm:external_prefix_cache_hits_total") == shared
         assert server.metric("vllm:lmcache_lookup_hit_tokens_total", tier="host") == shared
+        assert server.metric("vllm:lmcache_load_tokens_total") == shared
         assert server.metric("vllm:prompt_tokens_cached_by_source_total", source="host") == shared
         server.post("/reset_prefix_cache?reset_external=true")
         assert server.complete(SECOND).cached_tokens == 0

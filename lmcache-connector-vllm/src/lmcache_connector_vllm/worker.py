@@ -274,7 +274,7 @@ class WorkerSide:
             self._give_up(load)
             self.mover.step_failed()
         else:
-            self._log_load(load, started)
+            self._loaded(load, started)
 
     def _load_and_report(self, load: RequestLoad) -> None:
         started = time.perf_counter()
@@ -283,7 +283,7 @@ class WorkerSide:
             # Nothing runs on these blocks before vLLM hears of it, so stores needn't be fenced.
             self._give_up(load)
         else:
-            self._log_load(load, started)
+            self._loaded(load, started)
         with self._lock:
             self._received.add(load.request_id)
 
@@ -298,7 +298,7 @@ class WorkerSide:
                 self._give_up(load)
                 self.mover.step_failed()
             elif layer == layers - 1:
-                self._log_load(load, started)
+                self._loaded(load, started)
 
     def _finish_layer_loads(self, last: int) -> None:
         for future in self._layer_loads[: last + 1]:
@@ -314,7 +314,10 @@ class WorkerSide:
         with self._lock:
             self._invalid_blocks.update(load.blocks)
 
-    def _log_load(self, load: RequestLoad, started: float) -> None:
+    def _loaded(self, load: RequestLoad, started: float) -> None:
+        """All of it is in its blocks."""
+        if self._rank == 0:  # the others loaded the same tokens
+            self.counters.add("load_tokens", load.tokens)
         logger.info(
             "Reqid: %s, Retrieved %d out of %d required tokens (from %d total tokens). "
             "size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s;",

@@ -25,6 +25,7 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "store_dropped": ("Chunks that weren't kept; with a tier: not there", ("reason", "tier")),
     "tier_store_chunks": ("Chunks that a slow tier took", ("tier",)),
     "tier_store_bytes": ("Their bytes, as stored", ("tier",)),
+    "load_tokens": ("Tokens of prompts whose KV was loaded, found good and used", ()),
     "load_chunks": ("Chunks loaded and found good", ("tier",)),
     "load_bytes": ("Their bytes, as stored", ("tier",)),
     "load_failures": ("Chunks that were asked for and couldn't be had", ("tier", "reason")),

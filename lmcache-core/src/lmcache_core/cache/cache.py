@@ -287,7 +287,9 @@ class Cache:
             self._count_lookup(len(keys) * self._chunk_tokens, len(ops) * self._chunk_tokens)
             failed = {op.slot for op in parts.mover.load(ops, engine=paged.engine)}
             good = next((i for i, op in enumerate(ops) if op.slot in failed), len(ops))
-            return good * self._chunk_tokens
+            if tokens_loaded := good * self._chunk_tokens:
+                self.counters.add("load_tokens", tokens_loaded)
+            return tokens_loaded
 
     def prefetch(self, tokens: Tokens | Session, *, salt: str = "") -> Future[int]:
         """Bring a prefix from slow tiers into host memory; the future says how many tokens are.
