@@ -2,7 +2,7 @@
 
     python3 bench/run_all.py                     all; writes bench/results/latest.json
     python3 bench/run_all.py index disk          only these; others' results stay as they were
-    python3 bench/run_all.py --page              writes the results into docs/performance.md
+    python3 bench/run_all.py --page              writes the results into docs/performance-figures.md
 
 Each program is a process of its own, so that none inherits another one's memory. One that fails is
 named at the end, and in the exit status, and stops no other. Knows the list of programs and the
@@ -26,7 +26,7 @@ from measuring import Result, machine, read_json, write_json
 HERE = Path(__file__).resolve().parent
 LATEST = HERE / "results" / "latest.json"
 MACHINE = HERE / "results" / "machine.txt"
-PAGE = HERE.parent / "docs" / "performance.md"
+PAGE = HERE.parent / "docs" / "performance-figures.md"
 TIMEOUT_S = 1200  # for one program; longer is a hang, however busy the machine
 BEGIN, END = "<!-- results: bench/run_all.py --page -->", "<!-- end of results -->"
 
