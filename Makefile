@@ -68,7 +68,7 @@ bench: $(READY) ## measure: ratios to a calibration of the same run, into bench/
 	@$(BIN)/python bench/run_all.py
 
 bench-compare: $(READY) ## BASE=revision: this build against that one, in nine interleaved pairs; fifty minutes on two cores
-	@$(BIN)/python bench/compare.py --base $(or $(BASE),$(error BASE=revision, please))
+	@$(BIN)/python bench/compare.py --again --base $(or $(BASE),$(error BASE=revision, please))
 
 engine-env: | system ## prepare the engine environment; prints its Python
 	@$(ENGINE)

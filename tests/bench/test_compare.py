@@ -112,6 +112,31 @@ def test_pairs_take_turns_and_what_is_shown_is_this_by_base(
     assert len(git(tree.root, "worktree", "list").splitlines()) == 1, "the checkout is gone"
 
 
+def test_what_looks_slower_is_measured_again(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By itself, and only programs with such rows."""
+    tree.has(2.0)
+    tree.program("one")
+    tree.program("two", more="[Result('same', 1.0, 'ms', 1.0, 1.0, 1, 0.0)]")
+    with (tree.root / "bench" / "two.py").open("a") as program:
+        # By chance: slower in the first pair alone.
+        program.write(
+            f"if SPEED == 1.5 and len(open({str(tree.log)!r}).readlines()) > 4:\n"
+            "    write_json(Path(sys.argv[-1]), [Result('row', 1.0, 'ms', 1.0, 2.0, 1, 0.0)])\n"
+        )
+    base = tree.commit()
+    tree.has(1.5)
+    more = ("--base", base, "--pairs", "1", "--again", "--programs", "one", "two")
+    assert run(monkeypatch, *more) == 0
+    assert [name for _, name, _ in tree.ran()] == ["one", "one", "two", "two"] * 2
+    said = capsys.readouterr().out
+    first, _, second = said.partition("these again, in 1 more pairs")
+    assert "wholly below 0.97: one: row" in first and "wholly below 0.97: two: row" in first
+    assert "one: row" in second and "slower" in second.splitlines()[1]
+    assert "two: row" in second and "slower" not in second.splitlines()[2]
+
+
 def test_stopped_it_shows_the_pairs_that_were_run(
     tree: Tree, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
