@@ -23,8 +23,8 @@ a line says so, and its rows mean less.
 Judges nothing: the exit status is 1 if a program failed, whatever the speed. Of sixty rows that
 are equally fast three have an interval beside 1. So with ``--again`` programs that have rows wholly
 below `SLOWER` run for as many pairs once more, and what is said of these rows is said of pairs that
-didn't make anybody look there: a row that is below twice is slower. Stopped with Ctrl-C or SIGTERM it shows what the
-pairs up to then say, and the exit status is 130.
+didn't make anybody look there: a row that is below twice is slower. Stopped with Ctrl-C or SIGTERM
+it shows what the pairs up to then say, and the exit status is 130.
 """
 
 from __future__ import annotations

@@ -99,8 +99,7 @@ def _summary(thing: Any) -> str:
     """The first sentence of its docstring, or its value if it is a plain one."""
     if not callable(thing) or not thing.__doc__:
         return f"`{thing!r}`" if isinstance(thing, (int, float, str)) else type(thing).__name__
-    first = " ".join(inspect.cleandoc(thing.__doc__).split("\n\n")[0].split())
-    return first
+    return " ".join(inspect.cleandoc(thing.__doc__).split("\n\n")[0].split())
 
 
 def _shape(name: str, thing: Any) -> Iterator[str]:

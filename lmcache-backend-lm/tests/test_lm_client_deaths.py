@@ -210,9 +210,12 @@ class Trial:
                 await task
         for connection in self._backend._connections.values():
             assert not connection.waiting_bytes
+        # A connection that ended meanwhile may be noticed only now; guards try once more, too, and
+        # tiers open again what couldn't be opened.
+        with suppress(BackendUnavailable):
+            await self._opened()
         backend = await self._opened()
         traffic = Traffic(backend)
-        # A connection that ended meanwhile may be noticed only now; guards try once more, too.
         with suppress(BackendUnavailable):
             await traffic.store(KEYS[:4])
         await traffic.store(KEYS[:4])

@@ -167,7 +167,7 @@ def test_a_process_that_died_hashing_stops_nobody(tmp_path: Path, kept: FileDige
     file.write_bytes(b"abc")
     program = (
         "import os, pathlib, sys\n"
-        "from lmcache_core import digests\n"
+        "from lmcache_core.chunks import digests\n"
         "digests._piece = lambda file, start: os._exit(7)\n"
         "digests.FileDigests(pathlib.Path(sys.argv[1])).of([pathlib.Path(sys.argv[2])])\n"
     )

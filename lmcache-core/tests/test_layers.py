@@ -111,7 +111,7 @@ def test_core_imports_no_plugin() -> None:
 
 def test_modules_make_no_circle() -> None:
     """Also inside a folder; what is for annotations only doesn't count."""
-    names = {name: tree for name, tree in modules()}
+    names = dict(modules())
     needs: dict[str, set[str]] = {}
     for module, tree in names.items():
         found = (name for name, silent in imported(tree) if not silent)
@@ -141,9 +141,7 @@ def test_there_are_plugins() -> None:
     assert {"lmcache-backend-lm", "lmcache-connector-vllm", "kernels", "examples"} <= found
 
 
-@pytest.mark.parametrize(
-    "path", plugin_files(), ids=lambda path: path.relative_to(ROOT).as_posix()
-)
+@pytest.mark.parametrize("path", plugin_files(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_plugins_use_public_names(path: Path) -> None:
     wrong = [
         name

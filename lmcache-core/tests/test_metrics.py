@@ -98,7 +98,7 @@ def test_prometheus_text_of_nothing_is_empty() -> None:
 
 
 def counted() -> Iterator[tuple[str, set[str]]]:
-    """Name and labels of every ``counters.add(...)`` in core but those of the ``lm://`` server."""
+    """Name and labels of every ``counters.add(...)`` in core, and of every named series."""
     for file in Path(lmcache_core.__file__).parent.rglob("*.py"):
         for node in ast.walk(_parsed(file.read_text())):
             match node:
@@ -108,8 +108,13 @@ def counted() -> Iterator[tuple[str, set[str]]]:
                     ),
                     args=[ast.Constant(value=str(name)), *_],
                     keywords=keywords,
-                ) if not name.startswith("server_"):
+                ):
                     yield name, {keyword.arg for keyword in keywords if keyword.arg}
+                case ast.AnnAssign(
+                    annotation=ast.Name(id="Series"),
+                    value=ast.Tuple(elts=[ast.Constant(value=str(name)), ast.Tuple(elts=labels)]),
+                ):
+                    yield name, {ast.literal_eval(label)[0] for label in labels}
 
 
 def test_what_is_counted_is_in_the_table() -> None:

@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from lmcache_core.aio.io_loop import IOLoop, left_of
     from lmcache_core.aio.pieces import IOV_MAX, last_first, next_of, take_out
     from lmcache_core.aio.secret_file import remark_if_public
-    from lmcache_core.aio.stream import PlainStream, Stream, TICK_S, TlsStream, WAKE_BYTES, dial, dial_unix, wake_from
+    from lmcache_core.aio.stream import (
+        TICK_S,
+        WAKE_BYTES,
+        PlainStream,
+        Stream,
+        TlsStream,
+        dial,
+        dial_unix,
+        wake_from,
+    )
     from lmcache_core.aio.tls import binding_of, client_context, server_context
     from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
     from lmcache_core.cache.cache import Cache, Session
@@ -29,26 +38,86 @@ if TYPE_CHECKING:
     from lmcache_core.cache.waiting import WaitingBudget
     from lmcache_core.chunks.digests import FileDigests
     from lmcache_core.chunks.hashing import PrefixHasher, request_root
-    from lmcache_core.chunks.identity import AdapterFacts, ModelFacts, adapter_identity, config_identity, is_address, weights_identity
+    from lmcache_core.chunks.identity import (
+        AdapterFacts,
+        ModelFacts,
+        adapter_identity,
+        config_identity,
+        is_address,
+        weights_identity,
+    )
     from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
-    from lmcache_core.chunks.layout import AttentionKind, DType, KVLayout, LayerGroup, full_attention, mla
+    from lmcache_core.chunks.layout import (
+        AttentionKind,
+        DType,
+        KVLayout,
+        LayerGroup,
+        full_attention,
+        mla,
+    )
     from lmcache_core.cli.table import text_table
     from lmcache_core.config import Config, load_config
     from lmcache_core.config.dialect import Dialect
     from lmcache_core.contracts.blocking_channel import BlockingChannel, Stop
-    from lmcache_core.contracts.connector import BlockSpan, EngineConnector, EngineConnectorDescriptor, Kernels, PagedLayout, Paging, PlaneStrides
+    from lmcache_core.contracts.connector import (
+        BlockSpan,
+        EngineConnector,
+        EngineConnectorDescriptor,
+        Kernels,
+        PagedLayout,
+        Paging,
+        PlaneStrides,
+    )
     from lmcache_core.contracts.eviction import CachePolicy, CachePolicyDescriptor
     from lmcache_core.contracts.hookspecs import hookimpl
     from lmcache_core.contracts.paged import Paged, PagedConnector
     from lmcache_core.contracts.serde import Rope, Serde, SerdeDescriptor, SerdeFacts
-    from lmcache_core.contracts.storage import BackendCapabilities, BackendContext, BlockingBackend, HostRegion, MISS, StorageBackend, StorageBackendDescriptor, StoreOutcome
-    from lmcache_core.contracts.transfer import Note, Peer, PeerDescriptor, Range, TransferCapabilities, TransferChannel, TransferChannelDescriptor, TransferContext
-    from lmcache_core.errors import BackendError, BackendRejected, BackendTimeout, BackendUnavailable, ConfigError, LMCacheError, LayoutError, LeaseError, PluginError, UnnamedError
+    from lmcache_core.contracts.storage import (
+        MISS,
+        BackendCapabilities,
+        BackendContext,
+        BlockingBackend,
+        HostRegion,
+        StorageBackend,
+        StorageBackendDescriptor,
+        StoreOutcome,
+    )
+    from lmcache_core.contracts.transfer import (
+        Note,
+        Peer,
+        PeerDescriptor,
+        Range,
+        TransferCapabilities,
+        TransferChannel,
+        TransferChannelDescriptor,
+        TransferContext,
+    )
+    from lmcache_core.errors import (
+        BackendError,
+        BackendRejected,
+        BackendTimeout,
+        BackendUnavailable,
+        ConfigError,
+        LayoutError,
+        LeaseError,
+        LMCacheError,
+        PluginError,
+        UnnamedError,
+    )
     from lmcache_core.logging import Seldom, init_logger
-    from lmcache_core.memory.host_memory import HostArena, PAGE_BYTES, address_of, allocate_region, available_bytes, keep_writers_out, memfd, reader_of
+    from lmcache_core.memory.host_memory import (
+        PAGE_BYTES,
+        HostArena,
+        address_of,
+        allocate_region,
+        available_bytes,
+        keep_writers_out,
+        memfd,
+        reader_of,
+    )
     from lmcache_core.memory.leases import Lease, Ledger, SharedResource
     from lmcache_core.memory.reference import ReferenceKernels
-    from lmcache_core.metrics import Counters, GAUGES, METRICS, METRIC_PREFIX, render_prometheus
+    from lmcache_core.metrics import GAUGES, METRIC_PREFIX, METRICS, Counters, render_prometheus
     from lmcache_core.plugins.manager import Plugins
     from lmcache_core.plugins.upstream import refuse_upstream
     from lmcache_core.tiers.peers import Link, open_channel
@@ -205,6 +274,14 @@ _ROLES = {
 _MODULES = {name: module for names in _ROLES.values() for name, module in names.items()}
 
 __all__ = [
+    "GAUGES",
+    "IOV_MAX",
+    "METRICS",
+    "METRIC_PREFIX",
+    "MISS",
+    "PAGE_BYTES",
+    "TICK_S",
+    "WAKE_BYTES",
     "AdapterFacts",
     "AttentionKind",
     "BackendCapabilities",
@@ -233,12 +310,10 @@ __all__ = [
     "FileDigests",
     "FilesystemBackend",
     "FilesystemConfig",
-    "GAUGES",
     "Hold",
     "HostArena",
     "HostRegion",
     "IOLoop",
-    "IOV_MAX",
     "KVLayout",
     "Kernels",
     "LMCacheError",
@@ -249,13 +324,9 @@ __all__ = [
     "Ledger",
     "Link",
     "LoadOp",
-    "METRICS",
-    "METRIC_PREFIX",
-    "MISS",
     "ModelFacts",
     "Mover",
     "Note",
-    "PAGE_BYTES",
     "Paged",
     "PagedConnector",
     "PagedLayout",
@@ -285,7 +356,6 @@ __all__ = [
     "StoreOp",
     "StoreOutcome",
     "Stream",
-    "TICK_S",
     "Tiers",
     "TlsStream",
     "TransferCapabilities",
@@ -293,7 +363,6 @@ __all__ = [
     "TransferChannelDescriptor",
     "TransferContext",
     "UnnamedError",
-    "WAKE_BYTES",
     "WaitingBudget",
     "adapter_identity",
     "address_of",

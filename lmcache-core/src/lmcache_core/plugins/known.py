@@ -13,7 +13,8 @@ _KERNELS = "lmcache-kernels"
 
 PACKAGES: Mapping[str, Mapping[str, str]] = {
     "storage backend": {
-        name: f"lmcache-backend-{name}" for name in ("infinistore", "lm", "mooncake", "nixl", "redis")
+        name: f"lmcache-backend-{name}"
+        for name in ("infinistore", "lm", "mooncake", "nixl", "redis")
     },
     "serde": dict.fromkeys(("aesgcm", "cachegen", "fp8", "int8", "lossless"), _KERNELS),
     "engine connector": {"vllm": "lmcache-connector-vllm"},
