@@ -96,7 +96,9 @@ def _wrapped(line: str, indent: str) -> list[str]:
 
 
 def _summary(thing: Any) -> str:
-    """The first sentence of its docstring, or its value if it is a plain one."""
+    """The first paragraph of its docstring, or its value if it is a plain one."""
+    if (kind := getattr(thing, "__supertype__", None)) is not None:
+        return f"`{kind.__name__}`, as a type of its own."  # its docstring is Python's
     if not callable(thing) or not thing.__doc__:
         return f"`{thing!r}`" if isinstance(thing, (int, float, str)) else type(thing).__name__
     return " ".join(inspect.cleandoc(thing.__doc__).split("\n\n")[0].split())
