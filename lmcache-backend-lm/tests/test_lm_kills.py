@@ -127,11 +127,11 @@ ELSEWHERE = {
     ),
     "stream.PlainStream.binding": "there is no token",
     "stream.TlsStream.binding": "there is no token",
+    "stream._closed_on_failure": "the other end goes while a stream is made, by chance",
     "shared.Staging.withdraw": "an offer is given up before its answer comes, by chance",
 }
 ELSEWHERE |= dict.fromkeys(
     (
-        "handshake.Handshake._encrypted",
         "stream.TlsStream.__init__",
         *(f"stream.TlsStream.{name}" for name in ("_attempt", "close", "receive")),
         *(f"stream.TlsStream.{name}" for name in ("send", "shutdown")),

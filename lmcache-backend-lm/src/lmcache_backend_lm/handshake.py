@@ -81,8 +81,12 @@ class Handshake:
         if config.path is not None:
             stream: Stream = PlainStream(dial_unix(config.path, config.connect_timeout_s))
         else:
+            context = client_context(config.ca_file) if config.tls else None
             sock = dial(config.host, config.port, config.connect_timeout_s)
-            stream = self._encrypted(sock) if config.tls else PlainStream(sock)
+            if context is None:
+                stream = PlainStream(sock)
+            else:
+                stream = TlsStream(sock, context, config.host, config.connect_timeout_s)
         self._line.use(stream)
         welcome = self._greet(stream)
         if config.same_host and config.path is None and stream.same_host and welcome.unix_path:
@@ -94,15 +98,6 @@ class Handshake:
             else:
                 self._notice(_ANOTHER_USER)
         return welcome, shared
-
-    def _encrypted(self, sock: socket.socket) -> Stream:
-        config = self._config
-        try:
-            context = client_context(config.ca_file)
-            return TlsStream(sock, context, config.host, config.connect_timeout_s)
-        except BaseException:
-            sock.close()
-            raise
 
     # -- hello -----------------------------------------------------------------------------
 

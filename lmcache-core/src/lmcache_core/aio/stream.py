@@ -15,7 +15,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -59,15 +59,20 @@ class Stream(Protocol):
 
 
 class PlainStream:
-    """A connected socket without encryption."""
+    """A connected socket without encryption. It is closed with this, and if this can't be made.
+
+    Raises:
+        OSError: the other end has gone already.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        sock.settimeout(None)
-        tick = struct.pack("@ll", int(TICK_S), int(TICK_S % 1 * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
-        self.same_host = _is_same_host(sock)
+        with _closed_on_failure(sock):
+            sock.settimeout(None)
+            tick = struct.pack("@ll", int(TICK_S), int(TICK_S % 1 * 1e6))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
+            self.same_host = _is_same_host(sock)
 
     @property
     def binding(self) -> bytes:
@@ -103,7 +108,11 @@ class PlainStream:
 class TlsStream:
     """A connected socket with TLS. OpenSSL wants one call at a time, so no call waits inside it.
 
-    ``name`` is the server's, which its certificate must have; ``None``: this end is the server.
+    ``name`` is the server's, which its certificate must have; ``None``: this end is the server. The
+    socket is closed with this, and if this can't be made.
+
+    Raises:
+        OSError: the other end has gone already, or isn't trusted.
     """
 
     same_host = False
@@ -111,8 +120,9 @@ class TlsStream:
     def __init__(
         self, sock: socket.socket, context: ssl.SSLContext, name: str | None, timeout_s: float
     ) -> None:
-        sock.settimeout(timeout_s)
-        self._tls = context.wrap_socket(sock, server_side=name is None, server_hostname=name)
+        with _closed_on_failure(sock):
+            sock.settimeout(timeout_s)
+            self._tls = context.wrap_socket(sock, server_side=name is None, server_hostname=name)
         self._tls.settimeout(0)
         self._lock = threading.Lock()
         self._closed = False
@@ -186,8 +196,9 @@ def dial(host: str, port: int, timeout_s: float) -> socket.socket:
         OSError: nobody answers there.
     """
     sock = socket.create_connection((host, port), timeout_s)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    with _closed_on_failure(sock):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     return sock
 
 
@@ -198,13 +209,19 @@ def dial_unix(path: Path | str, timeout_s: float) -> socket.socket:
         OSError: nobody answers there, or this user may not.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
+    with _closed_on_failure(sock):
         sock.settimeout(timeout_s)
         sock.connect(str(path))
+    return sock
+
+
+@contextlib.contextmanager
+def _closed_on_failure(sock: socket.socket) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
         sock.close()
         raise
-    return sock
 
 
 def _is_same_host(sock: socket.socket) -> bool:

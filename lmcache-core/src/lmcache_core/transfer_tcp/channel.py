@@ -168,15 +168,13 @@ class TcpChannel(BlockingChannel):
 
     def _dial(self, peer: TcpPeer, stop: Stop) -> Line:
         config, address = self._config, peer.address
+        context = client_context(config.ca_file) if address.tls else None
         sock = dial(address.host, address.port, config.connect_timeout_s)
-        try:
-            stream: Stream = PlainStream(sock)
-            if address.tls:
-                context = client_context(config.ca_file)
-                stream = TlsStream(sock, context, address.host, config.connect_timeout_s)
-        except BaseException:
-            sock.close()
-            raise
+        stream: Stream
+        if context is None:
+            stream = PlainStream(sock)
+        else:
+            stream = TlsStream(sock, context, address.host, config.connect_timeout_s)
         line = Line(stream, peer.where, config.connect_timeout_s)
         try:
             with stop.calls(line.shutdown):
