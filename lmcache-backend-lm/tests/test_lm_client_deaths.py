@@ -212,9 +212,10 @@ class Trial:
             assert not connection.waiting_bytes
         # A connection that ended meanwhile may be noticed only now; guards try once more, too, and
         # tiers open again what couldn't be opened.
-        with suppress(BackendUnavailable):
-            await self._opened()
-        backend = await self._opened()
+        try:
+            backend = await self._opened()
+        except BackendUnavailable:
+            backend = await self._opened()
         traffic = Traffic(backend)
         with suppress(BackendUnavailable):
             await traffic.store(KEYS[:4])

@@ -89,7 +89,7 @@ class ChannelService(Service):
         try:
             descriptor = plugins_here().transfer_channel(request["type"])
             config = options_of(descriptor.config, request["options"], where)
-            channel = created_channel(descriptor, config)
+            channel = created_channel(descriptor, config, where)
         except LMCacheError as error:
             raise NotCreated(error) from error
         await channel.open(

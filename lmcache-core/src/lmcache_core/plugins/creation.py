@@ -60,7 +60,9 @@ def created(
     ) from error
 
 
-def created_channel(descriptor: TransferChannelDescriptor, config: BaseModel) -> TransferChannel:
+def created_channel(
+    descriptor: TransferChannelDescriptor, config: BaseModel, where: str
+) -> TransferChannel:
     """The channel that ``descriptor`` describes, in this process; it isn't open yet.
 
     Raises:
@@ -69,7 +71,7 @@ def created_channel(descriptor: TransferChannelDescriptor, config: BaseModel) ->
     return created(
         lambda: descriptor.create(config),
         TransferChannel,  # type: ignore[type-abstract]
-        f"transfer channel {descriptor.name!r}",
+        where,
         descriptor.create,
     )
 

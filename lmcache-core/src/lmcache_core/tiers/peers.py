@@ -71,11 +71,12 @@ def make_channel(
     Raises:
         ConfigError, PluginLoadError: it can't be made.
     """
+    where = _where(descriptor)
     if descriptor.isolated if isolated is None else isolated:
         from lmcache_core.isolation.channel import IsolatedChannel
 
-        return IsolatedChannel(descriptor.name, config, where=_where(descriptor))
-    return created_channel(descriptor, config)
+        return IsolatedChannel(descriptor.name, config, where=where)
+    return created_channel(descriptor, config, where)
 
 
 class Link:
