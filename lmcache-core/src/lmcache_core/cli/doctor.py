@@ -10,17 +10,19 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from lmcache_core.builtin.filesystem_ledger import contents
+from lmcache_core.cli.chunk_shape import add_options as add_shape
+from lmcache_core.cli.chunk_shape import first_given, layout_of
 from lmcache_core.cli.config import add_options, load
+from lmcache_core.cli.finding import Finding
 from lmcache_core.config import BackendSection, Config
 from lmcache_core.config.models import hidden
-from lmcache_core.errors import ConfigError
+from lmcache_core.errors import ConfigError, LayoutError
 from lmcache_core.plugins.discovery import core_version
 from lmcache_core.plugins.manager import Plugins
 from lmcache_core.plugins.upstream import refuse_upstream
@@ -33,20 +35,13 @@ examples:
   lmcache doctor
   lmcache doctor --file lmcache.yaml
   lmcache doctor --set local_disk=/var/cache/lmcache
+  lmcache doctor --connect
+  lmcache doctor --connect --layers 80 --heads 8 --head-size 128   as in Llama-3.1-70B
 
 Each line starts with ok, warn or FAIL; exits with 1 if there is a FAIL.
 """
 
 GIB = 1 << 30
-Verdict = Literal["ok", "warn", "FAIL"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    verdict: Verdict
-    text: str
 
 
 def add(subcommands: _SubParsersAction[ArgumentParser], plugins: Plugins) -> None:
@@ -58,15 +53,28 @@ def add(subcommands: _SubParsersAction[ArgumentParser], plugins: Plugins) -> Non
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(parser)
+    parser.add_argument(
+        "--connect",
+        action="store_true",
+        help="also open each tier, and store, load and delete one chunk of chunk_size tokens "
+        "there, in a namespace of its own",
+    )
+    add_shape(parser, "--connect")
     parser.set_defaults(run=lambda args: run(args, plugins))
 
 
 def run(args: argparse.Namespace, plugins: Plugins) -> int:
-    """Print all findings; 1 if one of them is a failure."""
+    """Print all findings; 1 if one of them is a failure.
+
+    Raises:
+        ConfigError: an option has no effect.
+    """
+    if not args.connect and (option := first_given(args)):
+        raise ConfigError(f"{option} has no effect without --connect; add that")
     failed = False
     for finding in findings(args, plugins):
         failed |= finding.verdict == "FAIL"
-        print(f"{finding.verdict:<4}  {finding.text}")
+        print(f"{finding.verdict:<4}  {finding.text}", flush=True)
     return int(failed)
 
 
@@ -87,7 +95,20 @@ def findings(args: argparse.Namespace, plugins: Plugins) -> Iterator[Finding]:
         for section in config.backends:
             if section.type == "filesystem":
                 yield from _disk(section)
+        if args.connect:
+            yield from _connect(args, config, plugins)
     yield from (Finding("ok", line) for line in plugins.report())
+
+
+def _connect(args: argparse.Namespace, config: Config, plugins: Plugins) -> Iterator[Finding]:
+    from lmcache_core.cli.connect import findings as tried
+
+    try:
+        layout = layout_of(args, config.core.chunk_size)
+    except LayoutError as error:
+        yield Finding("FAIL", f"--connect: {error}; correct --layers, --heads or --head-size")
+    else:
+        yield from tried(layout, config, plugins)
 
 
 def _installation() -> Iterator[Finding]:

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -133,28 +134,21 @@ class Tiers:
             with contextlib.suppress(OSError):  # an old kernel, or a plugin's own kind of file
                 keep_writers_out(fd)
         openings = []
-        facts = SerdeFacts(namespace.fingerprint, rope, weights)
         for section in sections:
-            serde, exact = _serde(plugins, section, default_serde, serdes)
-            serde = serde.bound(facts)
-            placed = namespace.placed(_place(serde, namespace.layout, section))
-            deadline_s = section.deadline_s or default_deadline_s
-            make = _maker(plugins.storage_backend(section.type), section, deadline_s, counters)
-            guard = Guard(section.name, deadline_s=deadline_s, counters=counters)
-            tier = Tier(
-                section.name,
-                make(),
-                serde,
-                guard=guard,
+            prepared = prepare(
+                section,
+                plugins,
+                namespace=namespace,
+                region=region,
                 counters=counters,
-                deadline_s=deadline_s,
-                exact=exact,
-                fingerprint=placed.fingerprint,
+                deadline_s=section.deadline_s or default_deadline_s,
+                default_serde=default_serde,
+                serdes=serdes,
+                facts=SerdeFacts(namespace.fingerprint, rope, weights),
+                lookup_only=lookup_only,
                 max_bytes=None if region is None else region.nbytes // (_PART * len(sections)),
             )
-            longest = _longest_value(serde, namespace.layout)
-            context = BackendContext(section.name, placed, region, longest, lookup_only=lookup_only)
-            openings.append(_Opening(tier, make, context, open_deadline_s, reopen_after_s))
+            openings.append(_Opening(prepared, open_deadline_s, reopen_after_s))
         tiers = cls([o.tier for o in openings], loop)
         if not openings:
             return tiers
@@ -255,20 +249,64 @@ class Tiers:
                 logger.warning("%s: closing failed: %s", tier.name, answer.error)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A tier whose backend isn't open yet."""
+
+    tier: Tier
+    make: Callable[[], StorageBackend]
+    """Makes another instance of the backend."""
+    context: BackendContext
+    """What to open it with."""
+
+
+def prepare(
+    section: Section,
+    plugins: PluginIndex,
+    *,
+    namespace: CacheNamespace,
+    region: HostRegion | None,
+    counters: Counters,
+    deadline_s: float,
+    default_serde: str,
+    serdes: Mapping[str, BaseModel],
+    facts: SerdeFacts,
+    lookup_only: bool = False,
+    max_bytes: int | None = None,
+) -> Prepared:
+    """Make the tier that ``section`` describes; the arguments are those of `Tiers.open` and `Tier`.
+
+    Raises:
+        ConfigError: its options are refused.
+        PluginError: a plugin is missing, lacks what it needs, or is broken.
+    """
+    serde, exact = _serde(plugins, section, default_serde, serdes)
+    serde = serde.bound(facts)
+    placed = namespace.placed(_place(serde, namespace.layout, section))
+    make = _maker(plugins.storage_backend(section.type), section, deadline_s, counters)
+    tier = Tier(
+        section.name,
+        make(),
+        serde,
+        guard=Guard(section.name, deadline_s=deadline_s, counters=counters),
+        counters=counters,
+        deadline_s=deadline_s,
+        exact=exact,
+        fingerprint=placed.fingerprint,
+        max_bytes=max_bytes,
+    )
+    longest = _longest_value(serde, namespace.layout)
+    context = BackendContext(section.name, placed, region, longest, lookup_only=lookup_only)
+    return Prepared(tier, make, context)
+
+
 class _Opening:
     """Gets one backend open, at the start or later."""
 
-    def __init__(
-        self,
-        tier: Tier,
-        make: Callable[[], StorageBackend],
-        context: BackendContext,
-        deadline_s: float,
-        again_after_s: float,
-    ) -> None:
-        self.tier = tier
-        self._make = make
-        self._context = context
+    def __init__(self, prepared: Prepared, deadline_s: float, again_after_s: float) -> None:
+        self.tier = prepared.tier
+        self._make = prepared.make
+        self._context = prepared.context
         self._deadline_s = deadline_s
         self._again_after_s = again_after_s
         self._slow: asyncio.Task[Any] | None = None
