@@ -448,13 +448,14 @@ def test_accepting_rests_while_there_are_no_descriptors() -> None:
 
     async def run() -> None:
         accepting = Accepting(
-            lambda sock, address, tls: taken.append(sock), lambda error: errors.append(error.errno)
+            lambda sock, address, encrypted: taken.append(sock),
+            lambda error: errors.append(error.errno),
         )
         listener = Starved()
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         listener.setblocking(False)
-        accepting.listen(listener, None)
+        accepting.listen(listener, encrypted=False)
         with socket.create_connection(listener.getsockname()):
             while not errors:
                 await asyncio.sleep(0)
@@ -480,12 +481,12 @@ def test_accepting_goes_on_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[socket.socket] = []
 
     async def run() -> None:
-        accepting = Accepting(lambda sock, address, tls: taken.append(sock), lambda error: None)
+        accepting = Accepting(lambda sock, *_: taken.append(sock), lambda error: None)
         listener = Starved()
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         listener.setblocking(False)
-        accepting.listen(listener, None)
+        accepting.listen(listener, encrypted=False)
         with socket.create_connection(listener.getsockname()):
             while listener.asked < 3:
                 await asyncio.sleep(0.001)

@@ -11,7 +11,6 @@ import errno
 import logging
 import resource
 import socket
-import ssl
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +25,7 @@ REST_S = 1.0
 _SOME = 64
 _NONE_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
-Take = Callable[[socket.socket, Any, "ssl.SSLContext | None"], None]
+Take = Callable[[socket.socket, Any, bool], None]
 
 
 def connections(asked: int | None) -> int:
@@ -56,7 +55,8 @@ def connections(asked: int | None) -> int:
 
 
 class Accepting:
-    """Accepts on the running event loop. ``take`` gets a socket, its address, and how it speaks.
+    """Accepts on the running event loop. ``take`` gets a socket, its address, and whether
+    it is to speak TLS.
 
     ``rests``: called with the error when there are no descriptors left.
     """
@@ -65,21 +65,21 @@ class Accepting:
         self._take = take
         self._rests = rests
         self._loop = asyncio.get_running_loop()
-        self._listeners: list[tuple[socket.socket, ssl.SSLContext | None]] = []
+        self._listeners: list[tuple[socket.socket, bool]] = []
         self._timer: asyncio.TimerHandle | None = None
 
-    def listen(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+    def listen(self, listener: socket.socket, *, encrypted: bool) -> None:
         """Accept from ``listener``, which is closed in the end."""
-        self._listeners.append((listener, tls))
-        self._loop.add_reader(listener, self._accept, listener, tls)
+        self._listeners.append((listener, encrypted))
+        self._loop.add_reader(listener, self._accept, listener, encrypted)
 
     def freed(self) -> None:
         """A descriptor was closed: go on at once. On the event loop's thread."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-            for listener, tls in self._listeners:
-                self._loop.add_reader(listener, self._accept, listener, tls)
+            for listener, encrypted in self._listeners:
+                self._loop.add_reader(listener, self._accept, listener, encrypted)
 
     def close(self) -> None:
         """Accept no more."""
@@ -91,7 +91,7 @@ class Accepting:
             listener.close()
         self._listeners.clear()
 
-    def _accept(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+    def _accept(self, listener: socket.socket, encrypted: bool) -> None:
         for _ in range(_SOME):
             try:
                 sock, address = listener.accept()
@@ -105,4 +105,4 @@ class Accepting:
                     self._timer = self._loop.call_later(REST_S, self.freed)
                     self._rests(error)
                 return  # otherwise the peer is gone already
-            self._take(sock, address, tls)
+            self._take(sock, address, encrypted)

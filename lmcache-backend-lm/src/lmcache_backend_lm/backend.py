@@ -7,6 +7,7 @@ is `connection`'s business; deadlines, retries and logging are core's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from lmcache_core import (
     MISS,
     BackendCapabilities,
     BackendContext,
+    BackendRejected,
     BackendUnavailable,
     ChunkKey,
     StorageBackend,
@@ -59,7 +61,7 @@ class LmBackend(StorageBackend):
 
     async def open(self, context: BackendContext) -> None:
         self._context = context
-        self._token = read_token(self._config.token, self._config.token_file)
+        self._read_token()
         try:
             connection = self._connection(_QUESTIONS)
             self._usage = await connection.call(_usage_call())
@@ -181,6 +183,8 @@ class LmBackend(StorageBackend):
             raise BackendUnavailable("the backend isn't open")
         connection = self._connections.get(index)
         if connection is None or not connection.alive:
+            with contextlib.suppress(BackendRejected):  # it may have changed since, or is as before
+                self._read_token()
             if connection is not None:
                 self._dead = [one for one in self._dead if not one.ended] + [connection]
             connection = self._connections[index] = Connection(
@@ -192,6 +196,9 @@ class LmBackend(StorageBackend):
                 self._notice,
             )
         return connection
+
+    def _read_token(self) -> None:
+        self._token = read_token(self._config.token, self._config.token_file)
 
     def _notice(self, text: str) -> None:
         """Say it once, however many connections find it. From their threads."""

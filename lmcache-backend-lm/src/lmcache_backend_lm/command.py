@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmcache_backend_lm.config import DEFAULT_PORT, TOKEN_VARIABLE, read_token
-from lmcache_core import LMCacheError, init_logger, remark_if_public
+from lmcache_backend_lm.config import DEFAULT_PORT, TOKEN_VARIABLE
+from lmcache_backend_lm.protocol import VERSION
+from lmcache_core import ConfigError, LMCacheError, init_logger
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace, _SubParsersAction
 
+DISTRIBUTION = "lmcache-backend-lm"
 _EXAMPLES = """\
 examples:
   {prog} localhost 65432
@@ -54,14 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: Namespace) -> int:
-    """Serve until SIGTERM or SIGINT."""
-    init_logger("lmcache_backend_lm")
-    from lmcache_backend_lm.server import Server, ServerOptions
+    """Serve until SIGTERM or SIGINT.
 
+    Raises:
+        ConfigError: an option has no effect, or can't be had.
+    """
     disk = None if args.storage in ("cpu", "cuda") else Path(args.storage)
-    for name in ("token_file", "metrics_token_file"):
-        if (file := getattr(args, name)) is not None:
-            remark_if_public(file, f"--{name.replace('_', '-')}")
+    _refuse_what_has_no_effect(args, disk)
+    init_logger("lmcache_backend_lm")
+    from lmcache_backend_lm.server import DEFAULT_METRICS_HOST, Server, ServerOptions
+
     memory = None if args.memory_gib is None else int(args.memory_gib * 2**30)
     Server(
         ServerOptions(
@@ -71,13 +76,13 @@ def run(args: Namespace) -> int:
             populate=args.populate,
             disk=disk,
             disk_size_gib=args.disk_gib,
-            token=read_token(None, args.token_file),
+            token_file=args.token_file,
             tls_cert=args.tls_cert,
             tls_key=args.tls_key,
             unix=args.unix,
-            metrics_host=args.metrics_host,
+            metrics_host=args.metrics_host or DEFAULT_METRICS_HOST,
             metrics_port=args.metrics_port,
-            metrics_token=_metrics_token(args.metrics_token_file),
+            metrics_token_file=args.metrics_token_file,
             metrics_tls=args.metrics_tls,
             threads=args.threads,
             max_connections=args.max_connections,
@@ -122,7 +127,7 @@ def _add_options(parser: ArgumentParser) -> None:
         "$XDG_RUNTIME_DIR or /tmp that only this user can reach)",
     )
     add("--metrics-port", type=_port, metavar="PORT", help="serve /metrics and /health there")
-    add("--metrics-host", default="127.0.0.1", metavar="HOST", help="(default: 127.0.0.1)")
+    add("--metrics-host", metavar="HOST", help="(default: 127.0.0.1)")
     add(
         "--metrics-token-file",
         type=Path,
@@ -130,7 +135,13 @@ def _add_options(parser: ArgumentParser) -> None:
         help="ask for this file's content (Authorization: Bearer) before showing numbers",
     )
     add("--metrics-tls", action="store_true", help="serve them over HTTPS, with --tls-cert")
-    add("--threads", type=int, default=0, help="that serve (default: two for each CPU, up to 8)")
+    add(
+        "--threads",
+        type=_threads,
+        metavar="N",
+        help="that serve (default: two for each CPU, up to 8)",
+    )
+    add("--version", action=_Version, nargs=0, help="print versions and exit")
     add(
         "--max-connections",
         type=int,
@@ -146,8 +157,46 @@ def _add_options(parser: ArgumentParser) -> None:
     )
 
 
-def _metrics_token(file: Path | None) -> bytes:
-    return b"" if file is None else read_token(None, file)
+def _refuse_what_has_no_effect(args: Namespace, disk: Path | None) -> None:
+    if args.disk_gib is not None and disk is None:
+        raise ConfigError(
+            f"--disk-gib {args.disk_gib:g} has no effect without a disk tier; name its folder "
+            "after the port (HOST PORT DIR), or leave it out"
+        )
+    for name in ("metrics_host", "metrics_token_file", "metrics_tls"):
+        value = getattr(args, name)
+        if value and args.metrics_port is None:
+            option = f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}"
+            raise ConfigError(
+                f"{option} has no effect without --metrics-port; set that, or leave it out"
+            )
+    if not args.unix:
+        raise ConfigError("--unix '' is no path; write a path, or none for no socket")
+
+
+class _Version(argparse.Action):
+    """Prints versions, which take a moment to find."""
+
+    def __call__(self, parser: ArgumentParser, *_: object) -> None:
+        said = [f"{name} {_version_of(name)}" for name in (DISTRIBUTION, "lmcache-core")]
+        print(f"lmcache_server: {', '.join(said)}, lm:// version {VERSION}")
+        parser.exit()
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _threads(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text}: nothing would be served; at least 1, or leave it out for two a CPU"
+        )
+    return number
 
 
 def _port(text: str) -> int:

@@ -27,8 +27,8 @@ _MAX_REQUESTS = 16
 class MetricsServer:
     """Serves on threads of its own, so that it answers while clients keep the others busy.
 
-    With a ``token``, numbers are for requests with ``Authorization: Bearer TOKEN``, and others
-    learn from ``/health`` that it is up. With ``tls``, it is HTTPS.
+    With a ``token``, which may change, numbers are for requests with ``Authorization: Bearer
+    TOKEN``, and others learn from ``/health`` that it is up. With ``tls``, it is HTTPS.
 
     Raises:
         ConfigError: the port can't be had.
@@ -41,17 +41,15 @@ class MetricsServer:
         counters: Counters,
         totals: Callable[[], Mapping[str, int]],
         *,
-        token: bytes = b"",
-        tls: ssl.SSLContext | None = None,
+        token: Callable[[], bytes] = bytes,
+        tls: Callable[[], ssl.SSLContext | None] | None = None,
     ) -> None:
-        right = b"Bearer " + token
-
         class Handler(BaseHTTPRequestHandler):
             timeout = 5.0  # a client that says nothing holds a thread for so long at most
 
             def do_GET(self) -> None:
                 said = self.headers.get("Authorization", "").encode("latin-1", "replace")
-                if token and not hmac.compare_digest(said, right):
+                if (needed := token()) and not hmac.compare_digest(said, b"Bearer " + needed):
                     if self.path == "/health":
                         self._reply(200, "application/json", json.dumps({"status": "ok"}))
                     else:
@@ -110,7 +108,7 @@ class _Server(ThreadingHTTPServer):
         self,
         address: tuple[str, int],
         handler: type[BaseHTTPRequestHandler],
-        tls: ssl.SSLContext | None,
+        tls: Callable[[], ssl.SSLContext | None] | None,
     ) -> None:
         self._tls = tls
         self._places = threading.BoundedSemaphore(_MAX_REQUESTS)
@@ -118,8 +116,9 @@ class _Server(ThreadingHTTPServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         sock, peer = super().get_request()
-        if self._tls is not None:  # its greeting is the request's thread's business
-            sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        context = None if self._tls is None else self._tls()
+        if context is not None:  # its greeting is the request's thread's business
+            sock = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
         return sock, peer
 
     def process_request(self, request: Any, client_address: Any) -> None:

@@ -101,8 +101,12 @@ def listen_unix(path: Path) -> socket.socket:
             sock.bind(str(path))
         finally:
             os.umask(before)
-        sock.listen(_BACKLOG)
-        sock.setblocking(False)
+        try:
+            sock.listen(_BACKLOG)
+            sock.setblocking(False)
+        except BaseException:
+            path.unlink()
+            raise
     except BaseException:
         sock.close()
         raise

@@ -17,6 +17,7 @@ import signal
 import socket
 import ssl
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from typing import Any
 from lmcache_backend_lm.accepting import Accepting, connections
 from lmcache_backend_lm.arena import LEASE_BYTES, Arena
 from lmcache_backend_lm.config import is_loopback
+from lmcache_backend_lm.credentials import Credentials
 from lmcache_backend_lm.disk import Disk
 from lmcache_backend_lm.http import MetricsServer
 from lmcache_backend_lm.listening import listen, listen_unix, unix_path
@@ -34,11 +36,12 @@ from lmcache_backend_lm.service import Epochs, Regions, Service
 from lmcache_backend_lm.session import SCRATCH_BYTES, Session
 from lmcache_backend_lm.values import Values
 from lmcache_backend_lm.wire import Wire
-from lmcache_core import ConfigError, Counters, available_bytes, server_context
+from lmcache_core import ConfigError, Counters, available_bytes
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MEMORY_BYTES = 8 << 30
+DEFAULT_METRICS_HOST = "127.0.0.1"
 KEPT_PART = 4
 """One connection in so many is kept for other clients than the one that has all others."""
 OVERLAP = 32
@@ -58,18 +61,19 @@ class ServerOptions:
     populate: bool = False
     disk: Path | None = None
     disk_size_gib: float | None = None
-    token: bytes = b""
+    token_file: Path | None = None
+    """`None`: the variable ``LMCACHE_SERVER_TOKEN``, if it is set."""
     tls_cert: Path | None = None
     tls_key: Path | None = None
     unix: str = "auto"
     """A path, ``auto``, or ``none``."""
-    metrics_host: str = "127.0.0.1"
+    metrics_host: str = DEFAULT_METRICS_HOST
     metrics_port: int | None = None
-    metrics_token: bytes = b""
+    metrics_token_file: Path | None = None
     metrics_tls: bool = False
     """HTTPS, with the certificate of the TCP port."""
-    threads: int = 0
-    """0: two for each CPU, at most 8: the system spreads busy sessions better than we can."""
+    threads: int | None = None
+    """``None``: two for each CPU, at most 8: the system spreads busy ones better than we can."""
     max_connections: int | None = None
     """``None``: 4096, or as many as there may be descriptors for."""
     stall_s: float = 30.0
@@ -85,7 +89,7 @@ class Server:
     def __init__(self, options: ServerOptions) -> None:
         self._options = options
         self.counters = Counters()
-        self._tls = _tls_context(options)
+        self._credentials = _credentials(options)
         self._most = connections(options.max_connections)
         self._most_of_one = self._most - self._most // KEPT_PART
         self._clients: Counter[str] = Counter()
@@ -95,6 +99,7 @@ class Server:
         self._unix_path = ""
         self._metrics: MetricsServer | None = None
         self._workers: list[_Worker] = []
+        self._started_s = time.time()
         arena = self._arena = Arena(_memory_bytes(options), populate=options.populate)
         values = Values(arena, self.counters)
         self.service = Service(
@@ -104,7 +109,7 @@ class Server:
             Epochs(arena, LEASE_BYTES, self.counters),
             Regions(self.counters),
             instance=secrets.token_bytes(16),
-            token=options.token,
+            token=self._credentials.token,
             max_value_bytes=arena.capacity,
             stall_s=options.stall_s,
         )
@@ -120,8 +125,15 @@ class Server:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
-        options = self._options
-        self._open_unix()
+        try:
+            self._start()
+            asyncio.run(self._accept())
+        finally:
+            self._close()
+        logger.info("stopped")
+
+    def _start(self) -> None:
+        options, credentials = self._options, self._credentials
         count = _threads(options)
         self._workers = [_Worker(self.service, index, self._gone) for index in range(count)]
         if options.metrics_port is not None:
@@ -129,14 +141,10 @@ class Server:
                 options.metrics_host,
                 options.metrics_port,
                 self.counters,
-                self.service.values.totals,
-                token=options.metrics_token,
-                tls=self._tls if options.metrics_tls else None,
+                self._totals,
+                token=lambda: credentials.metrics_token,
+                tls=(lambda: credentials.tls) if options.metrics_tls else None,
             )
-        try:
-            asyncio.run(self._accept())
-        finally:
-            self._close()
 
     def _open_unix(self) -> None:
         if self._options.unix == "none":
@@ -153,19 +161,21 @@ class Server:
             return
         self._unix_path = str(path)
         # With TLS, clients asked for TLS; and other users may not read the socket anyway.
-        self.service.unix_path = str(path) if self._tls is None else ""
+        self.service.unix_path = str(path) if self._credentials.tls is None else ""
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         self._loop = loop
+        self._open_unix()  # not before: whoever ends this process now has it removed
         accepting = self._accepting = Accepting(self._take, self._rests)
         for listener in self._listeners:
-            accepting.listen(listener, self._tls)
+            accepting.listen(listener, encrypted=self._credentials.tls is not None)
         if self._unix is not None:
-            accepting.listen(self._unix, None)
+            accepting.listen(self._unix, encrypted=False)
         self._announce()
         await stop.wait()
         logger.info("stopping")
@@ -173,7 +183,7 @@ class Server:
 
     def _announce(self) -> None:
         options, arena = self._options, self._arena
-        scheme = "lm" if self._tls is None else "lm+tls"
+        scheme = "lm" if self._credentials.tls is None else "lm+tls"
         host = f"[{options.host}]" if ":" in options.host else options.host
         logger.info(
             "serving %s://%s:%d%s, %.2f GiB of memory%s%s",
@@ -185,22 +195,39 @@ class Server:
             f", files in {options.disk}" if options.disk else "",
             f", metrics on {self._metrics.url}" if self._metrics else "",
         )
+        token, metrics_token = self._credentials.token, self._credentials.metrics_token
         addresses = [listener.getsockname()[0] for listener in self._listeners]
-        if not options.token and not all(map(is_loopback, addresses)):
+        if not token and not all(map(is_loopback, addresses)):
             logger.warning(
                 "%s is reachable from other machines, and no token is set: whoever can connect can "
                 "read and write every value. Set --token-file, or listen on localhost",
                 options.host,
             )
         metrics = self._metrics
-        if metrics is not None and not options.metrics_token and not is_loopback(metrics.host):
+        if metrics is not None and not metrics_token and not is_loopback(metrics.host):
             logger.warning(
                 "metrics on %s are reachable from other machines, and no token is set: whoever can "
                 "connect can read every number. Set --metrics-token-file, or --metrics-host",
                 metrics.host,
             )
 
-    def _take(self, sock: socket.socket, address: Any, tls: ssl.SSLContext | None) -> None:
+    def _reload(self) -> None:
+        """What clients are asked for from now on; those that are connected stay."""
+        self._credentials.reload()
+        self.service.token = self._credentials.token
+
+    def _facts(self) -> dict[str, int]:
+        return {
+            "server_open_connections": sum(worker.sessions for worker in self._workers),
+            "server_start_time_seconds": int(self._started_s),
+        }
+
+    def _totals(self) -> dict[str, int]:
+        """Numbers for operators."""
+        return {**self._facts(), **self.service.values.totals()}
+
+    def _take(self, sock: socket.socket, address: Any, encrypted: bool) -> None:
+        tls = self._credentials.tls if encrypted else None
         client = address[0] if address else "a Unix socket's client"
         peer = f"{client}:{address[1]}" if address else client
         here = sum(worker.sessions for worker in self._workers)
@@ -236,14 +263,16 @@ class Server:
             worker.join()
         if self._metrics is not None:
             self._metrics.close()
-        if self._unix_path:
+        for listener in self._listeners:
+            listener.close()
+        if self._unix is not None:
+            self._unix.close()
             with contextlib.suppress(OSError):
                 os.unlink(self._unix_path)
         if self.service.disk is not None:
             self.service.disk.close(_GRACE_S)
         self.service.epochs.close()
         self._arena.close()
-        logger.info("stopped")
 
 
 class _Worker:
@@ -389,18 +418,17 @@ def _memory_bytes(options: ServerOptions) -> int:
     return min(DEFAULT_MEMORY_BYTES, available_bytes() // 2)
 
 
-def _tls_context(options: ServerOptions) -> ssl.SSLContext | None:
+def _credentials(options: ServerOptions) -> Credentials:
     if options.tls_cert is None:
         for name, given in (("--tls-key", options.tls_key), ("--metrics-tls", options.metrics_tls)):
             if given:
                 raise ConfigError(f"{name} is set without --tls-cert")
-        return None
-    try:
-        return server_context(options.tls_cert, options.tls_key)
-    except OSError as error:
-        raise ConfigError(
-            f"--tls-cert {options.tls_cert}, --tls-key {options.tls_key}: {error}"
-        ) from error
+    return Credentials(
+        token_file=options.token_file,
+        metrics_token_file=options.metrics_token_file,
+        tls_cert=options.tls_cert,
+        tls_key=options.tls_key,
+    )
 
 
 def _threads(options: ServerOptions) -> int:

@@ -49,6 +49,10 @@ HELLO_S = 10.0
 MAX_BORROWS = 64
 
 
+class _NoTls(Exception):
+    """The greeting of TLS failed, before anything was said."""
+
+
 class Session:
     """One connection. ``client``: what all connections of one client have in common."""
 
@@ -88,8 +92,12 @@ class Session:
         except EOFError:
             if not self.wire.idle:
                 service.counters.add("server_broken_connections")
+        except _NoTls as error:
+            service.counters.add("server_refused", reason="tls")
+            service.seldom.warn("tls", "%s: no TLS connection: %s", self.peer, error)
         except OSError as error:
-            service.counters.add("server_broken_connections")
+            if self.greeted or not self.wire.idle:
+                service.counters.add("server_broken_connections")
             logger.debug("%s: %s", self.peer, error)
         finally:
             self.end()
@@ -130,7 +138,10 @@ class Session:
         return header
 
     async def _greet(self) -> None:
-        await self.wire.handshake()
+        try:
+            await self.wire.handshake()
+        except OSError as error:  # a stranger, or one who doesn't trust the certificate
+            raise _NoTls(getattr(error, "reason", None) or error) from error
         header, meta = await self._opening(Op.HELLO)
         hello = greeting.parse_hello(meta)
         service = self._service

@@ -147,7 +147,7 @@ class Wire:
             got = await self._attempt(lambda: self._recv_with_fds(view))
         else:
             got = await self._attempt(lambda: self.sock.recv_into(view))
-        self.idle = False
+        self.idle = not got  # one that ends between messages breaks nothing
         self._mark = (self._loop.time(), self._moved)
         if not got:
             raise EOFError

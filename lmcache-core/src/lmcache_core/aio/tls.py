@@ -20,9 +20,13 @@ def server_context(certificate: Path, key: Path | None) -> ssl.SSLContext:
     """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(certificate, key)
+    context.load_cert_chain(certificate, key, _no_pass_phrase)
     remark_if_public(key or certificate, "the key in")
     return context
+
+
+def _no_pass_phrase() -> str:
+    raise OSError("the key has a pass phrase, which nobody would be there to type; use one without")
 
 
 def client_context(ca_file: Path | None) -> ssl.SSLContext:
