@@ -20,7 +20,8 @@ from typing import Any
 from lmcache_backend_infinistore import wire as infinistore
 from lmcache_backend_infinistore.layout import Head as InfiniHead
 from lmcache_backend_infinistore.links import HEAD_BYTES
-from lmcache_backend_lm import greeting, protocol
+from lmcache_backend_lm import greeting, inventory, protocol
+from lmcache_backend_lm.inventory import Purged, Stock
 from lmcache_backend_redis.blocking import BlockingWire, at_once
 from lmcache_backend_redis.commands import discard, intact
 from lmcache_backend_redis.layout import HEAD as REDIS_HEAD
@@ -176,7 +177,7 @@ class Lm(Parsers):
 
     name = "lm"
     documented = (protocol.ProtocolError,)
-    modules = (protocol, greeting)
+    modules = (protocol, greeting, inventory)
     exact = MappingProxyType({"protocol.parse_header": protocol.HEADER_BYTES})
 
     def samples(self) -> list[bytes]:
@@ -190,6 +191,10 @@ class Lm(Parsers):
             protocol.extents([(0, 64), (4096, 7)]) + protocol.extents([(64, 64)]),
             protocol.usage(3, 4096) + b"more",
             *_structs(greeting, struct.pack("<H", version)),
+            inventory.after("ab" * 8),
+            inventory.page([Stock("0" * 16, 1, 2, 3, "a\nb\nc"), Stock("f" * 16, 1, 2, 3, "")]),
+            inventory.status({"version": "0.1.0", "server_values": 7}),
+            inventory.purged(Purged(1, 2, 3, 4, more=True)),
         ]
 
 

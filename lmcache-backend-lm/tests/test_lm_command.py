@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import signal
 import socket
 import ssl
@@ -20,7 +22,7 @@ from pathlib import Path
 import pytest
 from lm_server import RunningServer, certificate
 
-from lmcache_backend_lm import greeting, protocol
+from lmcache_backend_lm import command, greeting, protocol
 from lmcache_backend_lm.backend import LmBackend
 from lmcache_backend_lm.command import main
 from lmcache_backend_lm.config import LmConfig
@@ -380,3 +382,26 @@ def test_who_speaks_no_tls_breaks_nothing(
         eventually(lambda: counted(server.metrics, "server_refused_total") == 1)
     assert "no TLS connection" in server.text
     assert counted(server.metrics, "server_broken_connections_total") == 0
+
+
+# -- the page --------------------------------------------------------------------------------
+
+
+def test_the_page_has_all_metrics() -> None:
+    root = Path(__file__).parents[1]
+    sources = "".join(path.read_text() for path in (root / "src").rglob("*.py"))
+    found = set(re.findall(r'add\(\s*"((?:server|evicted)_[a-z_]+)"', sources))
+    found |= set(re.findall(r'"(server_[a-z_]+)":', sources))
+    found |= set(re.findall(r'found\["(server_[a-z_]+)"\]', sources))
+    assert len(found) > 25
+    page = (root.parent / "docs" / "lm-server.md").read_text()
+    rows = "".join(line for line in page.splitlines() if line.startswith("| `"))
+    assert sorted(name for name in found if f"`{name}`" not in rows) == []
+
+
+def test_the_page_has_all_options() -> None:
+    parser = argparse.ArgumentParser()
+    command._add_options(parser)
+    page = (Path(__file__).parents[2] / "docs" / "lm-server.md").read_text()
+    options = [name for action in parser._actions for name in action.option_strings]
+    assert [name for name in options if name.startswith("--") and name not in page] == ["--help"]

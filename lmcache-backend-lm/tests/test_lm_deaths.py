@@ -134,7 +134,7 @@ class Peer:
         stops = (10, HEADER_BYTES + 3) if payload else (10,)
         sending = asyncio.ensure_future(self._send(head + meta + payload, *stops))
         try:
-            if op is Op.RETURN:
+            if op in (Op.RETURN, Op.DESCRIBE):
                 return b"", b""
             while True:
                 answer = protocol.parse_header(await self.receive(HEADER_BYTES))
@@ -188,6 +188,11 @@ async def ordinary(peer: Peer) -> None:
     await peer.ask(Op.USAGE)
     await peer.ask(Op.DELETE, 1, protocol.names(keys[:1]))
     await peer.ask(Op.CLEAR)
+    await peer.ask(Op.DESCRIBE, meta=b"a model")
+    await store(peer, keys[:1])
+    await peer.ask(Op.LIST, meta=bytes(16))
+    await peer.ask(Op.STATUS)
+    await peer.ask(Op.PURGE, meta=SPACE.encode())
 
 
 async def large(peer: Peer) -> None:
@@ -268,6 +273,17 @@ async def delete_files(peer: Peer) -> None:
     await peer.ask(Op.DELETE, 1, protocol.names(named(0, 1)))
 
 
+async def list_files(peer: Peer) -> None:
+    await peer.ask(Op.STATUS)
+    await store(peer, named(0))
+    await peer.ask(Op.LIST, meta=bytes(16))
+
+
+async def purge_files(peer: Peer) -> None:
+    await store(peer, named(0))
+    await peer.ask(Op.PURGE, meta=SPACE.encode())
+
+
 async def rude(peer: Peer) -> None:
     await store(peer, named(0, 1))
     await peer.ask(Op.LOAD, 1, protocol.names(named(0, 1)), announce=70_000, payload=bytes(70_000))
@@ -288,6 +304,8 @@ SCRIPTS: dict[str, Callable[[Peer], Any]] = {
     "files asked": ask_files,
     "files cleared": clear_files,
     "files deleted": delete_files,
+    "files listed": list_files,
+    "files purged": purge_files,
     "rude": rude,
 }
 TRIALS: list[Trial] = []

@@ -347,11 +347,11 @@ def test_another_version_of_the_protocol(
     server: RunningServer, run: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def later(fingerprint: str, nonce: bytes, *, proves: bool) -> bytes:
-        return original(fingerprint, nonce, proves=proves, version=3)
+        return original(fingerprint, nonce, proves=proves, version=4)
 
     original = greeting.hello
     monkeypatch.setattr(greeting, "hello", later)
-    with pytest.raises(BackendRejected, match=r"speaks version 3 .* speaks version 2"):
+    with pytest.raises(BackendRejected, match=r"speaks version 4 .* speaks version 3"):
         open_backend(run, port=server.port)
 
 

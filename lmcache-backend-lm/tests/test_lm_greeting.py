@@ -135,7 +135,7 @@ def old(op: Op, meta: bytes) -> bytes:
         (noise, [Op.HELLO, Op.PROVE], "doesn't know the token"),
         (mirror, [Op.HELLO, Op.PROVE], "doesn't know the token"),
         (open_door, [Op.HELLO], "whether there is a token"),
-        (old, [Op.HELLO], "speaks version 1 .* this client speaks version 2"),
+        (old, [Op.HELLO], "speaks version 1 .* this client speaks version 3"),
     ],
 )
 def test_whoever_took_the_port_learns_no_secret_and_gets_no_memory(
@@ -173,7 +173,7 @@ def test_a_client_of_the_first_version_is_refused(start: Callable[..., RunningSe
         head, text = ask(sock, Op.HELLO, hello)
     assert head.status is Status.VERSION
     assert b"speaks version 1" in text
-    assert b"this server speaks version 2" in text
+    assert b"this server speaks version 3" in text
 
 
 def test_without_a_token_one_round_trip_is_all(start: Callable[..., RunningServer]) -> None:

@@ -20,13 +20,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lmcache_backend_lm import greeting, protocol
+from lmcache_backend_lm import greeting, inventory, protocol
 from lmcache_backend_lm.greeting import Welcome
+from lmcache_backend_lm.inventory import Purged, Stock
 from lmcache_backend_lm.proof import PROOF_BYTES, Side, Transcript
 from lmcache_backend_lm.protocol import HEADER_BYTES, MISSING, Op, ProtocolError, Status
-from lmcache_core.chunks.keys import ChunkKey
+from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
+from lmcache_core.testing.storage import LAYOUT
 
 CASES = 300
+FACTS: dict[str, int | str] = {"version": "0.1.0", "server_values": 5}
+TWO = (Stock("00" * 8, 3, 4096, 0, "a/model\nidentity\n256 tokens"), Stock("ab" * 8, 0, 0, 7, ""))
 COUNT = st.one_of(st.integers(0, 5), st.sampled_from([protocol.MAX_KEYS, 1 << 20]))
 SIZE = st.one_of(st.integers(0, 99), st.just(MISSING), st.integers(0, MISSING))
 KEYS = st.lists(st.binary(min_size=1, max_size=64), unique=True, max_size=8)
@@ -78,7 +82,7 @@ HELLOS = st.builds(
     ),
     st.binary(max_size=32),
     st.booleans(),
-    st.integers(0, 3),
+    st.integers(0, 4),
 )
 WELCOMES = st.builds(
     lambda instance, shares, longest, path: greeting.welcome(
@@ -90,6 +94,12 @@ WELCOMES = st.builds(
     st.text(st.characters(min_codepoint=1, max_codepoint=0x2FF), max_size=40),
 )
 EXTENTS = st.lists(st.tuples(st.integers(0, 4096), st.integers(0, 4096)), max_size=4)
+
+TEXTS = st.text(st.characters(min_codepoint=1, max_codepoint=0x2FF), max_size=80)
+STOCKS = st.lists(
+    st.builds(Stock, st.from_regex(r"[0-9a-f]{16}", fullmatch=True), *([SIZE] * 3), TEXTS),
+    max_size=4,
+)
 
 EXACT = st.binary(min_size=HEADER_BYTES, max_size=HEADER_BYTES)
 
@@ -127,6 +137,20 @@ PARSERS: dict[str, tuple[st.SearchStrategy[bytes], Callable[[memoryview, int], A
         st.one_of(damaged(EXTENTS.map(protocol.extents)), numbers_or_noise()),
         lambda data, n: protocol.parse_extents(data, [n % 8192] * (n % 3), 4096),
     ),
+    "description": (
+        st.one_of(damaged(TEXTS.map(str.encode)), st.binary(max_size=600)),
+        lambda data, n: inventory.parse_description(data),
+    ),
+    "after": (st.binary(max_size=17), lambda data, n: inventory.parse_after(data)),
+    "page": (
+        st.one_of(damaged(STOCKS.map(inventory.page)), st.binary(max_size=200)),
+        lambda data, n: inventory.parse_page(data),
+    ),
+    "status": (
+        st.one_of(damaged(st.just(inventory.status(FACTS))), st.binary(max_size=200)),
+        lambda data, n: inventory.parse_status(data),
+    ),
+    "purged": (numbers_or_noise(), lambda data, n: inventory.parse_purged(data)),
 }
 
 
@@ -197,13 +221,47 @@ def test_a_hello_and_a_welcome_come_back() -> None:
     assert greeting.is_challenge(memoryview(greeting.challenge(bytes(32))))
 
 
+def test_what_operators_are_told_comes_back() -> None:
+    assert inventory.parse_page(memoryview(inventory.page(TWO))) == list(TWO)
+    status = memoryview(inventory.status(FACTS))
+    assert inventory.parse_status(status) == {"version": "0.1.0", "server_values": "5"}
+    for purged in (Purged(1, 2, 3, 4, more=True), Purged(0, 0, 0, 0, more=False)):
+        assert inventory.parse_purged(memoryview(inventory.purged(purged))) == purged
+    for space in ("", "ab" * 8):
+        assert inventory.parse_after(memoryview(inventory.after(space))) == space
+
+
+def test_what_operators_are_told_is_these_bytes() -> None:
+    words = struct.pack("<QQQ", 3, 4096, 0)
+    page = b"\1\0" + b"00" * 8 + words + b"\2\0hi"
+    assert inventory.page([Stock("00" * 8, 3, 4096, 0, "hi")]) == page
+    assert inventory.purged(Purged(1, 2, 3, 4, more=True)) == struct.pack("<QQQQB", 1, 2, 3, 4, 1)
+    assert inventory.status({"a": 1, "b": "c"}) == b"a 1\nb c\n"
+
+
+def test_a_list_that_is_not_in_order_is_refused() -> None:
+    for stocks in (TWO[::-1], TWO[:1] * 2):
+        with pytest.raises(ProtocolError, match="comes after"):
+            inventory.parse_page(memoryview(inventory.page(stocks)))
+    with pytest.raises(ProtocolError, match="at most 128"):
+        inventory.parse_page(memoryview(struct.pack("<H", 129)))
+
+
+@pytest.mark.parametrize("model", ["x" * 5000, "\x1b[31m\nred\r", "\u96ea" * 400, "\ud800"])
+def test_any_model_has_a_description(model: str) -> None:
+    text = inventory.description_of(CacheNamespace(model, LAYOUT, label="a label"))
+    assert len(text.encode()) <= inventory.MAX_DESCRIPTION_BYTES
+    assert inventory.parse_description(memoryview(text.encode())) == text
+    assert text.startswith("a label\n")
+
+
 def test_the_greeting_is_these_bytes() -> None:
-    """Two builds that say version 2 understand each other."""
+    """Two builds that say version 3 understand each other."""
     nonce, name = bytes(range(32)), "0123456789abcdef"
-    assert greeting.hello(name, nonce, proves=True) == b"\2\0\1\0" + name.encode() + nonce
-    assert greeting.challenge(nonce) == b"\2\0\2\0" + nonce
+    assert greeting.hello(name, nonce, proves=True) == b"\3\0\1\0" + name.encode() + nonce
+    assert greeting.challenge(nonce) == b"\3\0\2\0" + nonce
     reply = Welcome(nonce[:16], True, 3, (1, 2), "/s", nonce)
-    expected = b"\2\0\1\0" + nonce[:16] + struct.pack("<QQQ", 3, 1, 2) + nonce + b"\2\0/s"
+    expected = b"\3\0\1\0" + nonce[:16] + struct.pack("<QQQ", 3, 1, 2) + nonce + b"\2\0/s"
     assert greeting.welcome(reply) == expected
 
 
@@ -214,7 +272,7 @@ def test_a_proof_holds_for_one_side_of_one_connection() -> None:
         for ours in nonces
         for hello in (
             greeting.hello(name, ours, proves=True),
-            greeting.hello(name, ours, proves=True, version=3),
+            greeting.hello(name, ours, proves=True, version=4),
             greeting.hello("f" * 16, ours, proves=True),
         )
         for theirs in nonces
@@ -272,6 +330,11 @@ SEEDS: dict[str, list[bytes]] = {
     "share": [greeting.share(8 << 20, 1 << 20, size) for size in (0, 1 << 34)],
     "shared": [greeting.shared(1 << 30, 64)],
     "offers": [protocol.numbers([4096, 100, 0, 4096])],
+    "description": [TWO[0].description.encode(), b""],
+    "after": [inventory.after(""), inventory.after("ab" * 8)],
+    "page": [inventory.page(TWO), inventory.page([])],
+    "status": [inventory.status(FACTS)],
+    "purged": [inventory.purged(Purged(1, 2, 3, 4, more=True))],
     "extents": [protocol.extents([(0, 4000), (4000, 96)]), protocol.extents([(0, 4096)]) * 2],
 }
 

@@ -30,6 +30,7 @@ def vllm_config(**parallel: int) -> Any:
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**sizes),
         cache_config=SimpleNamespace(cache_dtype="auto"),
+        model_config=SimpleNamespace(model="org/model"),
     )
 
 
@@ -65,6 +66,7 @@ def test_mla_has_one_plane_and_is_the_same_on_all_ranks() -> None:
     config = vllm_config(tensor_parallel_size=4)
     names = [identity.namespace(config, cache_config(spec), 256, rank, "m") for rank in range(4)]
     assert names[0].layout.groups[0].planes == 1
+    assert names[0].label == "org/model"
     assert len({name.fingerprint for name in names}) == 1
     assert [identity.writes(name, rank, 4) for rank, name in enumerate(names)] == [True] + [
         False
@@ -75,7 +77,7 @@ def test_mla_has_one_plane_and_is_the_same_on_all_ranks() -> None:
 def test_ranks_have_the_names_of_their_heads(ranks: int, held: int, names: int) -> None:
     """A model with four KV heads: however it is split its root is one, and equal heads one name."""
     config = vllm_config(tensor_parallel_size=ranks)
-    config.model_config = SimpleNamespace(get_total_num_kv_heads=lambda: 4)
+    config.model_config.get_total_num_kv_heads = lambda: 4
     spec = cache_config(full(num_kv_heads=held))
     spaces = [identity.namespace(config, spec, 256, rank, "m") for rank in range(ranks)]
     whole = full_attention(layers=3, heads=4, head_size=64, dtype=DType.BF16)
@@ -88,7 +90,7 @@ def test_ranks_have_the_names_of_their_heads(ranks: int, held: int, names: int) 
 
 def test_heads_that_cannot_be_told_apart_are_refused() -> None:
     config = vllm_config(tensor_parallel_size=2)
-    config.model_config = SimpleNamespace(get_total_num_kv_heads=lambda: 8)
+    config.model_config.get_total_num_kv_heads = lambda: 8
     with pytest.raises(LayoutError, match="keeps 2 KV heads, but 8"):
         identity.namespace(config, cache_config(full(num_kv_heads=2)), 256, 0, "m")
 

@@ -139,6 +139,14 @@ def test_a_place_is_in_the_fingerprint_only() -> None:
     assert len({NAMESPACE.fingerprint, placed.fingerprint, placed.placed("x").fingerprint}) == 3
 
 
+def test_what_people_call_a_model_is_in_no_name() -> None:
+    called = replace(NAMESPACE, label="org/model")
+    assert called == NAMESPACE
+    assert (called.root, called.fingerprint) == (NAMESPACE.root, NAMESPACE.fingerprint)
+    assert called.for_rank(0, 1).placed("somewhere").label == "org/model"
+    assert called.facts()["label"] == "org/model"
+
+
 def test_window_length_is_a_fact() -> None:
     spaces = [
         replace(NAMESPACE, layout=KVLayout(16, (replace(WINDOW, window_tokens=size),)))

@@ -16,6 +16,7 @@ from lmcache_backend_lm import protocol
 from lmcache_backend_lm.call import Call
 from lmcache_backend_lm.config import LmConfig, read_token
 from lmcache_backend_lm.connection import Connection
+from lmcache_backend_lm.inventory import description_of
 from lmcache_backend_lm.protocol import MAX_KEYS, MISSING, Op, ProtocolError
 from lmcache_core import (
     MISS,
@@ -195,6 +196,9 @@ class LmBackend(StorageBackend):
                 context.region,
                 self._notice,
             )
+            if index == _QUESTIONS:
+                said = description_of(context.namespace).encode()
+                connection.tell(Call(Op.DESCRIBE, meta=said))
         return connection
 
     def _read_token(self) -> None:

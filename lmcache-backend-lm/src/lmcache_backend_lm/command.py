@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmcache_backend_lm.config import DEFAULT_PORT, TOKEN_VARIABLE
 from lmcache_backend_lm.protocol import VERSION
+from lmcache_backend_lm.version import CORE, DISTRIBUTION, version_of
 from lmcache_core import ConfigError, LMCacheError, init_logger
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace, _SubParsersAction
 
-DISTRIBUTION = "lmcache-backend-lm"
 _EXAMPLES = """\
 examples:
   {prog} localhost 65432
@@ -178,16 +177,9 @@ class _Version(argparse.Action):
     """Prints versions, which take a moment to find."""
 
     def __call__(self, parser: ArgumentParser, *_: object) -> None:
-        said = [f"{name} {_version_of(name)}" for name in (DISTRIBUTION, "lmcache-core")]
+        said = [f"{name} {version_of(name)}" for name in (DISTRIBUTION, CORE)]
         print(f"lmcache_server: {', '.join(said)}, lm:// version {VERSION}")
         parser.exit()
-
-
-def _version_of(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 def _threads(text: str) -> int:

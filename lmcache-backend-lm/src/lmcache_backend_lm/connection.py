@@ -116,6 +116,10 @@ class Connection:
         finally:
             self.waiting_bytes -= nbytes
 
+    def tell(self, call: Call) -> None:
+        """Send a request that has no answer, after those before it. Nobody learns its end."""
+        self._queue.put(call)
+
     def end(self) -> None:
         """Fail what is under way; both threads will end. Idempotent."""
         self._fail(BackendUnavailable(f"{self.address}: the backend was closed"))

@@ -40,7 +40,10 @@ WAITING_BYTES = 1 << 30
 
 
 class Disk:
-    """Files below one folder. Every method may be called from any event loop."""
+    """Files below one folder. Every method may be called from any event loop.
+
+    ``describe`` says what a namespace is of, for people who look into its folder.
+    """
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class Disk:
         values: Values,
         arena: Arena,
         counters: Counters,
+        describe: Callable[[str], str] | None = None,
     ) -> None:
         options = {"path": path, "max_size_gib": max_size_gib}
         self._config = FilesystemConfig.model_validate(options)
@@ -57,7 +61,8 @@ class Disk:
         self._arena = arena
         self._counters = counters
         self._loop = IOLoop("server-disk")
-        self._folders = Folders(self._config)
+        self._folders = Folders(self._config, describe)
+        self._known_totals: dict[str, int] = {}
         self._lock = threading.Lock()
         self._waiting_bytes = 0
         self._most_waiting = min(WAITING_BYTES, arena.capacity // 4)
@@ -159,6 +164,40 @@ class Disk:
 
         return await self._run("clear", forget(), 0)
 
+    async def purge(self, space: str, most: int) -> tuple[int, int, bool]:
+        """Forget up to ``most`` of a namespace's files.
+
+        Answers how many, their bytes, and whether there may be more.
+        """
+        nothing = (0, 0, False)
+
+        async def forget() -> tuple[int, int, bool]:
+            await self._stored(space)
+            return await self._in(space, lambda folder: folder.purge(most), nothing)
+
+        return await self._run("clear", forget(), nothing)
+
+    async def spaces(self) -> dict[str, int]:
+        """Bytes of each namespace's files, whoever wrote them, as far as was noted."""
+        return await self._run("look", self._folders.usage(), {})
+
+    async def described(self, spaces: Sequence[str]) -> dict[str, str]:
+        """What these namespaces are of, as their folders say; empty where they don't."""
+        nothing = dict.fromkeys(spaces, "")
+        return await self._run("look", self._folders.described(spaces), nothing)
+
+    async def totals(self) -> dict[str, int]:
+        """Numbers for operators."""
+        return await self._run("look", self._totals(), {})
+
+    def totals_blocking(self, patience_s: float) -> dict[str, int]:
+        """The same on a thread; what was known last if the disk doesn't answer so soon."""
+        try:
+            self._known_totals = self._loop.run(self._totals(), patience_s)
+        except (BackendError, RuntimeError, TimeoutError, OSError) as error:
+            logger.debug("disk: no numbers: %s", error)
+        return self._known_totals
+
     def close(self, patience_s: float) -> None:
         """Write what waits, and end, in about ``patience_s`` at most. Not on an event loop."""
         until = time.monotonic() + patience_s
@@ -188,6 +227,18 @@ class Disk:
             return await ask(folder)
         finally:
             self._folders.give(space)
+
+    async def _totals(self) -> dict[str, int]:
+        usage = await self._folders.usage()
+        found = {
+            "server_disk_bytes": sum(usage.values()),
+            "server_disk_namespaces": sum(map(bool, usage.values())),
+            "server_disk_free_bytes": await self._folders.free_bytes(),
+            "server_disk_waiting_bytes": self._waiting_bytes,
+        }
+        if self._config.max_size_gib is not None:
+            found["server_disk_limit_bytes"] = int(self._config.max_size_gib * 2**30)
+        return found
 
     async def _stored(self, space: str) -> None:
         """Wait for files that are being written of values that were just forgotten in memory."""
@@ -244,7 +295,7 @@ class Disk:
     async def _run(self, operation: str, work: Coroutine[Any, Any, _T], otherwise: _T) -> _T:
         try:
             return await asyncio.wrap_future(self._loop.submit(work))
-        except (BackendError, RuntimeError) as error:
+        except (BackendError, RuntimeError, OSError) as error:
             self._failed(operation, error)
             return otherwise
 

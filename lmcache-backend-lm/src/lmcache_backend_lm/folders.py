@@ -10,11 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+from lmcache_backend_lm.inventory import parse_description
+from lmcache_backend_lm.protocol import ProtocolError
 from lmcache_core import (
     BackendContext,
     BackendError,
@@ -36,18 +40,27 @@ TURNS = 8
 MOST_OPEN = 64
 """More are open only while all of them are in use."""
 IDLE_S = 300.0
+NOTED_S = 1.0
+"""What is noted of all namespaces is read again after so long."""
+DESCRIBED = "described"
+"""In a manifest: what clients said."""
 
 
 class ForeignNamespace(CacheNamespace):
-    """A namespace of which only the fingerprint is known: what it stands for stays with clients."""
+    """A namespace of which the fingerprint is known, and what clients say that it is of."""
 
-    def __init__(self, fingerprint: str) -> None:
+    def __init__(self, fingerprint: str, description: str = "") -> None:
         layout = KVLayout(1, (full_attention(layers=1, heads=1, head_size=1, dtype=DType.BF16),))
         super().__init__(model="", layout=layout)
         self.__dict__["fingerprint"] = fingerprint
+        self.__dict__["description"] = description
 
     def facts(self) -> dict[str, object]:
-        return {"known_to": "clients of lmcache_server, which knows fingerprints only"}
+        text: str = self.__dict__["description"]
+        if not text:
+            return {"known_to": "clients of lmcache_server, which knows fingerprints only"}
+        called = text.partition("\n")[0]
+        return {"known_to": f"clients of lmcache_server, who call it {called}", DESCRIBED: text}
 
 
 class Folder(FilesystemBackend):
@@ -92,9 +105,14 @@ class Folders:
     """The folders below ``config.path``. Everything but `__init__` on one event loop."""
 
     def __init__(
-        self, config: FilesystemConfig, *, clock: Callable[[], float] = time.monotonic
+        self,
+        config: FilesystemConfig,
+        describe: Callable[[str], str] | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
+        self._describe = describe if describe is not None else lambda _: ""
         self._top = config.path.expanduser().absolute()
         self._clock = clock
         self._pool = DaemonPool(THREADS, "lmcache-server-disk")
@@ -103,6 +121,8 @@ class Folders:
         self._closing: dict[str, asyncio.Task[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        self._noting: asyncio.Future[dict[str, int]] | None = None
+        self._noted_at = 0.0
 
     def __len__(self) -> int:
         return len(self._open)
@@ -202,10 +222,55 @@ class Folders:
         except (BackendError, OSError, RuntimeError) as error:  # others are closed all the same
             logger.warning("disk: folder %s wasn't closed: %s", space, error)
 
+    async def usage(self) -> dict[str, int]:
+        """Bytes of each namespace: of those that are open as they are, of others as was noted.
+
+        Raises:
+            RuntimeError: all were closed.
+        """
+        noting = self._noting
+        if noting is None or (noting.done() and self._clock() - self._noted_at > NOTED_S):
+            self._noted_at = self._clock()
+            noting = self._noting = asyncio.ensure_future(
+                self._pool.run(FilesystemBackend.usage_below, self._top)
+            )
+        found = dict(await asyncio.shield(noting))
+        for space, entry in self._open.items():
+            opening = entry.opening
+            if opening.done() and not opening.cancelled() and opening.exception() is None:
+                found[space] = opening.result().usage()[1]
+        return found
+
+    async def described(self, spaces: Sequence[str]) -> dict[str, str]:
+        """What the folders of ``spaces`` say that they are of; empty where they don't.
+
+        Raises:
+            RuntimeError: all were closed.
+        """
+        return await self._pool.run(lambda: {one: _described(self._top, one) for one in spaces})
+
+    async def free_bytes(self) -> int:
+        """What the file system has left.
+
+        Raises:
+            OSError: it doesn't say.
+            RuntimeError: all were closed.
+        """
+        return await self._pool.run(lambda: shutil.disk_usage(self._top).free)
+
     async def _opened(self, space: str) -> Folder:
         folder = Folder(self._config, self._pool)
-        await folder.open(BackendContext("lmcache_server", ForeignNamespace(space)))
+        said = self._describe(space) or (await self.described([space]))[space]
+        await folder.open(BackendContext("lmcache_server", ForeignNamespace(space, said)))
         return folder
 
     async def _is_there(self, space: str) -> bool:
         return not self._closed and await self._pool.run(os.path.isdir, self._top / space)
+
+
+def _described(top: Path, space: str) -> str:
+    said = FilesystemBackend.manifest_of(top, space).get(DESCRIBED, "")
+    try:
+        return parse_description(memoryview(str(said).encode()))
+    except (ProtocolError, UnicodeEncodeError):
+        return ""

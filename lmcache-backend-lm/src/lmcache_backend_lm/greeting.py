@@ -17,6 +17,7 @@ from lmcache_backend_lm.protocol import (
     VERSION,
     ProtocolError,
     Status,
+    parse_space,
 )
 
 PROVES = 1
@@ -72,14 +73,7 @@ def parse_hello(data: memoryview) -> Hello:
     if len(data) != _HELLO.size:
         raise ProtocolError(f"a hello has {_HELLO.size} bytes, not {len(data)}")
     _, flags, name, _ = _HELLO.unpack(data)
-    try:
-        fingerprint = name.decode("ascii")
-    except UnicodeDecodeError:
-        fingerprint = ""
-    # It becomes the name of a folder.
-    if len(fingerprint) != 16 or not set(fingerprint) <= set("0123456789abcdef"):
-        raise ProtocolError(f"{name!r} is no namespace: it has 16 hexadecimal digits")
-    return Hello(fingerprint, bool(flags & PROVES))
+    return Hello(parse_space(name), bool(flags & PROVES))
 
 
 def challenge(nonce: bytes) -> bytes:
@@ -198,6 +192,6 @@ def _check_version(data: memoryview, who: str) -> None:
     if version != VERSION:
         raise ProtocolError(
             f"the other side speaks version {version} of lm://, {who} speaks version {VERSION}; "
-            "install the same version of lmcache-core on both",
+            "install the same version of lmcache-backend-lm on both",
             Status.VERSION,
         )

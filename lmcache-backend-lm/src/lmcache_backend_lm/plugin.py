@@ -36,6 +36,7 @@ def lmcache_storage_backends() -> Sequence[StorageBackendDescriptor]:
 
 @hookimpl
 def lmcache_cli(subcommands: _SubParsersAction[ArgumentParser]) -> None:
-    from lmcache_backend_lm.command import add
+    from lmcache_backend_lm import administration, command
 
-    add(subcommands)
+    command.add(subcommands)
+    administration.add(subcommands)

@@ -1,6 +1,7 @@
-"""The ``lm://`` wire format, version 2. Knows bytes and their bounds; does no I/O.
+"""The ``lm://`` wire format, version 3. Knows bytes and their bounds; does no I/O.
 
-What is said here is all of it; `greeting` has the code for what opens a connection.
+What is said here is all of it; `greeting` has the code for what opens a connection, `inventory` for
+what operators ask.
 
 A connection carries messages in both directions. Each is a header, ``meta`` and ``payload``:
 
@@ -37,6 +38,10 @@ payload.
     STAGE     as STORE                       pieces    as STORE                      -
     ACK       never                          -         u32 slot; see STAGE           -
     OFFER     as STORE, count x u64 offsets  -         as STORE                      -
+    DESCRIBE  text                           -         there is none                 -
+    LIST      16 bytes fingerprint           -         see below                     -
+    STATUS    -                              -         text                          -
+    PURGE     16 bytes fingerprint           -         4 x u64, u8; see below        -
 
     names     count x u8 lengths, then the keys one after the other
     usage     u64 values, u64 bytes of the namespace
@@ -82,6 +87,21 @@ change. So a server looks there after it copied; if another number stands there,
 STAGE is a STORE of values that lie anywhere: its payload is one u32 for each piece, the slot that
 holds it, a value's last piece being shorter. ACK, with the number of the STAGE, says that a slot
 may be used again.
+
+**For people.** DESCRIBE says what the connection's namespace is of: up to three lines of UTF-8,
+what the model is called, what identifies it and how chunks are written, in 512 bytes at the most.
+A server keeps the last thousand of them, and those of folders; nothing else depends on it.
+
+Three requests are about all namespaces, whichever the connection has; who may ask them is who may
+ask anything. LIST answers the next 128 namespaces behind the fingerprint, in ascending order; 16
+zero bytes come before all. An answer with fewer is the last.
+
+    answer    u16 n, n x (16 bytes fingerprint, u64 values and u64 bytes in memory, u64 bytes of
+              files, u16 m, m bytes of the description)
+
+STATUS answers lines ``NAME VALUE``, 16 KiB at the most. PURGE forgets a namespace, in memory and up
+to 4096 files of it, and answers values and bytes in memory that went, files and their bytes, and 1
+if there may be more files: then it is sent again.
 """
 
 from __future__ import annotations
@@ -94,7 +114,7 @@ from typing import NamedTuple
 
 from lmcache_core import ChunkKey
 
-VERSION = 2
+VERSION = 3
 MAGIC = b"LM\r\n"
 HEADER_BYTES = 32
 MISSING = (1 << 64) - 1
@@ -141,6 +161,10 @@ class Op(IntEnum):
     ACK = 13
     OFFER = 14
     PROVE = 15
+    DESCRIBE = 16
+    LIST = 17
+    STATUS = 18
+    PURGE = 19
 
 
 class Status(IntEnum):
@@ -216,6 +240,22 @@ def parse_header(data: bytes | bytearray | memoryview) -> Header:
 
 
 # -- names and numbers -------------------------------------------------------------------------
+
+
+def parse_space(data: memoryview | bytes) -> str:
+    """A namespace's fingerprint: 16 hexadecimal digits.
+
+    Raises:
+        ProtocolError: it isn't one.
+    """
+    try:
+        space = bytes(data).decode("ascii")
+    except UnicodeDecodeError:
+        space = ""
+    # It becomes the name of a folder.
+    if len(space) != 16 or not set(space) <= set("0123456789abcdef"):
+        raise ProtocolError(f"{bytes(data[:16])!r} is no namespace: it has 16 hexadecimal digits")
+    return space
 
 
 def names(keys: Sequence[ChunkKey]) -> bytes:

@@ -35,6 +35,7 @@ from lmcache_backend_lm.mapping import may_share
 from lmcache_backend_lm.service import Epochs, Regions, Service
 from lmcache_backend_lm.session import SCRATCH_BYTES, Session
 from lmcache_backend_lm.values import Values
+from lmcache_backend_lm.version import DISTRIBUTION, version_of
 from lmcache_backend_lm.wire import Wire
 from lmcache_core import ConfigError, Counters, available_bytes
 
@@ -48,6 +49,7 @@ OVERLAP = 32
 """So many connections may be there instead of ones that are about to be closed."""
 _CHECK_S = 1.0
 _GRACE_S = 5.0
+_DISK_PATIENCE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,11 @@ class Server:
             Epochs(arena, LEASE_BYTES, self.counters),
             Regions(self.counters),
             instance=secrets.token_bytes(16),
+            version=version_of(DISTRIBUTION),
             token=self._credentials.token,
             max_value_bytes=arena.capacity,
             stall_s=options.stall_s,
+            facts=self._facts,
         )
         if options.disk is not None:
             self.service.disk = Disk(
@@ -120,6 +124,7 @@ class Server:
                 values=values,
                 arena=arena,
                 counters=self.counters,
+                describe=self.service.descriptions,
             )
             self.service.disk.check()
 
@@ -223,8 +228,10 @@ class Server:
         }
 
     def _totals(self) -> dict[str, int]:
-        """Numbers for operators."""
-        return {**self._facts(), **self.service.values.totals()}
+        """Numbers for operators. On a thread that may wait for the disk."""
+        disk = self.service.disk
+        on_disk = {} if disk is None else disk.totals_blocking(_DISK_PATIENCE_S)
+        return {**self._facts(), **self.service.values.totals(), **on_disk}
 
     def _take(self, sock: socket.socket, address: Any, encrypted: bool) -> None:
         tls = self._credentials.tls if encrypted else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from lmcache_backend_lm.arena import Arena
 from lmcache_backend_lm.fence import fence
 from lmcache_backend_lm.guesses import Guesses
+from lmcache_backend_lm.holdings import Descriptions
 from lmcache_backend_lm.mapping import Backing, ReadOnlyMapping
 from lmcache_backend_lm.shares import Budget
 from lmcache_backend_lm.values import Values
@@ -162,6 +164,7 @@ class Service:
     epochs: Epochs
     regions: Regions
     instance: bytes
+    version: str = "unknown"
     token: bytes = b""
     max_value_bytes: int = 0
     unix_path: str = ""
@@ -169,6 +172,9 @@ class Service:
     disk: Disk | None = None
     requests: Budget = field(default_factory=lambda: Budget(LONG_REQUESTS_BYTES))
     """Bytes of meta beyond what every request may have, by client."""
+    descriptions: Descriptions = field(default_factory=Descriptions)
+    facts: Callable[[], dict[str, int]] = dict
+    """Numbers of the server itself, for operators, under the names of its metrics."""
     guesses: Guesses = field(default_factory=Guesses)
     seldom: Seldom = field(default_factory=lambda: Seldom(logger))
     """Tells of what peers do, who must not fill a disk with lines."""

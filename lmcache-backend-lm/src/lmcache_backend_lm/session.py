@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lmcache_backend_lm import greeting, protocol
+from lmcache_backend_lm import greeting, holdings, inventory, protocol
 from lmcache_backend_lm.greeting import Welcome
 from lmcache_backend_lm.intake import Intake
 from lmcache_backend_lm.mapping import may_share
@@ -268,6 +268,11 @@ class Session:
                 borrowed = self._borrowed.pop(protocol.parse_number(meta), None)
                 if borrowed is not None:  # it may have been taken back
                     borrowed[1].release()
+            case Op.DESCRIBE:
+                service = self._service
+                service.descriptions.learn(self._space, inventory.parse_description(meta))
+            case Op.LIST | Op.STATUS | Op.PURGE:
+                await self._answer(header, await self._operate(header.op, meta))
             case _:
                 raise ProtocolError(f"{header.op.name} isn't a request", Status.UNSUPPORTED)
 
@@ -301,6 +306,15 @@ class Session:
         if self._service.disk is not None:
             count = max(count, await self._service.disk.clear(self._space))
         return count
+
+    async def _operate(self, op: Op, meta: memoryview) -> bytes:
+        """What an operator asks for, who has the token as every client has."""
+        service = self._service
+        if op is Op.LIST:
+            return inventory.page(await holdings.page(service, inventory.parse_after(meta)))
+        if op is Op.PURGE:
+            return inventory.purged(await holdings.purge(service, protocol.parse_space(meta)))
+        return inventory.status({"version": service.version, **await holdings.numbers(service)})
 
     # -- values out ------------------------------------------------------------------------
 

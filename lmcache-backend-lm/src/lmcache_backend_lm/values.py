@@ -10,6 +10,7 @@ does I/O.
 
 from __future__ import annotations
 
+import heapq
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -215,11 +216,15 @@ class Values:
 
     def clear(self, space: str) -> int:
         """Forget a namespace; answer how many values it had."""
+        return self.purge(space)[0]
+
+    def purge(self, space: str) -> tuple[int, int]:
+        """Forget a namespace; answer how many values it had, and their bytes."""
         with self._lock:
             found = list(self._spaces.get(space, {}).values())
             for value in found:
                 self._unlink(value)
-            return len(found)
+            return len(found), sum(value.nbytes for value in found)
 
     # -- how much --------------------------------------------------------------------------
 
@@ -227,6 +232,11 @@ class Values:
         """Values and bytes of a namespace."""
         with self._lock:
             return len(self._spaces.get(space, ())), self._bytes.get(space, 0)
+
+    def spaces(self, after: str, most: int) -> list[str]:
+        """The first ``most`` namespaces behind ``after``, in order."""
+        with self._lock:
+            return heapq.nsmallest(most, (space for space in self._spaces if space > after))
 
     def totals(self) -> dict[str, int]:
         """Numbers for operators."""

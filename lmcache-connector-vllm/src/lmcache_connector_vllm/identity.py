@@ -75,7 +75,8 @@ def namespace(
                 "LMCache can't tell which heads it has"
             )
         group = whole.for_rank(rank, ranks)
-    return CacheNamespace(model, KVLayout(chunk_tokens, (group,)))
+    called = str(vllm_config.model_config.model)
+    return CacheNamespace(model, KVLayout(chunk_tokens, (group,)), label=called)
 
 
 def writes(namespace: CacheNamespace, rank: int, ranks: int) -> bool:

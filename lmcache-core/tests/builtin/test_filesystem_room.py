@@ -325,19 +325,21 @@ def test_killed_processes_leave_the_bound_and_the_room(opened: Open, tmp_path: P
 
 
 def test_a_manifest_says_what_the_chunks_are_of(opened: Open, tmp_path: Path) -> None:
-    namespace = CacheNamespace("org/m", LAYOUT, salt="hidden").placed("frame=3;serde=raw")
+    namespace = CacheNamespace("f00d", LAYOUT, salt="hidden", label="org/m")
+    namespace = namespace.placed("frame=3;serde=raw")
     backend = FilesystemBackend(FilesystemConfig(path=tmp_path, min_free_gib=0))
     backend.open_blocking(BackendContext("disk", namespace))
     backend.close_blocking()
     folder = tmp_path / namespace.fingerprint
     said = json.loads((folder / NAME).read_text())
-    assert (said["model"], said["place"]) == ("org/m", "frame=3;serde=raw")
+    assert (said["model"], said["label"]) == ("f00d", "org/m")
+    assert said["place"] == "frame=3;serde=raw"
     assert said["fingerprint"] == namespace.fingerprint
     assert said["layout"]["tokens_per_chunk"] == 16
     assert said["layout"]["groups"][0]["dtype"] == "BF16"
     assert (said["salted"], "hidden" in (folder / NAME).read_text()) == (True, False)
     assert os.stat(folder / NAME).st_mode & 0o777 == 0o600
-    assert described(folder) == "model org/m, 16 tokens a chunk, frame=3;serde=raw"
+    assert described(folder) == "model f00d (org/m), 16 tokens a chunk, frame=3;serde=raw"
 
 
 def test_a_server_knows_a_fingerprint_only(tmp_path: Path) -> None:

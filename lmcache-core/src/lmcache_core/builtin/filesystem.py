@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -26,6 +27,7 @@ from lmcache_core.builtin.filesystem_io import (
     size_of,
     sync_folder,
 )
+from lmcache_core.builtin.filesystem_ledger import noted
 from lmcache_core.builtin.filesystem_room import ATTEMPTS, FolderRoom
 from lmcache_core.builtin.filesystem_scan import folders, place, scan
 from lmcache_core.chunks.frame import MAGIC, may_start
@@ -169,8 +171,28 @@ class FilesystemBackend(BlockingBackend):
     async def clear(self) -> int:
         return await self._run(self._clear)
 
+    async def purge(self, most: int) -> tuple[int, int, bool]:
+        """Forget up to ``most`` chunks of the namespace.
+
+        Answers how many, their bytes, and whether there may be more.
+
+        Raises:
+            BackendError: as `clear`.
+        """
+        return await self._run(self._purge, most)
+
     def usage(self) -> tuple[int, int]:
         return self._index.usage()
+
+    @staticmethod
+    def usage_below(top: Path) -> dict[str, int]:
+        """Bytes of each namespace's files below ``top``, whoever wrote them, as noted last."""
+        return noted(top)
+
+    @staticmethod
+    def manifest_of(top: Path, space: str) -> Mapping[str, object]:
+        """What the folder of the namespace ``space`` says of itself; never trusted."""
+        return manifest.read(top / space) or {}
 
     def close_blocking(self) -> None:
         if not self._writes:
@@ -309,6 +331,18 @@ class FilesystemBackend(BlockingBackend):
         except OSError as error:
             raise backend_error(error, "look into", self._folder) from error
         return gone
+
+    def _purge(self, most: int) -> tuple[int, int, bool]:
+        try:
+            found = [(key, size) for _, key, size in islice(scan(self._folder, self._files), most)]
+            gone = [(key, size) for key, size in found if self._unlink(self._place(key))]
+            for key, _ in found:
+                self._index.forget(key)
+            self._settle_removals({Path(self._place(key)).parent for key, _ in gone})
+            self._room.settle()
+        except OSError as error:
+            raise backend_error(error, "look into", self._folder) from error
+        return len(gone), sum(size for _, size in gone), len(found) == most
 
     def _settle_removals(self, places: Iterable[Path]) -> None:
         """If durability was asked for, have what was removed from ``places`` gone for good.

@@ -20,6 +20,7 @@ from lmcache_core.builtin.filesystem_scan import is_space, spaces
 
 LEDGER = ".usage"
 TOKEN = re.compile(r"[0-9a-f]{16}")
+MOST_BYTES = 16 << 20
 _PAGE = 4096
 
 
@@ -121,17 +122,25 @@ class UsageLedger:
                 raise
 
 
+def noted(top: Path) -> dict[str, int]:
+    """Bytes of each namespace's files as they were noted last; none that can't be read."""
+    try:
+        with (top / LEDGER).open("rb") as file:
+            ledger = UsageLedger.loaded(file.read(MOST_BYTES))
+    except OSError:
+        return {}
+    return {} if ledger is None else {name: one.nbytes for name, one in ledger.spaces.items()}
+
+
 def contents(top: Path) -> list[str]:
     """A line for each namespace of a folder: what of, and how much as far as was noted."""
     try:
         names = sorted(spaces(top))
-        ledger = UsageLedger.loaded((top / LEDGER).read_bytes())
     except OSError:
         return []
-    noted = {} if ledger is None else ledger.spaces
+    sizes = noted(top)
     return [
-        f"namespace {name}, {noted.get(name, Space()).nbytes / (1 << 30):.2f} GiB: "
-        f"{described(top / name)}"
+        f"namespace {name}, {sizes.get(name, 0) / (1 << 30):.2f} GiB: {described(top / name)}"
         for name in names
     ]
 

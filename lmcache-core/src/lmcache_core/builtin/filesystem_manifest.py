@@ -74,7 +74,8 @@ def described(folder: Path) -> str:
     else:
         layout = said.get("layout")
         tokens = layout.get("tokens_per_chunk") if isinstance(layout, dict) else None
-        text = f"model {said['model']}, {tokens} tokens a chunk, {said.get('place')}"
+        called = f" ({said['label']})" if said.get("label") else ""
+        text = f"model {said['model']}{called}, {tokens} tokens a chunk, {said.get('place')}"
     return "".join(one if one.isprintable() else "?" for one in text[:300])
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from lmcache_core.builtin.filesystem_io import FULL, ChunkFiles, remove
 from lmcache_core.builtin.filesystem_ledger import (
     LEDGER,
+    MOST_BYTES,
     TOKEN,
     Removal,
     Space,
@@ -44,7 +45,6 @@ BLOCKS = 64
 LOCK_PATIENCE_S = 5.0
 """The lock is held for less than a millisecond, unless its holder was stopped just then."""
 _WRITERS = ".writers"
-_MOST_BYTES = 16 << 20
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 
 
@@ -225,7 +225,7 @@ class FolderUsage:
             if fd is None or self._alone:
                 yield self._alone or UsageLedger()
                 return
-            ledger = UsageLedger.loaded(os.pread(fd, _MOST_BYTES, 0))
+            ledger = UsageLedger.loaded(os.pread(fd, MOST_BYTES, 0))
             if ledger is None:
                 ledger, self.uncounted = UsageLedger(), True
             yield ledger

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from typing import NewType
@@ -66,6 +66,8 @@ class CacheNamespace:
     """Of the canonical chunk: what a chunk's bytes mean."""
     place: str = ""
     """Which of a tier's places values of this namespace are in: see `placed`."""
+    label: str = field(default="", compare=False)
+    """What people call the model; for people, and in no name."""
 
     @cached_property
     def root(self) -> bytes:
@@ -103,6 +105,7 @@ class CacheNamespace:
         """What people want to know of this namespace, as JSON has it; no name is made of it."""
         return {
             "model": self.model,
+            "label": self.label,
             "salted": bool(self.salt),
             "format_version": self.format_version,
             "place": self.place,
