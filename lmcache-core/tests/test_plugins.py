@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+from pydantic import BaseModel, ConfigDict
 
+from lmcache_core.config import load_config
+from lmcache_core.contracts.hookspecs import PLUGIN_API, hookimpl
+from lmcache_core.contracts.storage import HostRegion, StorageBackendDescriptor
+from lmcache_core.contracts.transfer import TransferChannelDescriptor, TransferContext
 from lmcache_core.errors import ConfigError, PluginError, PluginLoadError, UnknownPluginError
-from lmcache_core.plugins.discovery import core_version
+from lmcache_core.plugins.discovery import IN_PROCESS, core_version
 from lmcache_core.plugins.known import PACKAGES
 from lmcache_core.plugins.manager import BUILTIN_PLUGINS, PluginRecord, Plugins
+from lmcache_core.tiers.peers import open_channel
 
 MakeDistribution = Callable[..., str]
 
@@ -354,6 +364,215 @@ def lmcache_cache_policies():
     distribution("lmcache-policy-lru", code)
     with pytest.raises(PluginError, match="2 plugins provide the cache policy 'LRU'"):
         load().cache_policy("LRU")
+
+
+# -- plugins of this process --------------------------------------------------------------
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+def backend(name: str, config: Any = Options, **more: Any) -> StorageBackendDescriptor:
+    return StorageBackendDescriptor(
+        name=name, summary="a toy", config=config, create=lambda _: None, **more
+    )
+
+
+class Offering:
+    """A plugin that is an object."""
+
+    def __init__(self, *descriptors: StorageBackendDescriptor) -> None:
+        self.descriptors = descriptors
+
+    @hookimpl
+    def lmcache_storage_backends(self) -> list[StorageBackendDescriptor]:
+        return list(self.descriptors)
+
+
+NAMES = {
+    "BaseModel": BaseModel,
+    "Options": Options,
+    "backend": backend,
+    "from_url": lambda url: {},
+    "hookimpl": hookimpl,
+}
+
+
+def module(name: str, code: str) -> ModuleType:
+    made = ModuleType(name)
+    made.__dict__.update(NAMES)
+    exec(code, made.__dict__)  # noqa: S102
+    return made
+
+
+def here(*plugins: object, **environ: str) -> Plugins:
+    return Plugins(register=plugins, environ=environ)
+
+
+def test_a_registered_object_and_module_are_found_beside_the_installed_ones(
+    distribution: MakeDistribution,
+) -> None:
+    distribution("lmcache-backend-toy", good("toy"))
+    plugins = here(Offering(backend("mine")), module("acme.shelf", good("shelf")))
+    assert [plugins.storage_backend(n).name for n in ("toy", "mine", "shelf")]
+    assert plugins.backend_for_url("shelf://h") is plugins.storage_backend("shelf")
+    mine, shelf = plugins.records[-2:]
+    assert mine == PluginRecord(
+        "Offering", IN_PROCESS, "", "Offering", "ok", "", ("storage backend mine",)
+    )
+    assert (shelf.name, shelf.target, shelf.status) == ("acme.shelf", "acme.shelf", "ok")
+
+
+def test_two_objects_of_one_class_have_names_of_their_own() -> None:
+    plugins = here(Offering(backend("one")), Offering(backend("two")), Offering(backend("three")))
+    assert [r.name for r in plugins.records[-3:]] == ["Offering", "Offering-2", "Offering-3"]
+    assert plugins.storage_backend("two").name == "two"
+    without = Plugins(
+        ["Offering-2"], register=[Offering(backend("one")), Offering(backend("two"))], environ={}
+    )
+    assert without.storage_backend("one").name == "one"
+    with pytest.raises(UnknownPluginError, match=r"Offering-2, registered in this process \(disab"):
+        without.storage_backend("two")
+
+
+def test_a_plugin_that_is_installed_too_or_given_twice_is_listed_once(
+    distribution: MakeDistribution,
+) -> None:
+    found = import_module(distribution("lmcache-backend-toy", good("toy")))
+    mine = Offering(backend("mine"))
+    plugins = here(found, mine, mine)
+    assert [r.status for r in plugins.records if r.provides == ("storage backend toy",)] == ["ok"]
+    assert [r.name for r in plugins.records if r.distribution == IN_PROCESS] == ["Offering"]
+    assert plugins.conflicts() == []
+    # Turned off where it is installed, it is still the application's.
+    without = here(found, LMCACHE_DISABLE_PLUGINS="lmcache-backend-toy")
+    assert without.storage_backend("toy").name == "toy"
+
+
+def test_a_registered_plugin_can_be_turned_off_by_its_name() -> None:
+    plugins = here(module("toy", good("toy")), LMCACHE_DISABLE_PLUGINS="toy")
+    with pytest.raises(PluginLoadError) as caught:
+        plugins.storage_backend("toy")
+    assert "from a plugin registered in this process, which is disabled" in str(caught.value)
+    assert "take it out of LMCACHE_DISABLE_PLUGINS" in str(caught.value)
+
+
+def test_a_registered_plugin_conflicts_like_an_installed_one(
+    distribution: MakeDistribution,
+) -> None:
+    distribution("lmcache-backend-toy", good("toy"))
+    plugins = here(module("acme.toy", good("toy")))
+    with pytest.raises(PluginError) as caught:
+        plugins.storage_backend("toy")
+    message = str(caught.value)
+    assert "toy of lmcache-backend-toy and acme.toy, registered in this process" in message
+    assert message.endswith("LMCACHE_DISABLE_PLUGINS=acme.toy")
+    remedied = here(module("acme.toy", good("toy")), LMCACHE_DISABLE_PLUGINS="acme.toy")
+    assert remedied.conflicts() == []
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_registered_plugin_that_is_broken_fails_alone(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Loading(ModuleType):
+        """What goes wrong at import goes wrong when it is asked for its hooks."""
+
+        def __dir__(self) -> list[str]:
+            self.__dict__.update(NAMES)
+            exec(BROKEN[kind][0], self.__dict__)  # noqa: S102
+            return [*self.__dict__]
+
+    plugins = here(Loading("acme"), Offering(backend("mine")))
+    broken = next(r for r in plugins.records if r.name == "acme")
+    assert broken.status == "failed"
+    assert BROKEN[kind][1] in broken.detail
+    assert broken.provides == ()
+    assert plugins.storage_backend("mine").name == "mine"
+    assert "registered in this process:acme" in caplog.text
+    with pytest.raises(PluginLoadError, match="Remedy: mend it; LMCACHE_TRACE_PLUGINS=1"):
+        plugins.storage_backend("acme")
+
+
+def test_registered_plugins_are_asked_first(distribution: MakeDistribution) -> None:
+    code = """
+from lmcache_core.contracts.storage import HostRegion
+@hookimpl
+def lmcache_host_region(nbytes): return HostRegion({}, nbytes, memoryview(bytearray(nbytes)))
+"""
+    distribution("lmcache-pinned", code.format(1))
+    assert here(module("mine", code.format(2))).host_region(64, "cpu").address == 2
+
+
+def test_what_is_registered_here_cannot_be_isolated() -> None:
+    """Its process would start with installed plugins only."""
+    plugins = here(Offering(backend("mine"), backend("fragile", isolated=True)))
+    for wish in (["backends.mine.isolated=true"], ["backends.fragile.type=fragile"]):
+        with pytest.raises(
+            ConfigError, match=r"isolated(.|\n)*was registered in this process.*install"
+        ):
+            load_config(plugins, environ={}, assignments=wish)
+    wish = ["backends.mine.type=mine", "backends.fragile.isolated=false"]
+    assert len(load_config(plugins, environ={}, assignments=wish).backends) == 2
+
+
+def test_a_channel_that_is_registered_here_cannot_be_isolated() -> None:
+    class Channels:
+        @hookimpl
+        def lmcache_transfer_channels(self) -> list[TransferChannelDescriptor]:
+            wire: Any = {"config": Options, "create": lambda _: None, "isolated": True}
+            return [TransferChannelDescriptor(name="wire", summary="", **wire)]
+
+    context = TransferContext("here", HostRegion(0, 64, memoryview(bytearray(64))))
+    with pytest.raises(PluginError, match="transfer channel 'wire' was registered in this proc"):
+        asyncio.run(open_channel(here(Channels()), "wire", {}, context))
+
+
+# -- the version of the API ----------------------------------------------------------------
+
+
+def test_a_plugin_that_states_the_api_of_this_core_works(distribution: MakeDistribution) -> None:
+    distribution("lmcache-backend-toy", f"LMCACHE_PLUGIN_API = {PLUGIN_API}" + good("toy"))
+    assert load().storage_backend("toy").name == "toy"
+
+
+def test_a_plugin_of_a_later_api_is_incompatible_and_nobody_else_is(
+    distribution: MakeDistribution, caplog: pytest.LogCaptureFixture
+) -> None:
+    later = f"LMCACHE_PLUGIN_API = {PLUGIN_API + 1}" + good("toy")
+    distribution("lmcache-backend-toy", later, version="2.3")
+    distribution("lmcache-backend-fine", good("fine"))
+    plugins = load()
+    toy = record_of(plugins, "lmcache-backend-toy")
+    assert (toy.status, toy.provides) == ("incompatible", ())
+    assert toy.detail == (
+        f"is written for plugin API {PLUGIN_API + 1}, but lmcache-core {core_version()} has plugin "
+        f"API {PLUGIN_API}: pip install --upgrade lmcache-backend-toy lmcache-core"
+    )
+    assert f"plugin lmcache-backend-toy:toy 2.3 is not used: it {toy.detail}" in caplog.text
+    with pytest.raises(PluginLoadError) as caught:
+        plugins.storage_backend("toy")
+    assert f"lmcache-backend-toy 2.3, which is incompatible: {toy.detail}" in str(caught.value)
+    assert plugins.storage_backend("fine").name == "fine"
+
+
+def test_a_registered_plugin_of_a_later_api_is_incompatible() -> None:
+    plugin = Offering(backend("mine"))
+    plugin.LMCACHE_PLUGIN_API = PLUGIN_API + 1
+    record = here(plugin).records[-1]
+    assert record.status == "incompatible"
+    assert record.detail.endswith(": pip install --upgrade lmcache-core")
+
+
+@pytest.mark.parametrize("stated", ["'1'", "1.0", "True", "0", "None"])
+def test_an_api_version_that_is_none_is_the_plugins_mistake(
+    stated: str, distribution: MakeDistribution
+) -> None:
+    distribution("lmcache-backend-toy", f"LMCACHE_PLUGIN_API = {stated}" + good("toy"))
+    toy = record_of(load(), "lmcache-backend-toy")
+    assert toy.status == "failed"
+    assert f"LMCACHE_PLUGIN_API is {stated}, not a whole number" in toy.detail
 
 
 # -- hooks with arguments ------------------------------------------------------------------

@@ -182,13 +182,21 @@ class _Validation:
         )
         if checked is None:
             return None
+        isolated = descriptor.isolated if head.isolated is None else head.isolated
+        if isolated:
+            try:
+                self.plugins.check_isolation(descriptor)
+            except PluginError as error:
+                self.cause = self.cause or error
+                path = (*here, "isolated")
+                self.problems.append(describe(path, True, self.merged.origin(path), str(error)))
         return BackendSection(
             name,
             kind,
             checked,
             head.serde,
             head.deadline_s,
-            descriptor.isolated if head.isolated is None else head.isolated,
+            isolated,
             head.isolated_memory_gib,
             descriptor.maps_region is not None and descriptor.maps_region(checked),
         )

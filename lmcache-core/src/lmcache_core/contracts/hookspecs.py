@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from lmcache_core.contracts.transfer import TransferChannelDescriptor
 
 PROJECT = "lmcache"
+PLUGIN_API = 1
+"""Version of what plugins and core promise each other: these hooks, descriptors, contracts.
+
+One more with each change that a plugin must know of to work; see docs/plugin-api.md.
+"""
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 

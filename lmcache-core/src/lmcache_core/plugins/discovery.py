@@ -7,14 +7,18 @@ and decides nothing: that is `plugins`' business.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module, metadata
+from types import ModuleType
 
 from packaging.requirements import InvalidRequirement, Requirement
 
 ENTRY_POINT_GROUP = "lmcache.plugins"
 CORE = "lmcache-core"
+IN_PROCESS = "registered in this process"
+"""Stands where a distribution does, for a plugin that an application brings along."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,11 @@ class Candidate:
         return f"{self.distribution}:{self.name}"
 
 
+def in_words(name: str, distribution: str) -> str:
+    """A plugin and where it comes from."""
+    return f"{name}, {IN_PROCESS}" if distribution == IN_PROCESS else f"{name} of {distribution}"
+
+
 def builtin(module: str) -> Candidate:
     """A plugin that ships inside core."""
     return Candidate(
@@ -43,6 +52,32 @@ def builtin(module: str) -> Candidate:
         target=module,
         load=lambda: import_module(module),
     )
+
+
+def registered(plugins: Iterable[object]) -> list[Candidate]:
+    """What an application or a test brings along, modules or objects, in their order.
+
+    A module or class is called by its own name, another object by its class. Where several are
+    called the same, the later ones have a number.
+    """
+    found: list[Candidate] = []
+    for plugin in plugins:
+        named = plugin if isinstance(plugin, (ModuleType, type)) else type(plugin)
+        same = sum(other.target == named.__name__ for other in found)
+        found.append(
+            Candidate(
+                name=f"{named.__name__}-{same + 1}" if same else named.__name__,
+                distribution=IN_PROCESS,
+                version="",
+                target=named.__name__,
+                load=partial(_itself, plugin),
+            )
+        )
+    return found
+
+
+def _itself(plugin: object) -> object:
+    return plugin
 
 
 def installed() -> list[Candidate]:

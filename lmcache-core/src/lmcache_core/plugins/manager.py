@@ -25,10 +25,14 @@ from lmcache_core.contracts.transfer import TransferChannelDescriptor
 from lmcache_core.errors import LMCacheError, PluginError, PluginLoadError, UnknownPluginError
 from lmcache_core.plugins.discovery import (
     CORE,
+    IN_PROCESS,
     Candidate,
     builtin,
+    core_version,
+    in_words,
     installed,
     normalised,
+    registered,
     unmet_core_requirement,
 )
 from lmcache_core.plugins.known import advice
@@ -54,6 +58,8 @@ BUILTIN_PLUGINS = (
 )
 DISABLE_VARIABLE = "LMCACHE_DISABLE_PLUGINS"
 TRACE_VARIABLE = "LMCACHE_TRACE_PLUGINS"
+API_ATTRIBUTE = "LMCACHE_PLUGIN_API"
+"""By this name a plugin states the version of the plugin API that it is written for."""
 
 Status = Literal["ok", "disabled", "incompatible", "failed"]
 
@@ -64,6 +70,7 @@ class PluginRecord:
 
     name: str
     distribution: str
+    """`IN_PROCESS` for one that the application brought along, which has no version."""
     version: str
     target: str
     status: Status
@@ -78,11 +85,18 @@ class Plugins:
     Args:
         disabled: names of plugins or distributions that aren't to be loaded, besides those in
             ``LMCACHE_DISABLE_PLUGINS`` (separated by commas).
+        register: plugins of this process, beside the installed ones: modules, or objects whose
+            methods are hooks. They are asked first. One that is installed as well is listed once,
+            as installed. Other processes, isolated backends' among them, don't know them.
         environ: where the two ``LMCACHE_…_PLUGINS`` variables are read from.
     """
 
     def __init__(
-        self, disabled: Iterable[str] = (), *, environ: Mapping[str, str] | None = None
+        self,
+        disabled: Iterable[str] = (),
+        *,
+        register: Iterable[object] = (),
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         environ = os.environ if environ is None else environ
         self._tracing = environ.get(TRACE_VARIABLE, "").lower() not in ("", "0", "false", "no")
@@ -124,6 +138,10 @@ class Plugins:
         # pluggy asks the last one first: built-ins, registered first, are the last resort.
         for candidate in (*map(builtin, BUILTIN_PLUGINS), *installed()):
             self._load(candidate)
+        for candidate in registered(register):
+            plugin = candidate.load()
+            if not any(plugin is known for known in self._manager.get_plugins()):
+                self._load(candidate)
         self._warn_about_unknown_disabled()
 
     # -- loading ---------------------------------------------------------------------------
@@ -134,11 +152,13 @@ class Plugins:
             self._record(candidate, "disabled", f"by {DISABLE_VARIABLE} or the caller")
             return
         if unmet := unmet_core_requirement(candidate.requires):
-            self._record(candidate, "incompatible", unmet)
-            logger.warning("plugin %s is not used: %s", candidate.identity, unmet)
+            self._incompatible(candidate, unmet)
             return
         try:
             found = self._register(candidate)
+        except _NewerPluginError as error:
+            self._incompatible(candidate, str(error))
+            return
         except (Exception, SystemExit) as error:  # noqa: BLE001
             # Someone else's code: anything may come out, and a broken plugin that nobody uses
             # mustn't stop an engine. One that the configuration names still does: see `_missing`.
@@ -161,6 +181,7 @@ class Plugins:
         """Import, register and question one plugin; raises whatever is wrong with it."""
         plugin = candidate.load()
         self._trace("imported %s", candidate.target)
+        _check_api(plugin)
         self._manager.register(plugin, candidate.identity)
         self._manager.check_pending()
         callers = self._manager.get_hookcallers(plugin) or []
@@ -176,6 +197,15 @@ class Plugins:
                     found.append((registry, registry.check(implementation.function())))
                     self._trace("%s answered %s", candidate.identity, caller.name)
         return found
+
+    def _incompatible(self, candidate: Candidate, why: str) -> None:
+        """``why`` is what the plugin needs, as a half sentence without a subject."""
+        package = "" if candidate.distribution == IN_PROCESS else f"{candidate.distribution} "
+        detail = f"{why}: pip install --upgrade {package}{CORE}"
+        self._record(candidate, "incompatible", detail)
+        logger.warning(
+            "plugin %s %s is not used: it %s", candidate.identity, candidate.version, detail
+        )
 
     def _unregister(self, candidate: Candidate) -> None:
         if self._manager.has_plugin(candidate.identity):
@@ -238,6 +268,20 @@ class Plugins:
         """``LMCACHE_…`` variables that backends and serdes read themselves."""
         backends = {n for descriptor in self.storage_backends() for n in descriptor.environment}
         return backends | {n for descriptor in self.serdes() for n in descriptor.environment}
+
+    def check_isolation(self, descriptor: Descriptor) -> None:
+        """Check that another process could find what ``descriptor`` describes.
+
+        Raises:
+            PluginError: it was registered in this one.
+        """
+        for registry in self._registries:
+            for offer in registry:
+                if offer.descriptor is descriptor and offer.distribution == IN_PROCESS:
+                    raise PluginError(
+                        f"the {registry.noun} {descriptor.name!r} was {IN_PROCESS}, and a process "
+                        "of its own wouldn't find it: set isolated to false, or install its plugin"
+                    )
 
     # -- finding by name: each raises PluginLoadError, UnknownPluginError, or PluginError when two
     # -- plugins claim the name
@@ -316,11 +360,14 @@ class Plugins:
         for record in self.records:
             shipped = normalised(record.distribution)
             guesses = {record.name, shipped.removeprefix(package or "")}
+            guesses.add(record.name.rpartition(".")[2])  # a registered module's
             if record.status != "ok" and name in guesses:
+                origin = f"{record.distribution} {record.version}"
+                if record.distribution == IN_PROCESS:
+                    origin = f"a plugin {IN_PROCESS}"
                 raise PluginLoadError(
-                    f"the {registry.noun} {name!r} comes from {record.distribution} "
-                    f"{record.version}, which is {record.status}: {record.detail}. "
-                    f"Remedy: {_remedy(record)}"
+                    f"the {registry.noun} {name!r} comes from {origin}, which is {record.status}: "
+                    f"{record.detail}{_remedy(record)}"
                 )
         message = f"no installed plugin provides the {registry.noun} {name!r}"
         message += f"; installed: {', '.join(registry.names()) or 'none'}"
@@ -332,7 +379,7 @@ class Plugins:
     def unusable(self) -> str:
         """The plugins that could have provided more, in a few words; may be empty."""
         return ", ".join(
-            f"{record.name} of {record.distribution} ({record.status}: {record.detail})"
+            f"{in_words(record.name, record.distribution)} ({record.status}: {record.detail})"
             for record in self.records
             if record.status != "ok"
         )
@@ -446,11 +493,34 @@ class Plugins:
 
 
 def _remedy(record: PluginRecord) -> str:
+    """To follow what is wrong; nothing where that says it."""
     if record.status == "disabled":
-        return f"take it out of {DISABLE_VARIABLE}"
+        return f". Remedy: take it out of {DISABLE_VARIABLE}"
     if record.status == "incompatible":
-        return f"pip install --upgrade {record.distribution} {CORE}"
+        return ""
+    if record.distribution == IN_PROCESS:
+        return f". Remedy: mend it; {TRACE_VARIABLE}=1 shows the traceback"
     return (
-        f"pip install --upgrade --force-reinstall {record.distribution}; "
+        f". Remedy: pip install --upgrade --force-reinstall {record.distribution}; "
         f"{TRACE_VARIABLE}=1 lmcache plugins shows the traceback"
     )
+
+
+class _NewerPluginError(Exception):
+    """A plugin is written for a later plugin API than this one."""
+
+
+def _check_api(plugin: object) -> None:
+    """Check what ``plugin`` says about the plugin API; nothing means version 1.
+
+    Raises:
+        TypeError: it says something that is no version.
+    """
+    stated = getattr(plugin, API_ATTRIBUTE, 1)
+    if type(stated) is not int or stated < 1:
+        raise TypeError(f"{API_ATTRIBUTE} is {stated!r:.80}, not a whole number from 1 on")
+    if stated > hookspecs.PLUGIN_API:
+        raise _NewerPluginError(
+            f"is written for plugin API {stated}, but {CORE} {core_version()} has plugin API "
+            f"{hookspecs.PLUGIN_API}"
+        )

@@ -1,7 +1,7 @@
 """One kind of thing that plugins offer, by name.
 
 Knows descriptors and who ships them. Knows nothing about how plugins are
-found or loaded.
+loaded.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lmcache_core.contracts.serde import SerdeDescriptor
 from lmcache_core.contracts.storage import StorageBackendDescriptor
 from lmcache_core.contracts.transfer import TransferChannelDescriptor
 from lmcache_core.errors import PluginError
+from lmcache_core.plugins.discovery import IN_PROCESS, in_words
 
 RESERVED_OPTIONS = frozenset({"type", "serde", "deadline_s", "isolated", "isolated_memory_gib"})
 """Options of every ``backends:`` section, so that no backend can have its own of these names."""
@@ -142,10 +143,13 @@ class Registry(Generic[_D]):
 
 def conflict(what: str, offers: Sequence[Offer[_D]]) -> str:
     """Says who is in conflict over ``what`` and how to end it."""
-    owners = [f"{offer.plugin.partition(':')[2]} of {offer.distribution}" for offer in offers]
+    names = [offer.plugin.partition(":")[2] for offer in offers]
+    owners = [in_words(name, offer.distribution) for name, offer in zip(names, offers, strict=True)]
+    last = offers[-1].distribution
+    off = names[-1] if last == IN_PROCESS else last
     return (
         f"{len(offers)} plugins provide {what}: {' and '.join(owners)}. Remedy: uninstall all but "
-        f"one, or turn one off with LMCACHE_DISABLE_PLUGINS={offers[-1].distribution}"
+        f"one, or turn one off with LMCACHE_DISABLE_PLUGINS={off}"
     )
 
 

@@ -46,6 +46,9 @@ async def open_channel(
         BackendError: it can't be opened; the message says why.
     """
     descriptor = plugins.transfer_channel(name)
+    isolated = descriptor.isolated if isolated is None else isolated
+    if isolated:
+        plugins.check_isolation(descriptor)
     where = _where(descriptor)
     try:
         config = descriptor.config.model_validate(dict(options))
