@@ -29,7 +29,7 @@ SPAN = BlockSpan([0], 0, BLOCK_TOKENS, BLOCK_TOKENS)
 def hit_ratio(prompts: list[list[ChunkKey]], slots: int, policy: str, *, tree: bool) -> float:
     """The share of blocks that are found when they are asked for."""
     plugins = Plugins()
-    order = plugins.cache_policy(policy).create()
+    order = plugins.make_cache_policy(policy)
     planner = Planner(slots, order, Counters(), index=plugins.chunk_index(slots))
     hits = 0
     for keys in prompts:

@@ -40,7 +40,7 @@ class Prompts:
 
     def __init__(self, slots: int) -> None:
         plugins = Plugins()
-        order, index = plugins.cache_policy("LRU").create(), plugins.chunk_index(slots)
+        order, index = plugins.make_cache_policy("LRU"), plugins.chunk_index(slots)
         self.planner = Planner(slots, order, Counters(), index=index)
         self._numbers = count(1)
 

@@ -68,6 +68,22 @@ serdes:
 As a variable: `LMCACHE_SERDES__CACHEGEN__STEP=fine`. Packages document their own.
 """
 
+POLICIES = """\
+## Cache policies
+
+What `cache_policy` names is listed by `lmcache plugins`. The options of a policy that has any stand
+beside it:
+
+```yaml
+cache_policy: S3-FIFO
+cache_policy_options:
+  small_share: 0.1
+```
+
+As a variable: `LMCACHE_CACHE_POLICY_OPTIONS__SMALL_SHARE=0.1`. Packages document their own; `LRU`,
+`LFU`, `FIFO` and `MRU` have none.
+"""
+
 BACKENDS = """\
 ## Backends
 
@@ -103,7 +119,7 @@ def main() -> int:
 def page() -> str:
     """The whole page."""
     parts = [INTRODUCTION, "## Options\n", _model(CoreConfig, variables=True)]
-    parts += [SERDES, BACKENDS, _model(SectionHead)]
+    parts += [SERDES, POLICIES, BACKENDS, _model(SectionHead)]
     plugins = Plugins(environ={})
     ours = {
         provided.partition("storage backend ")[2]

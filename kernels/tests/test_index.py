@@ -204,7 +204,7 @@ class OrderMachine(RuleBasedStateMachine):
             (eviction.MRU(), native.MRU()),
         ]
 
-    def all(self, call: Callable[[eviction.CachePolicy], object]) -> None:
+    def all(self, call: Callable[[eviction.OrderedPolicy], object]) -> None:
         for model, own in self.pairs:
             assert answer(lambda own=own: call(own)) == answer(lambda model=model: call(model))  # type: ignore[misc]
 

@@ -28,12 +28,12 @@ def test_core_finds_index_and_policies() -> None:
     assert plugins.host_kernels() is not None
     assert isinstance(plugins.chunk_index(8), ChunkIndex)
     for name in ("LRU", "fifo", "MRU"):
-        assert plugins.cache_policy(name).create().__class__.__module__ == "lmcache_kernels.index"
+        assert plugins.make_cache_policy(name).__class__.__module__ == "lmcache_kernels.index"
     assert plugins.conflicts() == []
     without = Plugins(disabled=["kernels"])
     assert without.host_kernels() is None
     assert isinstance(without.chunk_index(8), DictIndex)
-    assert isinstance(without.cache_policy("LRU").create(), eviction.LRU)
+    assert isinstance(without.make_cache_policy("LRU"), eviction.LRU)
 
 
 def test_other_devices_are_others_business(monkeypatch: pytest.MonkeyPatch) -> None:

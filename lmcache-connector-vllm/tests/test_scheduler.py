@@ -22,6 +22,8 @@ from lmcache_core.chunks.chunk_index import ChunkState  # noqa: E402
 from lmcache_core.chunks.keys import CacheNamespace, ChunkKey  # noqa: E402
 from lmcache_core.chunks.layout import DType, KVLayout, full_attention  # noqa: E402
 from lmcache_core.config import load_config  # noqa: E402
+from lmcache_core.contracts.eviction import LRU, CachePolicyDescriptor, PolicyRequest  # noqa: E402
+from lmcache_core.contracts.hookspecs import hookimpl  # noqa: E402
 from lmcache_core.plugins.manager import Plugins  # noqa: E402
 
 CHUNK, SLOTS = 16, 40
@@ -37,14 +39,16 @@ def make(tmp_path: Path) -> Iterator[Make]:
     """A scheduler's half with `SLOTS` slots; with ``disk`` it has a tier."""
     made: list[SchedulerSide] = []
 
-    def start(*, disk: bool = False, **options: Any) -> SchedulerSide:
+    def start(
+        *, disk: bool = False, register: Sequence[object] = (), **options: Any
+    ) -> SchedulerSide:
         slot_bytes = (1 << 30) // slots_in(1 << 30, NAMESPACE)
         gib = SLOTS * slot_bytes / 2**30
         extra: dict[str, Any] = {"lmcache.chunk_size": CHUNK, "lmcache.max_local_cpu_size": gib}
         if disk:
             extra |= {"lmcache.local_disk": str(tmp_path), "lmcache.max_local_disk_size": 1}
         extra |= {f"lmcache.{name}": value for name, value in options.items()}
-        plugins = Plugins()
+        plugins = Plugins(register=register)
         config = load_config(plugins, engine=("test", extra))
         settings = Settings(config, plugins, saves=True, asynchronous=False, layerwise=False)
         side = SchedulerSide(settings, NAMESPACE, ranks=1, block_tokens=16, events=True)
@@ -322,3 +326,59 @@ def test_what_comes_from_a_tier_is_an_event_when_it_is_here(
     assert sorted(went) == sorted(came), "each that came has gone, and no other"
     assert side._events is not None
     assert side._events._planned == {}
+
+
+# -- what a cache policy hears ------------------------------------------------------------------
+
+
+class Watching(LRU):
+    """Remembers where requests begin and end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[Any] = []
+
+    def requested(self, request: PolicyRequest) -> None:
+        self.heard.append(request)
+
+    def finished(self, name: str, tokens: int) -> None:
+        self.heard.append((name, tokens))
+
+
+class WatchingPlugin:
+    @hookimpl
+    def lmcache_cache_policies(self) -> list[CachePolicyDescriptor]:
+        return [CachePolicyDescriptor(name="watching", summary="", create=lambda _: Watching())]
+
+
+@pytest.mark.parametrize("disk", [False, True])
+def test_a_policy_hears_of_each_request_once(
+    make: Make, disk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = make(disk=disk, register=[WatchingPlugin()], cache_policy="watching")
+    if disk:
+        answers(side, monkeypatch, tier=-1)
+    policy: Any = side._planner._order._policy
+    first = request("a", chunks=3, priority=2)
+    store(side, first)
+    told, ended = policy.heard
+    assert (told.name, told.tokens, told.hints) == ("a", 49, {"priority": 2})
+    assert (len(told.keys), list(told.slots)) == (3, [])
+    assert ended == ("a", 49)
+    second = request("b", chunks=5)
+    for _ in range(3):  # vLLM asks again at each step
+        side.matched_tokens(second, 0)
+    side.request_finished(second)
+    assert [one if isinstance(one, tuple) else one.name for one in policy.heard[2:]] == [
+        "b",
+        ("b", 81),
+    ]
+    assert (len(policy.heard[2].keys), len(policy.heard[2].slots)) == (5, 3)
+
+
+def test_who_does_not_listen_costs_no_digests(make: Make) -> None:
+    side = make()
+    one = request("a", chunks=5)
+    side.matched_tokens(one, 0)
+    assert len(side._requests["a"].hasher.digests) == 1, "that of the first miss"
+    side.request_finished(one)

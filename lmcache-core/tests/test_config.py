@@ -498,3 +498,79 @@ def test_mistakes_in_options_of_serdes(squeezing: Plugins, assignment: str, said
     message = refusal(squeezing, "backends.toy.serde=squeeze", assignment)
     assert said in message
     assert f"(--set {assignment.split('=')[0]})" in message
+
+
+# -- options of cache policies -------------------------------------------------------------
+
+TUNED = """
+from lmcache_core.contracts.eviction import LRU, CachePolicyDescriptor
+
+class Tuning(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    small_share: float = 0.1
+
+class Tuned(LRU):
+    def __init__(self, options):
+        super().__init__()
+        if options.small_share > 1:
+            raise ValueError("a share is at most 1")
+        self.options = options
+
+@hookimpl
+def lmcache_cache_policies():
+    return [CachePolicyDescriptor(name="tuned", summary="", config=Tuning, create=Tuned)]
+"""
+
+
+@pytest.fixture
+def tuned(distribution: MakeDistribution) -> Plugins:
+    distribution("lmcache-policy-tuned", TUNED)
+    return Plugins(environ={})
+
+
+def test_options_of_the_policy(tuned: Plugins) -> None:
+    config = load(
+        tuned, "cache_policy=Tuned", environ={"LMCACHE_CACHE_POLICY_OPTIONS__SMALL_SHARE": "0.25"}
+    )
+    rows = {name: (value, origin) for name, value, origin in config.rows()}
+    origin = "environment LMCACHE_CACHE_POLICY_OPTIONS__SMALL_SHARE"
+    assert rows["cache_policy_options.small_share"] == (0.25, origin)
+    policy: Any = tuned.make_cache_policy(config.core.cache_policy, config.cache_policy_options)
+    assert policy.options.small_share == 0.25
+    default: Any = tuned.make_cache_policy("tuned")
+    assert default.options.small_share == 0.1
+
+
+def test_a_policy_that_nothing_is_said_of_has_its_defaults(tuned: Plugins) -> None:
+    config = load(tuned, "cache_policy=tuned")
+    rows = {name: (value, origin) for name, value, origin in config.rows()}
+    assert rows["cache_policy_options.small_share"] == (0.1, "default")
+    assert not [name for name, *_ in load(tuned).rows() if name.startswith("cache_policy_")]
+
+
+@pytest.mark.parametrize(
+    ("assignments", "said"),
+    [
+        (
+            ["cache_policy=tuned", "cache_policy_options.smal_share=1"],
+            "did you mean 'small_share'?",
+        ),
+        (["cache_policy=tuned", "cache_policy_options.small_share=much"], "small_share = 'much'"),
+        (["cache_policy_options.small_share=0.1"], "no such option"),
+        (["cache_policy=tuned", "cache_policy_options=small"], "must be a mapping of the policy's"),
+    ],
+)
+def test_mistakes_in_options_of_the_policy(
+    tuned: Plugins, assignments: list[str], said: str
+) -> None:
+    message = refusal(tuned, *assignments)
+    assert said in message
+    assert f"(--set {assignments[-1].split('=')[0]})" in message
+
+
+def test_a_policy_that_cannot_be_made_says_which(tuned: Plugins) -> None:
+    config = load(tuned, "cache_policy=tuned", "cache_policy_options.small_share=2")
+    with pytest.raises(
+        PluginLoadError, match="cache policy 'tuned' can't be created: ValueError: a"
+    ):
+        tuned.make_cache_policy(config.core.cache_policy, config.cache_policy_options)

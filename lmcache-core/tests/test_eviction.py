@@ -127,5 +127,5 @@ def test_lfu_keeps_no_bucket_that_nobody_is_in() -> None:
 
 
 def test_the_builtin_policies() -> None:
-    made = {d.name: type(d.create()) for d in policies.lmcache_cache_policies()}
+    made = {d.name: type(d.create(d.config())) for d in policies.lmcache_cache_policies()}
     assert made == {"LRU": LRU, "LFU": LFU, "FIFO": FIFO, "MRU": MRU}

@@ -14,7 +14,13 @@ from lmcache_core.cache.planner import Planner
 from lmcache_core.chunks.chunk_index import DictIndex
 from lmcache_core.chunks.keys import ChunkKey
 from lmcache_core.contracts.connector import BlockSpan
-from lmcache_core.contracts.eviction import LRU, CachePolicy
+from lmcache_core.contracts.eviction import (
+    LRU,
+    CachedChunks,
+    CachePolicy,
+    OrderedPolicy,
+    PolicyRequest,
+)
 from lmcache_core.errors import PluginError
 from lmcache_core.metrics import Counters
 from lmcache_core.plugins.manager import Plugins
@@ -151,10 +157,10 @@ def test_policies_that_keep_their_contract_are_never_blamed() -> None:
     assert failures(counters) == {}
 
 
-class Counting(CachePolicy):
+class Counting(OrderedPolicy):
     """``real``, and how many slots were looked at."""
 
-    def __init__(self, real: CachePolicy) -> None:
+    def __init__(self, real: OrderedPolicy) -> None:
         self.real = real
         self.steps = 0
 
@@ -164,8 +170,8 @@ class Counting(CachePolicy):
     def touched(self, slots: Sequence[int]) -> None:
         self.real.touched(slots)
 
-    def removed(self, slot: int) -> None:
-        self.real.removed(slot)
+    def removed(self, slot: int, evicted: bool = False) -> None:
+        self.real.removed(slot, evicted)
 
     def victims(self) -> Iterator[int]:
         for slot in self.real.victims():
@@ -192,7 +198,7 @@ class CountingIndex(DictIndex):
 
 def counted(name: str, slots: int) -> tuple[Planner, Callable[[int], int]]:
     """A full planner, and what takes the steps of storing one more chunk."""
-    policy, index = Counting(Plugins().cache_policy(name).create()), CountingIndex(slots)
+    policy, index = Counting(Plugins().make_cache_policy(name)), CountingIndex(slots)
     plan = Planner(slots, policy, Counters(), index=index)
     assert all(store(plan, number) for number in range(slots))
 
@@ -260,7 +266,7 @@ def test_a_prefix_whose_end_is_being_written_is_not_looked_through(name: str) ->
 def test_leases_that_ended_leave_the_order_as_it_was(name: str) -> None:
     def gone(leased: bool) -> list[ChunkKey]:
         """What is evicted after a time in which stores met chunks that were in use, or not."""
-        plan = Planner(64, Plugins().cache_policy(name).create(), Counters())
+        plan = Planner(64, Plugins().make_cache_policy(name), Counters())
         assert all(store(plan, number) for number in range(64))
         holds = [plan.acquire([key(number)]) for number in (*range(64), *range(0, 64, 8))]
         if leased:
@@ -292,3 +298,222 @@ def test_a_listener_that_fails_keeps_nothing_back() -> None:
 def test_an_index_of_another_size_is_refused_at_the_start() -> None:
     with pytest.raises(PluginError, match="has 3 slots and 0 chunks; the planner needs 4"):
         Planner(4, LRU(), Counters(), index=DictIndex(3))
+
+
+# -- policies that want more ---------------------------------------------------------------
+
+
+class Choosing(CachePolicy):
+    """Answers ``victim`` as it is told to, and remembers what it heard."""
+
+    def __init__(self, answer: Callable[[CachedChunks], Any] = lambda chunks: None) -> None:
+        self.answer = answer
+        self.heard: list[tuple[Any, ...]] = []
+
+    def open(self, chunks: CachedChunks) -> None:
+        self.chunks = chunks
+
+    def added(self, slot: int) -> None:
+        self.heard.append(("added", slot, self.chunks.key(slot)))
+
+    def touched(self, slots: Sequence[int]) -> None:
+        self.heard.append(("touched", *slots))
+
+    def removed(self, slot: int, evicted: bool = False) -> None:
+        self.heard.append(("removed", slot, evicted, self.chunks.key(slot)))
+
+    def victim(self, spared: int | None) -> int | None:
+        self.heard.append(("victim", spared))
+        found: int | None = self.answer(self.chunks)
+        return found
+
+    def clear(self) -> None:
+        pass
+
+
+class Seeing(Choosing):
+    def requested(self, request: PolicyRequest) -> None:
+        self.heard.append(("requested", request))
+
+    def finished(self, name: str, tokens: int) -> None:
+        self.heard.append(("finished", name, tokens))
+
+
+class Refusing(Choosing):
+    refuses = True
+
+    def admit(self, key: ChunkKey, parent: int | None) -> bool:
+        self.heard.append(("admit", key, parent))
+        return not self.refuses
+
+
+def extend(plan: Planner, number: int, parent: int) -> bool:
+    op = plan.plan_store(key(number), SPAN, key(parent))
+    if op is None:
+        return False
+    plan.settle(Report(ok={op.op: 1}, released={op.op: 1}))
+    return True
+
+
+WRONG: dict[str, Callable[[Any], Any]] = {
+    "too large": lambda _: 99,
+    "negative": lambda _: -1,
+    "no number": lambda _: "slot",
+    "a float": lambda _: 0.0,
+    "one that is leased": lambda _: 0,
+    "one that is continued": lambda _: 1,
+    "SystemExit": _raises(SystemExit),
+    "StopIteration": _raises(StopIteration),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_choice_is_not_evicted_and_another_one_is(name: str) -> None:
+    counters = Counters()
+    plan = Planner(4, Choosing(WRONG[name]), counters)
+    assert store(plan, 0)
+    assert store(plan, 1)
+    assert extend(plan, 2, 1)
+    assert store(plan, 3)
+    hold = plan.acquire([key(0)])
+    assert store(plan, 9)
+    assert plan.ready_prefix([key(0)]) == 1, "somebody reads it"
+    assert plan.ready_prefix([key(1)]) == 1, "something continues it, or is spared"
+    assert failures(counters) == {"victim": 1}
+    hold.release()
+    assert plan.leases == 0
+
+
+def test_the_chosen_one_goes_and_none_is_no_failure() -> None:
+    counters = Counters()
+    policy = Choosing(lambda _: 2)
+    plan = Planner(4, policy, counters)
+    assert all(store(plan, number) for number in range(4))
+    assert store(plan, 9)
+    assert plan.ready_prefix([key(2)]) == 0
+    assert policy.heard[-3:] == [
+        ("victim", None),
+        ("removed", 2, True, key(2)),
+        ("added", 2, key(9)),
+    ]
+    policy.answer = lambda _: None
+    assert store(plan, 10)
+    assert plan.ready_prefix([key(0)]) == 0, "nobody used it for the longest"
+    assert failures(counters) == {}
+
+
+def test_what_a_new_chunk_continues_is_no_choice() -> None:
+    counters = Counters()
+    policy = Choosing(lambda _: 1)
+    plan = Planner(2, policy, counters)
+    assert store(plan, 0)
+    assert store(plan, 1)
+    assert extend(plan, 2, 1)
+    assert policy.heard[-3] == ("victim", 1)
+    assert plan.ready_prefix([key(1)]) == 1
+    assert failures(counters) == {"victim": 1}
+
+
+def test_a_chooser_that_goes_on_failing_is_replaced() -> None:
+    counters = Counters()
+    plan = Planner(2, Choosing(_raises(ValueError)), counters)
+    assert all(store(plan, number) for number in range(20))
+    assert failures(counters) == {"victim": MAX_FAILURES}
+
+
+def test_what_is_forgotten_is_not_evicted() -> None:
+    policy = Choosing()
+    plan = Planner(4, policy, Counters())
+    assert store(plan, 0)
+    assert extend(plan, 1, 0)
+    plan.forget(key(0))
+    assert policy.heard[-2:] == [("removed", 1, False, key(1)), ("removed", 0, False, key(0))]
+
+
+@pytest.mark.parametrize("index", [DictIndex, Plugins().chunk_index])
+def test_what_a_policy_may_ask(index: Callable[[int], Any]) -> None:
+    now = itertools.count(7)
+    policy = Choosing()
+    plan = Planner(6, policy, Counters(), index=index(6), clock=lambda: next(now))
+    chunks = policy.chunks
+    assert chunks.slots == 6
+    assert chunks.now() == 7
+    assert store(plan, 0)
+    assert extend(plan, 1, 0)
+    assert extend(plan, 2, 1)
+    assert [chunks.parent(slot) for slot in range(3)] == [None, 0, 1]
+    assert [chunks.children(slot) for slot in range(3)] == [1, 1, 0]
+    assert [chunks.evictable(slot) for slot in range(4)] == [False, False, True, False]
+    assert chunks.leaf(0) == chunks.leaf(2) == 2
+    assert chunks.descendants(0) == [2, 1]
+    assert (chunks.key(1), chunks.key(5)) == (key(1), None)
+    hold = plan.acquire([key(0), key(1), key(2)])
+    assert not chunks.evictable(2)
+    hold.release()
+    assert chunks.evictable(2)
+
+
+def test_requests_are_told_to_who_wants_them() -> None:
+    def unasked() -> list[ChunkKey]:
+        raise AssertionError("nobody wants to know")
+
+    assert not Planner(4, LRU(), Counters()).requested(unasked, 100)
+    policy = Seeing()
+    plan = Planner(4, policy, Counters(), clock=lambda: 5.0)
+    assert store(plan, 0)
+    keys = [key(0), key(1)]
+    assert plan.requested(lambda: keys, 40, "r", {"priority": 2})
+    plan.finished("r", 45)
+    asked = PolicyRequest(name="r", keys=keys, slots=[0], tokens=40, now=5.0, hints={"priority": 2})
+    assert policy.heard[-2:] == [("requested", asked), ("finished", "r", 45)]
+
+
+@pytest.mark.parametrize("operation", ["requested", "finished", "admit"])
+def test_a_policy_that_fails_at_what_it_wanted_harms_nothing(operation: str) -> None:
+    class Failing(Refusing, Seeing):
+        pass
+
+    setattr(Failing, operation, lambda *_: _raises(SystemExit)(None))
+    Failing.refuses = False
+    counters = Counters()
+    plan = Planner(2, Failing(), counters)
+    for number in range(20):
+        plan.requested(list, 10, "r")
+        assert store(plan, number)
+        plan.finished("r", 10)
+    assert failures(counters) == {operation: MAX_FAILURES}
+
+
+def test_a_chunk_may_be_refused_where_another_one_would_have_to_go() -> None:
+    counters = Counters()
+    policy = Refusing()
+    plan = Planner(2, policy, counters)
+    assert store(plan, 0)
+    assert extend(plan, 1, 0)
+    assert ("admit", key(1), 0) not in policy.heard, "there was room"
+    assert not extend(plan, 2, 1)
+    assert policy.heard[-1] == ("admit", key(2), 1)
+    assert plan.chunks == 2
+    dropped = ("store_dropped", (("reason", "not_admitted"),))
+    assert counters.snapshot()[dropped] == 1
+    policy.refuses = False
+    assert extend(plan, 2, 0)
+
+
+def test_nothing_is_refused_on_its_way_to_slow_tiers() -> None:
+    policy = Refusing()
+    plan = Planner(1, policy, Counters(), persist=True)
+    assert store(plan, 0)
+    assert store(plan, 1)
+    assert not [heard for heard in policy.heard if heard[0] == "admit"]
+
+
+def test_a_policy_that_cannot_be_opened_is_an_error_at_the_start() -> None:
+    class Closed(LRU):
+        def open(self, chunks: CachedChunks) -> None:
+            raise OSError("no room for ghosts")
+
+    with pytest.raises(
+        PluginError, match="Closed can't be opened: OSError: no room for ghosts; set"
+    ):
+        Planner(4, Closed(), Counters())

@@ -34,7 +34,7 @@ def key(number: int) -> ChunkKey:
 
 
 def policy(name: str = "LRU") -> CachePolicy:
-    return Plugins().cache_policy(name).create()
+    return Plugins().make_cache_policy(name)
 
 
 INDEXES: dict[str, Callable[[int], ChunkIndex]] = {

@@ -359,7 +359,7 @@ def test_policies_conflict_whatever_their_case(distribution: MakeDistribution) -
 from lmcache_core.contracts.eviction import LRU, CachePolicyDescriptor
 @hookimpl
 def lmcache_cache_policies():
-    return [CachePolicyDescriptor(name="lru", summary="", create=LRU)]
+    return [CachePolicyDescriptor(name="lru", summary="", create=lambda _: LRU())]
 """
     distribution("lmcache-policy-lru", code)
     with pytest.raises(PluginError, match="2 plugins provide the cache policy 'LRU'"):

@@ -103,7 +103,7 @@ def _serde(real: type[Serde], _: BaseModel) -> Serde:
     return FaultySerde(BrokenSerde() if broken() == "wrong-byte" else real(), tally())
 
 
-def _policy() -> CachePolicy:
+def _policy(_: BaseModel) -> CachePolicy:
     return SlowPolicy() if broken() == "deadline" else FaultyPolicy(LRU(), tally())
 
 

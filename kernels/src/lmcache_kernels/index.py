@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lmcache_core import CachePolicy
+from lmcache_core import OrderedPolicy
 from lmcache_kernels._native import ChunkIndex, SlotRing
 
 __all__ = ["FIFO", "LRU", "MRU", "ChunkIndex"]
 
 
-class _Ordered(CachePolicy):
+class _Ordered(OrderedPolicy):
     def __init__(self) -> None:
         self._ring = SlotRing()
 
@@ -33,7 +33,7 @@ class _Ordered(CachePolicy):
     def touched(self, slots: Sequence[int]) -> None:
         self._ring.touched(slots)
 
-    def removed(self, slot: int) -> None:
+    def removed(self, slot: int, evicted: bool = False) -> None:  # noqa: ARG002
         self._ring.removed(slot)
 
     def victims(self) -> Iterator[int]:

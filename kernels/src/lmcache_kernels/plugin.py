@@ -61,9 +61,15 @@ def lmcache_chunk_index(slots: int) -> ChunkIndex:
 @hookimpl
 def lmcache_cache_policies() -> Sequence[CachePolicyDescriptor]:
     return [
-        CachePolicyDescriptor(name="LRU", summary="least recently used goes first", create=LRU),
-        CachePolicyDescriptor(name="FIFO", summary="first stored goes first", create=FIFO),
-        CachePolicyDescriptor(name="MRU", summary="most recently used goes first", create=MRU),
+        CachePolicyDescriptor(
+            name="LRU", summary="least recently used goes first", create=lambda _: LRU()
+        ),
+        CachePolicyDescriptor(
+            name="FIFO", summary="first stored goes first", create=lambda _: FIFO()
+        ),
+        CachePolicyDescriptor(
+            name="MRU", summary="most recently used goes first", create=lambda _: MRU()
+        ),
     ]
 
 

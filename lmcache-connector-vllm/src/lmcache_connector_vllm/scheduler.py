@@ -80,6 +80,8 @@ class _Tracked:
     loading: Sequence[int] = ()
     """The blocks of its last load."""
     logged: bool = False
+    watched: bool | None = None
+    """Whether the cache policy wants to know when it ends; ``None``: not told of it yet."""
     adapter: RequestAdapter | None = None
 
 
@@ -114,7 +116,9 @@ class SchedulerSide:
         slots = slots_in(settings.arena_bytes, namespace)
         self._planner = Planner(
             slots,
-            settings.plugins.cache_policy(core.cache_policy).create(),
+            settings.plugins.make_cache_policy(
+                core.cache_policy, settings.config.cache_policy_options
+            ),
             self.counters,
             ranks=ranks,
             keep=core.local_cpu,
@@ -325,6 +329,13 @@ class SchedulerSide:
         hasher, size = tracked.hasher, self._chunk_tokens
         tracked.lookup_chunks = len(tokens) // size
         counts = [size] * tracked.lookup_chunks
+        if tracked.watched is None:
+            tracked.watched = self._planner.requested(
+                partial(hasher.extend, tokens),
+                len(tokens),
+                request.request_id,
+                {"priority": request.priority},
+            )
         if self._asks_tiers or core.save_unfull_chunk:
             keys = list(hasher.extend(tokens))
             if core.save_unfull_chunk and (tail := hasher.tail(tokens)) is not None:
@@ -578,6 +589,8 @@ class SchedulerSide:
         tracked = self._requests.pop(request.request_id, None)
         if tracked is not None:
             self._end_lookup(tracked)
+            if tracked.watched:
+                self._planner.finished(request.request_id, request.num_tokens)
         self._sources.pop(request.request_id, None)
 
     def reset(self) -> bool:

@@ -68,7 +68,15 @@ if TYPE_CHECKING:
         Paging,
         PlaneStrides,
     )
-    from lmcache_core.contracts.eviction import CachePolicy, CachePolicyDescriptor
+    from lmcache_core.contracts.eviction import (
+        Admits,
+        CachedChunks,
+        CachePolicy,
+        CachePolicyDescriptor,
+        OrderedPolicy,
+        PolicyRequest,
+        SeesRequests,
+    )
     from lmcache_core.contracts.hookspecs import hookimpl
     from lmcache_core.contracts.paged import Paged, PagedConnector
     from lmcache_core.contracts.serde import Rope, Serde, SerdeDescriptor, SerdeFacts
@@ -178,9 +186,14 @@ _ROLES = {
         "StoreOutcome": "contracts.storage",
     },
     "Serdes and cache policies": {
+        "Admits": "contracts.eviction",
         "CachePolicy": "contracts.eviction",
         "CachePolicyDescriptor": "contracts.eviction",
+        "CachedChunks": "contracts.eviction",
+        "OrderedPolicy": "contracts.eviction",
+        "PolicyRequest": "contracts.eviction",
         "Rope": "contracts.serde",
+        "SeesRequests": "contracts.eviction",
         "Serde": "contracts.serde",
         "SerdeDescriptor": "contracts.serde",
         "SerdeFacts": "contracts.serde",
@@ -283,6 +296,7 @@ __all__ = [
     "TICK_S",
     "WAKE_BYTES",
     "AdapterFacts",
+    "Admits",
     "AttentionKind",
     "BackendCapabilities",
     "BackendContext",
@@ -297,6 +311,7 @@ __all__ = [
     "CacheNamespace",
     "CachePolicy",
     "CachePolicyDescriptor",
+    "CachedChunks",
     "ChunkKey",
     "Config",
     "ConfigError",
@@ -327,6 +342,7 @@ __all__ = [
     "ModelFacts",
     "Mover",
     "Note",
+    "OrderedPolicy",
     "Paged",
     "PagedConnector",
     "PagedLayout",
@@ -338,12 +354,14 @@ __all__ = [
     "Planner",
     "PluginError",
     "Plugins",
+    "PolicyRequest",
     "PrefixHasher",
     "PrefixLookup",
     "Range",
     "ReferenceKernels",
     "Report",
     "Rope",
+    "SeesRequests",
     "Seldom",
     "Serde",
     "SerdeDescriptor",

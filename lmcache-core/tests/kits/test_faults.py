@@ -18,7 +18,7 @@ from lmcache_core.builtin.raw import RawSerde
 from lmcache_core.chunks.keys import CacheNamespace, ChunkKey
 from lmcache_core.chunks.layout import AttentionKind, DType, KVLayout, LayerGroup
 from lmcache_core.contracts.connector import BlockSpan, EngineConnector, HostKernels
-from lmcache_core.contracts.eviction import LRU, CachePolicy
+from lmcache_core.contracts.eviction import LRU, OrderedPolicy
 from lmcache_core.contracts.paged import CanonicalBuffer
 from lmcache_core.contracts.serde import Serde, SerdeFacts
 from lmcache_core.contracts.storage import (
@@ -128,7 +128,7 @@ class TestConnectorWithoutFaults(EngineConnectorTests):
     ("contract", "wrapper"),
     [
         (Serde, FaultySerde),
-        (CachePolicy, FaultyPolicy),
+        (OrderedPolicy, FaultyPolicy),
         (EngineConnector, FaultyConnector),
         (HostKernels, FaultyKernels),
         (StorageBackend, FaultyBackend),

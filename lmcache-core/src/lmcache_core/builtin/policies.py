@@ -12,8 +12,16 @@ from lmcache_core.contracts.hookspecs import hookimpl
 def lmcache_cache_policies() -> Sequence[CachePolicyDescriptor]:
     """LRU, LFU, FIFO and MRU."""
     return [
-        CachePolicyDescriptor(name="LRU", summary="least recently used goes first", create=LRU),
-        CachePolicyDescriptor(name="LFU", summary="least often used goes first", create=LFU),
-        CachePolicyDescriptor(name="FIFO", summary="first stored goes first", create=FIFO),
-        CachePolicyDescriptor(name="MRU", summary="most recently used goes first", create=MRU),
+        CachePolicyDescriptor(
+            name="LRU", summary="least recently used goes first", create=lambda _: LRU()
+        ),
+        CachePolicyDescriptor(
+            name="LFU", summary="least often used goes first", create=lambda _: LFU()
+        ),
+        CachePolicyDescriptor(
+            name="FIFO", summary="first stored goes first", create=lambda _: FIFO()
+        ),
+        CachePolicyDescriptor(
+            name="MRU", summary="most recently used goes first", create=lambda _: MRU()
+        ),
     ]

@@ -151,7 +151,7 @@ class Cache:
         slots = slots_in(arena_bytes, namespace)
         planner = Planner(
             slots,
-            plugins.cache_policy(core.cache_policy).create(),
+            plugins.make_cache_policy(core.cache_policy, config.cache_policy_options),
             self.counters,
             keep=core.local_cpu,
             persist=tiers is not None,
@@ -493,6 +493,7 @@ class _Search:
         self._fetches: list[FetchOp] = []
         with cache._news:
             parts.settle()
+            parts.planner.requested(lambda: keys, len(keys) * cache._chunk_tokens)
             self.lookup = PrefixLookup(
                 parts.planner,
                 lambda: keys,

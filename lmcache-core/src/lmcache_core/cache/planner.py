@@ -16,8 +16,9 @@ import logging
 import time
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from lmcache_core.aio.guard import attempt
 from lmcache_core.cache.eviction_order import EvictionOrder
@@ -45,7 +46,9 @@ logger = logging.getLogger(__name__)
 
 EVICTED: Series = ("evicted_chunks", (("tier", "host"),))
 NO_PARENT: Series = ("store_dropped", (("reason", "parent_missing"),))
+NOT_ADMITTED: Series = ("store_dropped", (("reason", "not_admitted"),))
 NO_ROOM: Series = ("store_dropped", (("reason", "memory_full"),))
+_NO_HINTS: Mapping[str, Any] = {}
 
 
 class Planner:
@@ -54,6 +57,7 @@ class Planner:
     ``index`` is an empty one with as many slots; without, one of Python's own containers is made.
     ``keep``: whether host memory is a cache; otherwise (``local_cpu: false``) it is only where
     chunks wait on their way to and from slow tiers, and a slot is free as soon as nobody uses it.
+    ``clock`` is the policy's, too.
     ``on_ready`` and ``on_failed`` (of stores and fetches) and ``on_evicted`` are told about keys,
     for KV events.
     """
@@ -81,7 +85,7 @@ class Planner:
         self._pin_timeout_s = pin_timeout_s
         self._holds = Ledger("slot", counters)
         self._use = SlotUse(slots)  # its leases are holds, operations and pins
-        self._order = EvictionOrder(policy, self.index, self._use, counters)
+        self._order = EvictionOrder(policy, self.index, self._use, counters, clock)
         self._unused = 0  # slots from here on were never used
         self._free = array("I")
         self._operations: dict[int, Operation] = {}
@@ -122,6 +126,24 @@ class Planner:
         hold.keys += keys[: len(slots)]
         hold.slots += slots
 
+    def requested(
+        self,
+        keys: Callable[[], Sequence[ChunkKey]],
+        tokens: int,
+        name: str = "",
+        hints: Mapping[str, Any] = _NO_HINTS,
+    ) -> bool:
+        """Tell a policy that wants to know of a request of ``tokens`` tokens, before its `acquire`.
+
+        ``keys`` answers those of all its chunks, and is asked where a policy wants to know. So does
+        the answer say whether it wants `finished`. ``hints`` are `PolicyRequest.hints`.
+        """
+        return self._order.requested(keys, tokens, name, hints)
+
+    def finished(self, name: str, tokens: int) -> None:
+        """A request that `requested` was told of by this name has ended, with ``tokens`` tokens."""
+        self._order.finished(name, tokens)
+
     # -- planning --------------------------------------------------------------------------
 
     def plan_store(
@@ -143,6 +165,9 @@ class Planner:
         before = NONE if parent is None else self.index.find(parent)
         if before == NONE and parent is not None and not self.persist:
             self._counters.count(NO_PARENT)
+            return None
+        if self._order.admitting is not None and not self._admitted(key, before):
+            self._counters.count(NOT_ADMITTED)
             return None
         slot = self._take_slot(before)
         if slot is None:
@@ -363,6 +388,11 @@ class Planner:
             self._counters.add("plugin_failures", kind="listener", operation="events")
             logger.warning("A listener to the planner failed, which changes nothing: %r", error)
 
+    def _admitted(self, key: ChunkKey, parent: int) -> bool:
+        """What slow tiers keep goes through host memory; where there is room nobody is asked."""
+        roomy = self.persist or self._free or self._unused < self.slots
+        return bool(roomy) or self._order.admits(key, parent)
+
     def _take_slot(self, parent: int) -> int | None:
         """An empty slot for a chunk that continues the one in ``parent``, which isn't evicted."""
         if self._free:
@@ -378,7 +408,7 @@ class Planner:
 
     def _evict(self, slot: int) -> None:
         """`_drop` a READY chunk that nobody uses and nothing continues, for who takes its slot."""
-        self._ready_no_more(slot)
+        self._ready_no_more(slot, True)
         self._use.removed(slot)
         self.index.remove(slot)
         self._counters.count(EVICTED)
@@ -411,8 +441,8 @@ class Planner:
         if not self._use.leases[slot]:
             self._free.append(slot)
 
-    def _ready_no_more(self, slot: int) -> None:
-        self._order.removed(slot)
+    def _ready_no_more(self, slot: int, evicted: bool = False) -> None:
+        self._order.removed(slot, evicted)
         if self.on_evicted is not None and (key := self.index.key(slot)) is not None:
             self._tell(self.on_evicted, key)
 

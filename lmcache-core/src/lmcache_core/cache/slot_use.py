@@ -24,6 +24,7 @@ class SlotUse:
     """Of ``slots`` slots. What others may read, and only read, are the attributes without ``_``.
 
     ``leases`` counts the users of each slot, ``children`` the chunks that continue its chunk.
+    ``parents`` has the slots of what they continue, or `NONE`.
     ``after`` has the ring: for a chunk that could be evicted, the slot of the next one, or `STAYS`,
     or `NOTHING`. ``end`` is no slot, and before the ring's first one and after its last one.
     """
@@ -34,7 +35,7 @@ class SlotUse:
         self.children = array("i", bytes(4 * slots))
         self.after = array("i", [NOTHING]) * slots + array("i", [slots])
         self._before = array("i", [NOTHING]) * slots + array("i", [slots])
-        self._parents = array("i", [NONE]) * slots
+        self.parents = array("i", [NONE]) * slots
 
     def lease(self, slots: Iterable[int]) -> None:
         """Each of ``slots`` has one more user."""
@@ -70,7 +71,7 @@ class SlotUse:
     def filled(self, slot: int, parent: int) -> None:
         """``slot`` has a first user, who fills it with what continues ``parent``, or is `NONE`."""
         self.leases[slot] = 1
-        self._parents[slot] = parent
+        self.parents[slot] = parent
         if parent == NONE:
             return
         self.children[parent] += 1
@@ -91,7 +92,7 @@ class SlotUse:
         What it continued may be one that could go, now. It takes this one's place in the ring, or
         the first: it was used hardly later.
         """
-        after, before, parents, children = self.after, self._before, self._parents, self.children
+        after, before, parents, children = self.after, self._before, self.parents, self.children
         following, leading = after[slot], before[slot]
         after[slot] = NOTHING
         if following >= 0:
@@ -113,7 +114,7 @@ class SlotUse:
 
     def part(self) -> None:
         """Nothing continues anything any more: every cached chunk is about to be removed."""
-        self._parents = array("i", [NONE]) * self.end
+        self.parents = array("i", [NONE]) * self.end
         self.children = array("i", bytes(4 * self.end))
 
     def idle_longest(self, spared: int) -> int:

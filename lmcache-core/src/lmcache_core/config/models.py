@@ -22,6 +22,9 @@ from pydantic import (
 
 from lmcache_core.redaction import HIDDEN, without_password
 
+POLICY_OPTIONS = "cache_policy_options"
+"""The mapping of a policy's own options, beside `CoreConfig`'s."""
+
 
 class CoreConfig(BaseModel):
     """Options that core itself reads. Plugins own everything under ``backends``."""
@@ -181,6 +184,8 @@ class Config:
     """What the user should know: keys without effect, renamed keys. To be logged once."""
     serdes: Mapping[str, BaseModel] = field(default_factory=dict)
     """Options of the serdes that backends use, by the serde's proper name."""
+    cache_policy_options: BaseModel | None = None
+    """Options of what `CoreConfig.cache_policy` names; ``None``: its defaults."""
     origins: Mapping[str, str] = field(default_factory=dict)
     """Dotted option → where it was set, for every option in `rows`."""
 
@@ -192,15 +197,22 @@ class Config:
 
     def rows(self) -> Iterator[tuple[str, Any, str]]:
         """Every effective option as (dotted name, plain value with secrets hidden, origin)."""
-        for path, value in options_of(self.core, self.backends, self.serdes):
+        for path, value in options_of(
+            self.core, self.backends, self.serdes, self.cache_policy_options
+        ):
             name = ".".join(path)
             yield name, hidden(value), self.origins.get(name, "default")
 
 
 def options_of(
-    core: CoreConfig, backends: tuple[BackendSection, ...], serdes: Mapping[str, BaseModel]
+    core: CoreConfig,
+    backends: tuple[BackendSection, ...],
+    serdes: Mapping[str, BaseModel],
+    policy: BaseModel | None,
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
     yield from _fields(core, ())
+    if policy is not None:
+        yield from _fields(policy, (POLICY_OPTIONS,))
     for name, options in serdes.items():
         yield from _fields(options, ("serdes", name))
     for section in backends:

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from lmcache_core.config.layers import Merged
 from lmcache_core.config.models import (
+    POLICY_OPTIONS,
     BackendSection,
     Config,
     CoreConfig,
@@ -53,9 +54,13 @@ class _Validation:
     def run(self, notices: list[str]) -> Config:
         values = dict(self.merged.values)
         sections, serdes = values.pop("backends", None), values.pop("serdes", None)
+        tuning = values.pop(POLICY_OPTIONS, None)
         others = (name for dialect in self.plugins.dialects() for name in dialect.names)
-        core = self._check(CoreConfig, values, (), (*CoreConfig.model_fields, *others))
+        core = self._check(
+            CoreConfig, values, (), (*CoreConfig.model_fields, POLICY_OPTIONS, *others)
+        )
         policy = self._named(values)
+        chosen = self._policy_options(policy, tuning)
         backends = self._backends(sections)
         default = values.get("serde", CoreConfig.model_fields["serde"].default)
         options = self._serdes(serdes, self._used_serdes(backends, default), notices)
@@ -70,12 +75,13 @@ class _Validation:
             count = f"{len(found)} problem" + "s" * (len(found) != 1)
             text = "\n  ".join(found)
             raise ConfigError(f"{count} in the LMCache configuration:\n  {text}") from self.cause
-        rows = options_of(core, backends, options)
+        rows = options_of(core, backends, options, chosen)
         origins = {".".join(path): self.merged.origin(path) for path, _ in rows}
         self._defaults("serdes", origins)
+        self._defaults(POLICY_OPTIONS, origins)
         for section in backends:
             self._inherited(section, origins)
-        return Config(core, backends, tuple(notices), options, origins)
+        return Config(core, backends, tuple(notices), options, chosen, origins)
 
     def _named(self, values: Mapping[str, Any]) -> str | None:
         """Check that what ``values`` name is installed; the answer is the policy's proper name.
@@ -103,6 +109,18 @@ class _Validation:
             self.cause = self.cause or error
             self.problems.append(describe(path, name, self.merged.origin(path), str(error)))
             return None
+
+    def _policy_options(self, policy: str | None, raw: Any) -> BaseModel | None:
+        """The options of ``policy``, a proper name; ``None`` where that is wrong, or they are."""
+        here = (POLICY_OPTIONS,)
+        if raw is not None and not isinstance(raw, dict):
+            text = "must be a mapping of the policy's own options, such as {small_share: 0.1}"
+            self.problems.append(describe(here, raw, self.merged.origin(here), text))
+            return None
+        if policy is None:
+            return None
+        model = self.plugins.cache_policy(policy).config
+        return self._check(model, raw or {}, here, tuple(model.model_fields))
 
     def _serde(self, path: tuple[str, ...], chain: str) -> None:
         for name in chain.split("+"):

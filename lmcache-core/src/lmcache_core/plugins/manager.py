@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
+from pydantic import BaseModel
 
 from lmcache_core.chunks.chunk_index import ChunkIndex, DictIndex
 from lmcache_core.contracts import hookspecs
 from lmcache_core.contracts.connector import EngineConnectorDescriptor, HostKernels, Kernels
+from lmcache_core.contracts.eviction import CachePolicy, CachePolicyDescriptor
 from lmcache_core.contracts.serde import SerdeDescriptor
 from lmcache_core.contracts.storage import HostRegion, StorageBackendDescriptor
 from lmcache_core.contracts.transfer import TransferChannelDescriptor
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser, _SubParsersAction
 
     from lmcache_core.config.dialect import Dialect
-    from lmcache_core.contracts.eviction import CachePolicyDescriptor
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +121,10 @@ class Plugins:
         self._channels: Registry[TransferChannelDescriptor] = Registry(
             "transfer channel", "lmcache_transfer_channels", TransferChannelDescriptor
         )
-        # The descriptor's class lives below this layer; a name and a summary are all we read.
         self._policies: Registry[CachePolicyDescriptor] = Registry(
             "cache policy",
             "lmcache_cache_policies",
-            Descriptor,  # type: ignore[arg-type]
+            CachePolicyDescriptor,
             fold=True,
             yields=CORE,
         )
@@ -300,6 +300,22 @@ class Plugins:
         """The eviction policy called ``name``, in whatever case."""
         found = self._policies.find(name)
         return self._missing(self._policies, name, None) if found is None else found
+
+    def make_cache_policy(self, name: str, options: BaseModel | None = None) -> CachePolicy:
+        """A new policy called ``name``, with ``options`` that its model has checked, or without.
+
+        Raises:
+            ConfigError, PluginLoadError: it can't be made.
+        """
+        from lmcache_core.plugins.creation import created
+
+        descriptor = self.cache_policy(name)
+        return created(
+            lambda: descriptor.create(descriptor.config() if options is None else options),
+            CachePolicy,  # type: ignore[type-abstract]
+            f"cache policy {descriptor.name!r}",
+            descriptor.create,
+        )
 
     def transfer_channel(self, name: str) -> TransferChannelDescriptor:
         """The transfer channel called ``name``."""

@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 from pydantic import BaseModel
 
 from lmcache_core.contracts.connector import EngineConnectorDescriptor
+from lmcache_core.contracts.eviction import CachePolicyDescriptor
 from lmcache_core.contracts.serde import SerdeDescriptor
 from lmcache_core.contracts.storage import StorageBackendDescriptor
 from lmcache_core.contracts.transfer import TransferChannelDescriptor
@@ -42,6 +43,7 @@ _CONFIGURED = (
     SerdeDescriptor,
     EngineConnectorDescriptor,
     TransferChannelDescriptor,
+    CachePolicyDescriptor,
 )
 _D = TypeVar("_D", bound=Descriptor)
 _D_co = TypeVar("_D_co", bound=Descriptor, covariant=True)

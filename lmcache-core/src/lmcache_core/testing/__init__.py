@@ -6,6 +6,8 @@
 * `transfer.TransferChannelTests`
 * `policy.CachePolicyTests`
 
+`simulated_memory` drives a policy without a planner, for its tests and for traces.
+
 And what the kits can't ask, because it is about who calls a plugin: `faults` and `faulty`, plugins
 that fail when they are told to.
 

@@ -24,7 +24,7 @@ from lmcache_core.contracts.connector import (
     PagedLayout,
     Paging,
 )
-from lmcache_core.contracts.eviction import CachePolicy
+from lmcache_core.contracts.eviction import CachedChunks, OrderedPolicy
 from lmcache_core.contracts.serde import Serde, SerdeFacts
 from lmcache_core.contracts.storage import (
     BackendCapabilities,
@@ -98,15 +98,18 @@ class FaultySerde(Serde):
         return self if real is self.real else FaultySerde(real, self.faults)
 
 
-class FaultyPolicy(CachePolicy):
-    """``real``, whose calls fail by ``faults``.
+class FaultyPolicy(OrderedPolicy):
+    """``real``, whose calls fail by ``faults``; but for `open`, which fails a start.
 
     ``victims`` is the call that answers an iterator, ``victim`` each step of that.
     """
 
-    def __init__(self, real: CachePolicy, faults: Faults) -> None:
+    def __init__(self, real: OrderedPolicy, faults: Faults) -> None:
         self.real = real
         self.faults = faults
+
+    def open(self, chunks: CachedChunks) -> None:
+        self.real.open(chunks)
 
     def added(self, slot: int) -> None:
         self.faults.begin("added").before()
@@ -116,9 +119,12 @@ class FaultyPolicy(CachePolicy):
         self.faults.begin("touched").before()
         self.real.touched(slots)
 
-    def removed(self, slot: int) -> None:
+    def removed(self, slot: int, evicted: bool = False) -> None:
         self.faults.begin("removed").before()
-        self.real.removed(slot)
+        self.real.removed(slot, evicted)
+
+    def victim(self, spared: int | None) -> int | None:
+        return self.real.victim(spared)
 
     def victims(self) -> Iterator[int]:
         call = self.faults.begin("victims")
