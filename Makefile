@@ -43,7 +43,7 @@ format: $(READY) ## let ruff rewrite what it can
 types: $(READY) ## mypy --strict on what is published
 	$(BIN)/mypy --strict lmcache-core/src/lmcache_core lmcache-connector-vllm/src kernels/src \
 	  lmcache-backend-lm/src lmcache-backend-redis/src lmcache-backend-mooncake/src \
-	  lmcache-backend-nixl/src lmcache-backend-infinistore/src
+	  lmcache-backend-nixl/src lmcache-backend-infinistore/src lmcache-policy-s3fifo/src
 
 unit: $(READY) ## the tests that need no engine
 	@mkdir -p $(RESULTS)

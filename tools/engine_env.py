@@ -44,6 +44,7 @@ PACKAGES = (
     "lmcache-backend-mooncake[client]",
     "lmcache-backend-nixl",
     "lmcache-backend-infinistore[client]",
+    "lmcache-policy-s3fifo",
 )
 KERNELS = REPOSITORY / "kernels"
 OVERLAY = REPOSITORY / "build" / "engine"

@@ -1,0 +1,1 @@
+"""S3-FIFO, an eviction policy. `plugin` is what lmcache-core finds."""
