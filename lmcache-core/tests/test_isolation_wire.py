@@ -235,7 +235,7 @@ def test_a_context_names_the_same_chunks_on_the_other_side() -> None:
         mla(layers=1, latent_size=9, dtype=DType.F16),
     )
     namespace = CacheNamespace("m", KVLayout(16, groups).for_rank(0, 2), salt="s")
-    context = BackendContext("name", namespace, None, 123, lookup_only=True)
+    context = BackendContext("name", namespace, None, 123, lookup_only=True, deadline_s=1.5)
     plain = json.loads(json.dumps(context_to_plain(context)))
     again = context_from_plain(plain, None)
     assert again == context

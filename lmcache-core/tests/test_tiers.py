@@ -188,7 +188,9 @@ def test_tiers_come_in_order_and_know_their_context(open_tiers: OpenTiers) -> No
     ]
     assert isinstance(tiers.tiers[0].serde, RawSerde)
     context = tiers.tiers[1].backend.context
-    assert context == BackendContext("slow", PLACED, None, LONGEST, lookup_only=True)
+    assert context == BackendContext(
+        "slow", PLACED, None, LONGEST, lookup_only=True, deadline_s=7.0
+    )
 
 
 def test_a_further_layer_group_moves_nothing(open_tiers: OpenTiers) -> None:

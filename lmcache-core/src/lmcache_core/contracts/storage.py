@@ -77,6 +77,9 @@ class BackendContext:
     lookup_only: bool = False
     """Only ``contains`` and `SupportsPrefixLookup` will be called: a scheduler process asks what
     its workers stored. Sweep, reserve and evict nothing."""
+    deadline_s: float | None = None
+    """Seconds after which nobody waits for a call any more, unless told otherwise; core keeps it.
+    For clients that have a time limit of their own. ``None``: not known."""
 
 
 class StorageBackend(ABC):
@@ -174,6 +177,32 @@ class ReportsUsage(Protocol):
         """Chunks and bytes held at present."""
 
 
+async def _delete(self: Any, keys: Sequence[ChunkKey]) -> int:
+    """See `SupportsDelete.delete`."""
+    count: int = await self._run(self.delete_blocking, keys)
+    return count
+
+
+async def _count_leading_hits(self: Any, keys: Sequence[ChunkKey]) -> int:
+    """See `SupportsPrefixLookup.count_leading_hits`."""
+    count: int = await self._run(self.count_leading_hits_blocking, keys)
+    return count
+
+
+async def _clear(self: Any) -> int:
+    """See `SupportsClear.clear`."""
+    count: int = await self._run(self.clear_blocking)
+    return count
+
+
+_ON_A_THREAD: dict[str, Callable[..., Any]] = {
+    "delete": _delete,
+    "count_leading_hits": _count_leading_hits,
+    "clear": _clear,
+}
+"""The optional methods of a `BlockingBackend` that has their blocking namesakes."""
+
+
 class BlockingBackend(StorageBackend):
     """Base for clients that block.
 
@@ -181,9 +210,19 @@ class BlockingBackend(StorageBackend):
     takes one thread of this backend's own pool of ``capabilities.max_concurrency`` threads, so they
     must be thread-safe, and so must `ReportsUsage.usage`, where there is one. What a subclass owes
     is as in `StorageBackend`, without the ``async``.
+
+    ``delete_blocking``, ``count_leading_hits_blocking`` and ``clear_blocking`` are optional: a
+    subclass that has one is a `SupportsDelete`, `SupportsPrefixLookup` or `SupportsClear`.
     """
 
     _pool: DaemonPool | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name, call in _ON_A_THREAD.items():
+            blocking = getattr(cls, f"{name}_blocking", None)
+            if blocking is not None and getattr(cls, name, None) is None:
+                setattr(cls, name, call)
 
     async def open(self, context: BackendContext) -> None:
         self._pool = DaemonPool(self.capabilities.max_concurrency, f"lmcache-{context.name}")

@@ -235,6 +235,7 @@ def context_to_plain(context: BackendContext) -> dict[str, Any]:
         "namespace": asdict(context.namespace),
         "max_value_bytes": context.max_value_bytes,
         "lookup_only": context.lookup_only,
+        "deadline_s": context.deadline_s,
     }
 
 
@@ -246,4 +247,5 @@ def context_from_plain(plain: dict[str, Any], region: HostRegion | None) -> Back
         region,
         plain["max_value_bytes"],
         lookup_only=plain["lookup_only"],
+        deadline_s=plain["deadline_s"],
     )

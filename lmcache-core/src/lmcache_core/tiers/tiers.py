@@ -296,7 +296,14 @@ def prepare(
         max_bytes=max_bytes,
     )
     longest = _longest_value(serde, namespace.layout)
-    context = BackendContext(section.name, placed, region, longest, lookup_only=lookup_only)
+    context = BackendContext(
+        section.name,
+        placed,
+        region,
+        longest,
+        lookup_only=lookup_only,
+        deadline_s=deadline_s,
+    )
     return Prepared(tier, make, context)
 
 
