@@ -214,6 +214,21 @@ def test_a_broken_plugin_that_nobody_needs_is_a_warning(
     assert "ok    report: 2 devices" in out.splitlines()
 
 
+def test_a_plugin_that_reports_a_failure_fails_the_doctor(
+    distribution: MakeDistribution, lmcache: Run
+) -> None:
+    code = """
+from lmcache_core import ReportLine
+@hookimpl
+def lmcache_report(): return [ReportLine("FAIL", "no device"), ReportLine("warn", "old driver")]
+"""
+    distribution("lmcache-report", code)
+    status, out, _ = lmcache("doctor", "--set", "max_local_cpu_size=0.01")
+    assert status == 1
+    assert "FAIL  report: no device" in out.splitlines()
+    assert "warn  report: old driver" in out.splitlines()
+
+
 def test_more_memory_than_there_is_is_a_failure(lmcache: Run) -> None:
     status, out, _ = lmcache("doctor", "--set", "max_local_cpu_size=9999999")
     assert status == 1

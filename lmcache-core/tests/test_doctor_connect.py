@@ -201,7 +201,7 @@ def test_times_are_what_the_clock_says() -> None:
     layout = KVLayout(16, (full_attention(layers=1, heads=1, head_size=8, dtype=DType.F16),))
     clock = lambda: next(ticks) * 0.25  # noqa: E731
     (finding,) = connect.findings(layout, config, Plugins(environ={}), clock=clock)
-    assert finding.verdict == "ok"
+    assert finding.severity == "ok"
     assert finding.text.count("in 250.0 ms") == 4
 
 

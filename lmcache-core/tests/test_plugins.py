@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lmcache_core.config import load_config
 from lmcache_core.contracts.hookspecs import PLUGIN_API, hookimpl
+from lmcache_core.contracts.report import ReportLine
 from lmcache_core.contracts.storage import HostRegion, StorageBackendDescriptor
 from lmcache_core.contracts.transfer import TransferChannelDescriptor, TransferContext
 from lmcache_core.errors import ConfigError, PluginError, PluginLoadError, UnknownPluginError
@@ -629,9 +630,21 @@ def test_reports_name_their_plugin_and_survive_one_that_raises(
     distribution("lmcache-a", "@hookimpl\ndef lmcache_report(): return ['two devices']")
     distribution("lmcache-b", "@hookimpl\ndef lmcache_report(): raise OSError('x')")
     distribution("lmcache-c", "@hookimpl\ndef lmcache_report(): return 'a line'")
+    code = """
+from lmcache_core import ReportLine
+@hookimpl
+def lmcache_report(): return [ReportLine("warn", "old"), ReportLine("bad", "odd"), 7]
+"""
+    distribution("lmcache-d", code)
     report = load().report()
-    assert "a: two devices" in report
-    assert "c: a line" in report
+    for severity, text in (
+        ("ok", "a: two devices"),
+        ("ok", "c: a line"),
+        ("warn", "d: old"),
+        ("warn", "d: odd"),
+        ("ok", "d: 7"),
+    ):
+        assert ReportLine(severity, text) in report
 
 
 def test_a_url_that_the_backend_refuses_is_a_plugin_error(distribution: MakeDistribution) -> None:

@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     )
     from lmcache_core.contracts.hookspecs import hookimpl
     from lmcache_core.contracts.paged import Paged, PagedConnector
+    from lmcache_core.contracts.report import ReportLine
     from lmcache_core.contracts.serde import Rope, Serde, SerdeDescriptor, SerdeFacts
     from lmcache_core.contracts.storage import (
         MISS,
@@ -161,6 +162,7 @@ _ROLES = {
         "GAUGES": "metrics",
         "METRICS": "metrics",
         "METRIC_PREFIX": "metrics",
+        "ReportLine": "contracts.report",
         "Seldom": "logging",
         "hookimpl": "contracts.hookspecs",
         "init_logger": "logging",
@@ -360,6 +362,7 @@ __all__ = [
     "Range",
     "ReferenceKernels",
     "Report",
+    "ReportLine",
     "Rope",
     "SeesRequests",
     "Seldom",

@@ -22,8 +22,8 @@ from lmcache_core.chunks.checksums import checksums
 from lmcache_core.chunks.frame import HEADER_BYTES
 from lmcache_core.chunks.keys import DIGEST_BYTES, CacheNamespace, ChunkKey, chunk_key
 from lmcache_core.chunks.layout import KVLayout
-from lmcache_core.cli.finding import Finding
 from lmcache_core.config import BackendSection, Config
+from lmcache_core.contracts.report import ReportLine
 from lmcache_core.contracts.serde import SerdeFacts
 from lmcache_core.contracts.storage import (
     MISS,
@@ -68,10 +68,10 @@ def findings(
     plugins: Plugins,
     *,
     clock: Callable[[], float] = time.perf_counter,
-) -> Iterator[Finding]:
+) -> Iterator[ReportLine]:
     """What came of trying each tier with a chunk of ``layout``."""
     if not config.backends:
-        yield Finding("warn", "--connect: no backend is configured, so there is none to try")
+        yield ReportLine("warn", "--connect: no backend is configured, so there is none to try")
         return
     loop = IOLoop("doctor")
     try:
@@ -104,18 +104,18 @@ class _Try:
         self._space = ""
         self._hangs = False
 
-    def finding(self) -> Finding:
+    def finding(self) -> ReportLine:
         """Open the backend, use it, and close it."""
         where = f"backends.{self._section.name} ({self._section.type})"
         try:
             region = self._region()
             warning = self._loop.run(self._all(region), OPEN_S + CLOSE_S + 5 * self._deadline_s)
         except (Failed, LMCacheError) as error:
-            return Finding("FAIL", f"{where}: {without_passwords_in(str(error))}")
+            return ReportLine("FAIL", f"{where}: {without_passwords_in(str(error))}")
         except TimeoutError:
-            return Finding("FAIL", f"{where}: it blocks the event loop; its plugin must not")
+            return ReportLine("FAIL", f"{where}: it blocks the event loop; its plugin must not")
         text = f"{where}: namespace {self._space}, {', '.join(self._times)}"
-        return Finding("warn", f"{text}; {warning}") if warning else Finding("ok", text)
+        return ReportLine("warn", f"{text}; {warning}") if warning else ReportLine("ok", text)
 
     def _region(self) -> HostRegion:
         """Host memory as a cache has it, for a chunk to store and one to load."""

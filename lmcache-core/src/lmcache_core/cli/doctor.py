@@ -19,9 +19,9 @@ from lmcache_core.builtin.filesystem_ledger import contents
 from lmcache_core.cli.chunk_shape import add_options as add_shape
 from lmcache_core.cli.chunk_shape import first_given, layout_of
 from lmcache_core.cli.config import add_options, load
-from lmcache_core.cli.finding import Finding
 from lmcache_core.config import BackendSection, Config
 from lmcache_core.config.models import hidden
+from lmcache_core.contracts.report import ReportLine
 from lmcache_core.errors import ConfigError, LayoutError
 from lmcache_core.plugins.discovery import core_version
 from lmcache_core.plugins.manager import Plugins
@@ -73,22 +73,22 @@ def run(args: argparse.Namespace, plugins: Plugins) -> int:
         raise ConfigError(f"{option} has no effect without --connect; add that")
     failed = False
     for finding in findings(args, plugins):
-        failed |= finding.verdict == "FAIL"
-        print(f"{finding.verdict:<4}  {finding.text}", flush=True)
+        failed |= finding.severity == "FAIL"
+        print(f"{finding.severity:<4}  {finding.text}", flush=True)
     return int(failed)
 
 
-def findings(args: argparse.Namespace, plugins: Plugins) -> Iterator[Finding]:
+def findings(args: argparse.Namespace, plugins: Plugins) -> Iterator[ReportLine]:
     """Everything that is checked, from the installation up to the configured folders."""
     yield from _installation()
     yield from _plugins(plugins)
     try:
         config = load(args, plugins)
     except ConfigError as error:
-        yield Finding("FAIL", f"configuration: {error}")
+        yield ReportLine("FAIL", f"configuration: {error}")
     else:
-        yield Finding("ok", f"configuration: {len(config.backends)} backends behind host memory")
-        yield from (Finding("warn", f"configuration: {notice}") for notice in config.notices)
+        yield ReportLine("ok", f"configuration: {len(config.backends)} backends behind host memory")
+        yield from (ReportLine("warn", f"configuration: {notice}") for notice in config.notices)
         yield _memory(config, memory_bytes())
         if config.core.local_cpu_use_hugepages:
             yield _huge_pages(config)
@@ -97,34 +97,34 @@ def findings(args: argparse.Namespace, plugins: Plugins) -> Iterator[Finding]:
                 yield from _disk(section)
         if args.connect:
             yield from _connect(args, config, plugins)
-    yield from (Finding("ok", line) for line in plugins.report())
+    yield from plugins.report()
 
 
-def _connect(args: argparse.Namespace, config: Config, plugins: Plugins) -> Iterator[Finding]:
+def _connect(args: argparse.Namespace, config: Config, plugins: Plugins) -> Iterator[ReportLine]:
     from lmcache_core.cli.connect import findings as tried
 
     try:
         layout = layout_of(args, config.core.chunk_size)
     except LayoutError as error:
-        yield Finding("FAIL", f"--connect: {error}; correct --layers, --heads or --head-size")
+        yield ReportLine("FAIL", f"--connect: {error}; correct --layers, --heads or --head-size")
     else:
         yield from tried(layout, config, plugins)
 
 
-def _installation() -> Iterator[Finding]:
-    yield Finding("ok", f"python {platform.python_version()} at {sys.executable}")
-    yield Finding("ok", f"lmcache-core {core_version() or '(not installed)'}")
+def _installation() -> Iterator[ReportLine]:
+    yield ReportLine("ok", f"python {platform.python_version()} at {sys.executable}")
+    yield ReportLine("ok", f"lmcache-core {core_version() or '(not installed)'}")
     # Not imported: that takes seconds, and core doesn't need it.
     if find_spec("torch") is None:
-        yield Finding("warn", "torch isn't installed; engine connectors need it, core doesn't")
+        yield ReportLine("warn", "torch isn't installed; engine connectors need it, core doesn't")
     else:
-        yield Finding("ok", f"torch {_version('torch')}")
+        yield ReportLine("ok", f"torch {_version('torch')}")
     try:
         refuse_upstream()
     except ConfigError as error:
-        yield Finding("FAIL", str(error))
+        yield ReportLine("FAIL", str(error))
     else:
-        yield Finding("ok", "upstream's lmcache isn't in the way")
+        yield ReportLine("ok", "upstream's lmcache isn't in the way")
 
 
 def _version(distribution: str) -> str:
@@ -134,25 +134,25 @@ def _version(distribution: str) -> str:
         return "of unknown version"
 
 
-def _plugins(plugins: Plugins) -> Iterator[Finding]:
+def _plugins(plugins: Plugins) -> Iterator[ReportLine]:
     for record in plugins.records:
         text = f"plugin {record.name} of {record.distribution} {record.version}: {record.status}"
         usable = record.status in ("ok", "disabled") and not record.detail.startswith("lmcache_")
-        yield Finding(
+        yield ReportLine(
             "ok" if usable else "warn", text + (f", {record.detail}" if record.detail else "")
         )
-    yield from (Finding("warn", line) for line in plugins.conflicts())
+    yield from (ReportLine("warn", line) for line in plugins.conflicts())
 
 
-def _memory(config: Config, available: int | None) -> Finding:
+def _memory(config: Config, available: int | None) -> ReportLine:
     wanted = config.core.max_local_cpu_size * GIB
     text = f"memory: max_local_cpu_size is {config.core.max_local_cpu_size:g} GiB for each rank"
     if available is None:
-        return Finding("warn", f"{text}; how much this process may have can't be found out")
+        return ReportLine("warn", f"{text}; how much this process may have can't be found out")
     text += f" of {available / GIB:.1f} GiB that this machine or container has"
     if wanted > available:
-        return Finding("FAIL", f"{text}: lower max_local_cpu_size")
-    return Finding("warn" if wanted > 0.8 * available else "ok", text)
+        return ReportLine("FAIL", f"{text}: lower max_local_cpu_size")
+    return ReportLine("warn" if wanted > 0.8 * available else "ok", text)
 
 
 def memory_bytes(cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None:
@@ -169,24 +169,24 @@ def memory_bytes(cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None
     return min(sizes, default=None)
 
 
-def _huge_pages(config: Config) -> Finding:
+def _huge_pages(config: Config) -> ReportLine:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
-        return Finding("warn", "huge pages: this system doesn't say how many it has")
+        return ReportLine("warn", "huge pages: this system doesn't say how many it has")
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     free = int(fields.get("HugePages_Free", "0"))
     size = int(fields.get("Hugepagesize", "0 kB").split()[0]) * 1024
     needed = config.core.max_local_cpu_size * GIB
     text = f"huge pages: {free * size / GIB:.1f} GiB free"
     if free * size >= needed:
-        return Finding("ok", text)
-    return Finding(
+        return ReportLine("ok", text)
+    return ReportLine(
         "warn", f"{text}, {needed / GIB:g} GiB wanted; reserve them: sysctl vm.nr_hugepages"
     )
 
 
-def _disk(section: BackendSection) -> Iterator[Finding]:
+def _disk(section: BackendSection) -> Iterator[ReportLine]:
     options = hidden(section.options)
     folder = Path(str(options["path"]))
     here = f"backends.{section.name}: {folder}"
@@ -197,11 +197,11 @@ def _disk(section: BackendSection) -> Iterator[Finding]:
             pass
         free = shutil.disk_usage(existing).free
     except OSError as error:
-        yield Finding("FAIL", f"{here} can't be written to ({existing}: {error.strerror})")
+        yield ReportLine("FAIL", f"{here} can't be written to ({existing}: {error.strerror})")
         return
     made = "" if existing == folder else ", will be created"
-    yield Finding("ok", f"{here} can be written to{made}; {free / GIB:.1f} GiB free")
+    yield ReportLine("ok", f"{here} can be written to{made}; {free / GIB:.1f} GiB free")
     bound = options.get("max_size_gib")
     if isinstance(bound, (int, float)) and bound * GIB > free:
-        yield Finding("warn", f"{here}: max_size_gib is {bound:g}, more than is free now")
-    yield from (Finding("ok", f"{here}: {line}") for line in contents(folder.expanduser()))
+        yield ReportLine("warn", f"{here}: max_size_gib is {bound:g}, more than is free now")
+    yield from (ReportLine("ok", f"{here}: {line}") for line in contents(folder.expanduser()))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lmcache_core.config.dialect import Dialect
     from lmcache_core.contracts.connector import EngineConnectorDescriptor, Kernels
     from lmcache_core.contracts.eviction import CachePolicyDescriptor
+    from lmcache_core.contracts.report import ReportLine
     from lmcache_core.contracts.serde import SerdeDescriptor
     from lmcache_core.contracts.storage import HostRegion, StorageBackendDescriptor
     from lmcache_core.contracts.transfer import TransferChannelDescriptor
@@ -114,5 +115,5 @@ def lmcache_cli(subcommands: _SubParsersAction[ArgumentParser]) -> None:
 
 
 @hookspec
-def lmcache_report() -> Sequence[str]:  # type: ignore[empty-body]
-    """Lines for ``lmcache doctor``: versions, devices, what is missing."""
+def lmcache_report() -> Sequence[str | ReportLine]:  # type: ignore[empty-body]
+    """Lines for ``lmcache doctor``: versions, devices, what is missing. A text is ``ok``."""

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pluggy
 from pydantic import BaseModel
@@ -21,6 +21,7 @@ from lmcache_core.chunks.chunk_index import ChunkIndex, DictIndex
 from lmcache_core.contracts import hookspecs
 from lmcache_core.contracts.connector import EngineConnectorDescriptor, HostKernels, Kernels
 from lmcache_core.contracts.eviction import CachePolicy, CachePolicyDescriptor
+from lmcache_core.contracts.report import ReportLine, Severity
 from lmcache_core.contracts.serde import SerdeDescriptor
 from lmcache_core.contracts.storage import HostRegion, StorageBackendDescriptor
 from lmcache_core.contracts.transfer import TransferChannelDescriptor
@@ -467,13 +468,15 @@ class Plugins:
             f"no installed plugin allocated {nbytes} bytes of host memory for {device!r}"
         )
 
-    def report(self) -> list[str]:
+    def report(self) -> list[ReportLine]:
         """What each plugin has to say in ``lmcache doctor``."""
-        return [
-            f"{plugin.partition(':')[2]}: {line}"
-            for plugin, lines in self._answers("lmcache_report")
-            for line in (lines if isinstance(lines, (list, tuple)) else [lines])
-        ]
+        found: list[ReportLine] = []
+        for plugin, lines in self._answers("lmcache_report"):
+            for line in lines if isinstance(lines, (list, tuple)) else [lines]:
+                said = line if isinstance(line, ReportLine) else ReportLine("ok", str(line))
+                severity = said.severity if said.severity in get_args(Severity) else "warn"
+                found.append(ReportLine(severity, f"{plugin.partition(':')[2]}: {said.text}"))
+        return found
 
     def add_subcommands(self, subcommands: _SubParsersAction[ArgumentParser]) -> None:
         """Let every plugin extend the ``lmcache`` command."""
