@@ -19,6 +19,7 @@ from lmcache_core.cli import doctor, main
 from lmcache_core.contracts.storage import BackendContext
 from lmcache_core.errors import ConfigError
 from lmcache_core.plugins import upstream
+from lmcache_core.templates import KINDS
 
 MakeDistribution = Callable[..., str]
 
@@ -307,3 +308,36 @@ def test_what_a_half_removed_upstream_leaves_is_refused(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match="hides the files"):
         upstream.refuse_upstream()
+
+
+# -- new-plugin ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_plugin_is_written_and_what_comes_next_is_said(
+    kind: str, lmcache: Run, tmp_path: Path
+) -> None:
+    status, out, _ = lmcache("new-plugin", kind, "acme", "--to", str(tmp_path))
+    assert status == 0
+    package = tmp_path / f"lmcache-{kind}-acme"
+    assert f"pytest {package}" in out
+    assert (package / "src" / f"lmcache_{kind}_acme" / "plugin.py").is_file()
+    assert (package / "tests" / "test_acme.py").is_file()
+    for path in package.rglob("*.py"):
+        compile(path.read_text(), str(path), "exec")
+
+
+@pytest.mark.parametrize("name", ["Acme", "a-b", "../up", "", "1st"])
+def test_a_name_that_is_none_writes_nothing(name: str, lmcache: Run, tmp_path: Path) -> None:
+    status, _, err = lmcache("new-plugin", "backend", name, "--to", str(tmp_path))
+    assert status == 1
+    assert "take one lower-case word" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_there_is_left_alone(lmcache: Run, tmp_path: Path) -> None:
+    (tmp_path / "lmcache-serde-acme").mkdir()
+    status, _, err = lmcache("new-plugin", "serde", "acme", "--to", str(tmp_path))
+    assert status == 1
+    assert "lmcache-serde-acme" in err
+    assert list((tmp_path / "lmcache-serde-acme").iterdir()) == []

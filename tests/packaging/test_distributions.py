@@ -26,6 +26,14 @@ FOLDERS = {
     for path in sorted(ROOT.glob("*/pyproject.toml"))
 }
 """By the name of the distribution."""
+KINDS = {
+    "backend": "storage backend acme",
+    "serde": "serde acme",
+    "policy": "cache policy acme",
+    "connector": "engine connector acme",
+    "cli": "",
+}
+"""What `lmcache new-plugin` starts, and what `lmcache plugins` says that it provides."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,7 @@ def test_import_packages_are_named_after_their_distribution(built: dict[str, Bui
 def test_no_tests_and_no_rubbish_are_published(built: dict[str, Built]) -> None:
     for one in built.values():
         strange = [n for n in one.files() if not n.endswith((".py", ".pyi", "py.typed", ".so"))]
+        strange = [n for n in strange if not n.startswith("lmcache_core/templates/")]
         assert strange == [], one.name
         assert not [name for name in one.files() if "/tests/" in name]
 
@@ -248,23 +257,46 @@ except Exception as error:
     assert "pip install --no-deps nixl nixl-cu12" in run(python, "-c", code)
 
 
-def test_a_package_made_from_the_template_passes_its_kit(tmp_path: Path, python: Path) -> None:
+@pytest.fixture(scope="session")
+def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A new package of each kind, by kind."""
+    into = tmp_path_factory.mktemp("started")
     tool = ROOT / "tools" / "new_package.py"
-    run(sys.executable, tool, "acme", "--to", tmp_path)
-    package = tmp_path / "lmcache-backend-acme"
-    left = [p for p in package.rglob("*") if "newthing" in str(p).lower()]
-    left += [p for p in package.rglob("*.*") if "newthing" in p.read_text().lower()]
-    assert left == []
-    wheels = tmp_path / "dist"
-    acme = build("lmcache-backend-acme", package, wheels)
+    for kind in KINDS:
+        run(sys.executable, tool, "acme", "--kind", kind, "--to", into)
+    return {kind: into / f"lmcache-{kind}-acme" for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_package_passes_its_kit(
+    kind: str, started: dict[str, Path], tmp_path: Path, python: Path
+) -> None:
+    package, wheels = started[kind], tmp_path / "dist"
+    left = [p for p in package.rglob("*.*") if "$" in p.read_text().replace("\n$ ", "")]
+    assert left == [], "something wasn't filled in"
+    acme = build(f"lmcache-{kind}-acme", package, wheels)
     core = build("lmcache-core", FOLDERS["lmcache-core"], wheels)
     install(python, acme.wheel, core.wheel)
     plugins = run(python.parent / "lmcache", "plugins")
-    assert re.search(r"acme +lmcache-backend-acme +\S+ +ok +storage backend acme", plugins)
+    assert re.search(rf"acme +lmcache-{kind}-acme +\S+ +ok +{KINDS[kind]}", plugins)
     output = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", package / "tests")
     assert re.search(r"\b[1-9]\d* passed", output)
     assert "failed" not in output
+    ruff = (sys.executable, "-m", "ruff", "check", "--isolated", "--line-length", "100")
+    run(*ruff, "--select", "E,F,W,B,UP", package)
+
+
+def test_a_new_package_is_typed(started: dict[str, Path]) -> None:
+    sources = [package / "src" for package in started.values()]
+    run(
+        sys.executable, "-m", "mypy", "--strict", "--config-file", ROOT / "pyproject.toml", *sources
+    )
+
+
+def test_a_package_is_never_written_over(started: dict[str, Path]) -> None:
+    folder = started["backend"].parent
+    tool = ROOT / "tools" / "new_package.py"
     again = subprocess.run(
-        [sys.executable, str(tool), "acme", "--to", str(tmp_path)], capture_output=True, check=False
+        [sys.executable, str(tool), "acme", "--to", str(folder)], capture_output=True, check=False
     )
     assert again.returncode == 1

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lmcache_core.cli import config, doctor, version
+from lmcache_core.cli import config, doctor, new_plugin, version
 from lmcache_core.cli import plugins as plugins_command
 from lmcache_core.errors import LMCacheError
 from lmcache_core.logging import init_logger
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     subcommands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     plugins = Plugins()
-    for command in (plugins_command, config, doctor, version):
+    for command in (plugins_command, config, doctor, new_plugin, version):
         command.add(subcommands, plugins)
     plugins.add_subcommands(subcommands)
     args = parser.parse_args(argv)

@@ -1,1 +1,0 @@
-"""Keeps LMCache's chunks in newthing. `plugin` is what lmcache-core finds."""
