@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -267,6 +268,80 @@ class CancelsItsWaitingOnly(MemoryBackend):
 
         await asyncio.to_thread(slowly)
         return [StoreOutcome.STORED] * len(keys)
+
+
+class AnswersSixtyFour(MemoryBackend):
+    """As many as it expects."""
+
+    async def contains(self, keys: Keys) -> list[bool]:
+        return await super().contains(keys[:64])
+
+
+class AnswersNewOnly(MemoryBackend):
+    async def store(self, keys: Keys, sources: Views) -> list[StoreOutcome]:
+        outcomes = await super().store(keys, sources)
+        return [outcome for outcome in outcomes if outcome is StoreOutcome.STORED]
+
+
+class ClosesForAll(MemoryBackend):
+    """One client in the class, closed with the first instance."""
+
+    client: ClassVar[list[object]] = []
+
+    async def open(self, context: BackendContext) -> None:
+        self.client.append(self)
+
+    async def store(self, keys: Keys, sources: Views) -> list[StoreOutcome]:
+        if not self.client:
+            raise OSError("the client is closed")
+        return await super().store(keys, sources)
+
+    async def close(self) -> None:
+        self.client.clear()
+
+
+class LeaksSocket(MemoryBackend):
+    kept: ClassVar[list[socket.socket]] = []
+
+    async def open(self, context: BackendContext) -> None:
+        self.kept.append(socket.socket())
+
+
+class ReconnectsAfterClose(MemoryBackend):
+    closed = False
+
+    async def close(self) -> None:
+        self.closed = True
+        await super().close()
+
+    async def contains(self, keys: Keys) -> list[bool]:
+        if self.closed:
+            wait = threading.Event().wait
+            threading.Thread(target=wait, args=(60,), daemon=True, name="again").start()
+        return await super().contains(keys)
+
+
+class RaisesWhenFull(MemoryBackend):
+    async def store(self, keys: Keys, sources: Views) -> list[StoreOutcome]:
+        if len(self._chunks) + len(keys) > 100:
+            raise OSError("no space left")
+        return await super().store(keys, sources)
+
+
+class OpensAnything(MemoryBackend):
+    """Its ``make_unreachable`` is itself."""
+
+
+class RaisesRawErrors(MemoryBackend):
+    async def open(self, context: BackendContext) -> None:
+        if context.name == "unreachable":
+            raise ConnectionRefusedError("nobody listens")
+
+
+class Hangs(MemoryBackend):
+    async def store(self, keys: Keys, sources: Views) -> list[StoreOutcome]:
+        await asyncio.Event().wait()
+        return []
 
 
 class CountsEveryStore(MemoryBackend):

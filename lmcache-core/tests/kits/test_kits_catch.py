@@ -39,6 +39,14 @@ BACKENDS: dict[str, set[str]] = {
     "WritesInPlace": {"test_readers_never_see_a_part"},
     "CancelsItsWaitingOnly": {"test_a_cancelled_call_ends_and_lets_go"},
     "CountsEveryStore": {"test_usage"},
+    "AnswersSixtyFour": {"test_batches_of_any_size"},
+    "AnswersNewOnly": {"test_each_of_a_batch_is_answered"},
+    "ClosesForAll": {"test_two_backends_at_once"},
+    "LeaksSocket": {"test_close_leaves_no_socket"},
+    "ReconnectsAfterClose": {"test_a_call_after_close_ends"},
+    "RaisesWhenFull": {"test_a_full_store_admits_or_makes_room"},
+    "OpensAnything": {"test_an_open_that_fails_says_so"},
+    "RaisesRawErrors": {"test_an_open_that_fails_says_so"},
 }
 """For each mistake the tests whose sentence it breaks; others may fail as a consequence."""
 
@@ -130,7 +138,20 @@ class TestIt(StorageBackendTests):
     @pytest.fixture
     def make_backend(self, tmp_path):
         return lambda: broken_backends.make(broken_backends.{name}, tmp_path)
+{more}
 """
+
+SMALL = """
+    @pytest.fixture
+    def make_small(self, make_backend):
+        return make_backend
+"""
+UNREACHABLE = """
+    @pytest.fixture
+    def make_unreachable(self, make_backend):
+        return make_backend
+"""
+MORE = {"RaisesWhenFull": SMALL, "OpensAnything": UNREACHABLE, "RaisesRawErrors": UNREACHABLE}
 
 SERDE_MODULE = """
 import broken_serdes, pytest
@@ -184,7 +205,17 @@ def check(actual: set[str], named: set[str]) -> None:
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_storage_kit(name: str, pytester: pytest.Pytester) -> None:
-    check(failures(pytester, STORAGE_MODULE.format(name=name)), BACKENDS[name])
+    code = STORAGE_MODULE.format(name=name, more=MORE.get(name, ""))
+    check(failures(pytester, code), BACKENDS[name])
+
+
+def test_a_backend_that_hangs_fails_once(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest is skipped: each would take a minute."""
+    monkeypatch.setattr(loop, "DEADLINE_S", 0.5)
+    failed = failures(pytester, STORAGE_MODULE.format(name="Hangs", more=""))
+    assert failed == {"test_load_returns_what_was_stored"}
 
 
 @pytest.mark.parametrize("name", SERDES)

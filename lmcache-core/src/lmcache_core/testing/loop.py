@@ -56,10 +56,18 @@ class Loop:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self.hung = False
+        """Whether something took longer than `DEADLINE_S`."""
 
     def __call__(self, work: Awaitable[_T]) -> _T:
         async def bounded() -> _T:
-            return await asyncio.wait_for(work, DEADLINE_S)
+            task = asyncio.ensure_future(work)
+            done, _ = await asyncio.wait([task], timeout=DEADLINE_S)
+            if not done:
+                self.hung = True
+                task.cancel()
+                raise asyncio.TimeoutError(f"not done after {DEADLINE_S:g} s")
+            return await task
 
         return self._loop.run_until_complete(bounded())
 

@@ -13,14 +13,22 @@ In your plugin::
 the test starts and has room for 64 MiB. Subclass it once for each configuration
 that you support. What a backend doesn't claim in its capabilities, and optional
 methods that it doesn't have, aren't asked of it.
+
+Two fixtures are optional: ``make_unreachable``, a function that makes a backend
+whose store isn't there or refuses it, and ``make_small``, one whose store has
+room for less than 256 values of `VALUE_BYTES`. After a test that hangs, the
+rest of its class is skipped.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 
@@ -36,6 +44,7 @@ from lmcache_core.contracts.storage import (
     SupportsDelete,
     SupportsPrefixLookup,
 )
+from lmcache_core.errors import BackendError
 from lmcache_core.testing.loop import Loop, watched
 
 MakeBackend = Callable[[], StorageBackend]
@@ -79,13 +88,30 @@ class StorageBackendTests:
         raise NotImplementedError("override make_backend: return a function that makes a backend")
 
     @pytest.fixture
+    def make_unreachable(self) -> MakeBackend | None:
+        """Override it, to have errors of ``open`` checked."""
+        return None
+
+    @pytest.fixture
+    def make_small(self) -> MakeBackend | None:
+        """Override it, to have a full store checked."""
+        return None
+
+    @pytest.fixture
     def namespace(self) -> CacheNamespace:
         return CacheNamespace(model="conformance", layout=LAYOUT)
 
+    hung: ClassVar[str] = ""
+    """The test of this class that a hang has ended."""
+
     @pytest.fixture
-    def run(self) -> Iterator[Loop]:
+    def run(self, request: pytest.FixtureRequest) -> Iterator[Loop]:
+        if self.hung:
+            pytest.skip(f"{self.hung} hangs: the others of this class aren't tried")
         loop = Loop()
         yield loop
+        if loop.hung:
+            type(self).hung = request.node.name
         loop.close()
 
     @pytest.fixture
@@ -209,6 +235,57 @@ class StorageBackendTests:
         assert run(backend.load(names, views(loaded))) == [VALUE_BYTES] * 3
         assert loaded == stored
 
+    def test_batches_of_any_size(self, backend: StorageBackend, run: Loop) -> None:
+        """Core keeps to ``preferred_batch`` where it can; others needn't."""
+        count = 200
+        names, stored = keys(count, 50), [value(i) for i in range(count)]
+        outcomes = run(backend.store(names, views(stored)))
+        assert len(outcomes) == count
+        assert all(outcome in STORED_OR_KEPT for outcome in outcomes)
+        backwards = names[::-1]
+        assert run(backend.contains(backwards)) == [True] * count
+        loaded = buffers(count)
+        assert run(backend.load(backwards, views(loaded))) == [VALUE_BYTES] * count
+        assert loaded == stored[::-1]
+
+    def test_each_of_a_batch_is_answered(self, backend: StorageBackend, run: Loop) -> None:
+        """Whatever becomes of the others."""
+        run(backend.store(keys(2, 51), views([value(0), value(1)])))
+        mixed = [keys(1, 52)[0], *keys(2, 51), keys(2, 52)[1]]
+        outcomes = run(backend.store(mixed, views([value(i) for i in (7, 0, 1, 8)])))
+        assert len(outcomes) == 4
+        assert all(outcome in STORED_OR_KEPT for outcome in outcomes)
+        asked = [*mixed, *keys(2, 53)]
+        assert run(backend.contains(asked)) == [True] * 4 + [False] * 2
+        rooms = [bytearray(VALUE_BYTES - (i == 1)) for i in range(6)]
+        sizes = run(backend.load(asked, views(rooms)))
+        assert sizes == [VALUE_BYTES, MISS, VALUE_BYTES, VALUE_BYTES, MISS, MISS]
+        assert (rooms[0], rooms[2], rooms[3]) == (value(7), value(1), value(8))
+
+    def test_a_full_store_admits_or_makes_room(
+        self, make_small: MakeBackend | None, namespace: CacheNamespace, run: Loop
+    ) -> None:
+        """It is no error; what is there is right."""
+        if make_small is None:
+            pytest.skip("make_small isn't given")
+        backend = make_small()
+        run(backend.open(BackendContext("small", namespace)))
+        try:
+            count = 0
+            for seed in range(16):
+                names, stored = keys(32, 60 + seed), [value(seed + i) for i in range(32)]
+                outcomes = run(backend.store(names, views(stored)))
+                assert all(isinstance(outcome, StoreOutcome) for outcome in outcomes)
+                assert len(outcomes) == 32
+            for seed in range(16):
+                names, loaded = keys(32, 60 + seed), buffers(32)
+                for i, size in enumerate(run(backend.load(names, views(loaded)))):
+                    assert size == MISS or loaded[i] == value(seed + i)
+                    count += size != MISS
+            assert 0 < count < 256, "make_small's store has too much room"
+        finally:
+            run(backend.close())
+
     # -- who sees what ---------------------------------------------------------------------
 
     def test_namespaces_do_not_mix(self, opened: Callable[..., StorageBackend], run: Loop) -> None:
@@ -220,6 +297,18 @@ class StorageBackendTests:
         (loaded,) = buffers(1)
         run(one.load(keys(1), [memoryview(loaded)]))
         assert loaded == value(13)
+
+    def test_two_backends_at_once(self, opened: Callable[..., StorageBackend], run: Loop) -> None:
+        """Each works, whatever becomes of the other."""
+        one, two = opened(), opened()
+        run(one.store(keys(1, 70), views([value(70)])))
+        run(two.store(keys(1, 71), views([value(71)])))
+        run(one.close())
+        run(two.store(keys(1, 72), views([value(72)])))
+        loaded = buffers(2)
+        names = [*keys(1, 71), *keys(1, 72)]
+        assert run(two.load(names, views(loaded))) == [VALUE_BYTES] * 2
+        assert loaded == [value(71), value(72)]
 
     def test_what_is_shared_is_seen_by_others(
         self, opened: Callable[..., StorageBackend], run: Loop
@@ -361,6 +450,64 @@ class StorageBackendTests:
         left = [t.name for t in threading.enumerate() if t not in before and t.is_alive()]
         assert left == []
 
+    def test_close_leaves_no_socket(
+        self, make_backend: MakeBackend, namespace: CacheNamespace, run: Loop
+    ) -> None:
+        async def use() -> None:
+            backend = make_backend()
+            await backend.open(BackendContext("sockets", namespace))
+            await backend.store(keys(1), views([value(19)]))
+            await backend.contains(keys(1))
+            await backend.close()
+
+        run(use())  # whatever the process has only once
+        before = _sockets()
+        for _ in range(3):
+            run(use())
+        _eventually(lambda: len(_sockets()) <= len(before))
+        assert len(_sockets()) <= len(before)
+
+    def test_a_call_after_close_ends(
+        self, make_backend: MakeBackend, namespace: CacheNamespace, run: Loop
+    ) -> None:
+        """With an error, or an answer of the right length; and nothing is begun for it."""
+        backend = make_backend()
+        run(backend.open(BackendContext("closed", namespace)))
+        run(backend.close())
+        before = set(threading.enumerate())
+        calls: list[tuple[Callable[[], Any], int]] = [
+            (lambda: backend.contains(keys(2)), 2),
+            (lambda: backend.load(keys(2), views(buffers(2))), 2),
+            (lambda: backend.store(keys(1), views([value(20)])), 1),
+        ]
+        for call, length in calls:
+            try:
+                answer = run(call())
+            except asyncio.TimeoutError:
+                raise
+            except Exception:  # noqa: BLE001, S112  whatever it raises is a miss
+                continue
+            assert len(answer) == length
+        run(backend.close())
+        run.stop_own_threads()
+        left = [t.name for t in threading.enumerate() if t not in before and t.is_alive()]
+        assert left == []
+
+    def test_an_open_that_fails_says_so(
+        self, make_unreachable: MakeBackend | None, namespace: CacheNamespace, run: Loop
+    ) -> None:
+        """With a `BackendError`; and it leaves nothing."""
+        if make_unreachable is None:
+            pytest.skip("make_unreachable isn't given")
+        before = set(threading.enumerate())
+        backend = make_unreachable()
+        with pytest.raises(BackendError):
+            run(backend.open(BackendContext("unreachable", namespace, deadline_s=5.0)))
+        run(backend.close())
+        run.stop_own_threads()
+        left = [t.name for t in threading.enumerate() if t not in before and t.is_alive()]
+        assert left == []
+
     # -- optional methods ------------------------------------------------------------------
 
     def test_delete(self, backend: StorageBackend, run: Loop) -> None:
@@ -406,6 +553,28 @@ class StorageBackendTests:
         chunks, nbytes = able.usage()
         assert chunks == 2
         assert nbytes >= VALUE_BYTES + VALUE_BYTES // 2
+
+
+def _sockets() -> set[str]:
+    """The sockets that this process has open."""
+    gc.collect()
+    found: set[str] = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+        if target.startswith("socket:"):
+            found.add(target)
+    return found
+
+
+def _eventually(condition: Callable[[], bool]) -> None:
+    """Wait until it is so, for a server in this process may close its ends later; or give up."""
+    for _ in range(100):
+        if condition():
+            return
+        time.sleep(0.05)
 
 
 def _claimed(backend: StorageBackend, capability: str) -> None:
