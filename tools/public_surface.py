@@ -28,7 +28,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "public-api.md"
 
 TESTING = (
     *("storage", "serde", "policy", "transfer", "connector"),
-    *("faults", "faulty", "loop", "ports"),
+    *("faults", "faulty", "loop", "ports", "simulated_memory"),
 )
 
 COLUMNS = 120

@@ -14,7 +14,7 @@ SOURCES = Path(lmcache_core.__file__).parent
 ROOT = Path(__file__).parents[2]
 
 LAYERS = (
-    ("errors", "redaction"),
+    ("errors", "redaction", "templates"),
     ("logging", "metrics"),
     ("aio",),
     ("chunks",),
@@ -132,7 +132,7 @@ def test_modules_make_no_circle() -> None:
 
 def plugin_files() -> list[Path]:
     folders = [*ROOT.glob("lmcache-[!c]*/src"), *ROOT.glob("lmcache-connector-*/src")]
-    folders += [ROOT / "kernels" / "src", ROOT / "examples", ROOT / "_template"]
+    folders += [ROOT / "kernels" / "src", ROOT / "examples"]
     return sorted(path for folder in folders for path in folder.rglob("*.py"))
 
 

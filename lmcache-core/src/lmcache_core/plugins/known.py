@@ -19,6 +19,7 @@ PACKAGES: Mapping[str, Mapping[str, str]] = {
     "serde": dict.fromkeys(("aesgcm", "cachegen", "fp8", "int8", "lossless"), _KERNELS),
     "engine connector": {"vllm": "lmcache-connector-vllm"},
     "transfer channel": {"nixl": "lmcache-backend-nixl"},
+    "cache policy": {"s3-fifo": "lmcache-policy-s3fifo"},
 }
 """What a plugin provides → its name → the distribution."""
 
