@@ -10,7 +10,7 @@ from lmcache_core.builtin.filesystem import FilesystemBackend, FilesystemConfig
 from lmcache_core.builtin.memory import MemoryBackend, MemoryConfig
 from lmcache_core.builtin.raw import RawSerde
 from lmcache_core.testing.serde import MakeSerde, SerdeTests
-from lmcache_core.testing.storage import MakeBackend, StorageBackendTests
+from lmcache_core.testing.storage import VALUE_BYTES, MakeBackend, StorageBackendTests
 
 
 class TestMemory(StorageBackendTests):
@@ -18,11 +18,26 @@ class TestMemory(StorageBackendTests):
     def make_backend(self) -> MakeBackend:
         return lambda: MemoryBackend(MemoryConfig())
 
+    @pytest.fixture
+    def make_small(self) -> MakeBackend:
+        return lambda: MemoryBackend(MemoryConfig(max_size_gib=100 * VALUE_BYTES / 2**30))
+
 
 class TestFilesystem(StorageBackendTests):
     @pytest.fixture
     def make_backend(self, tmp_path: Path) -> MakeBackend:
         return lambda: FilesystemBackend(FilesystemConfig(path=tmp_path, min_free_gib=0))
+
+    @pytest.fixture
+    def make_small(self, tmp_path: Path) -> MakeBackend:
+        options = FilesystemConfig(path=tmp_path, min_free_gib=0, max_size_gib=2**20 / 2**30)
+        return lambda: FilesystemBackend(options)
+
+    @pytest.fixture
+    def make_unreachable(self, tmp_path: Path) -> MakeBackend:
+        (tmp_path / "file").touch()
+        options = FilesystemConfig(path=tmp_path / "file" / "folder", min_free_gib=0)
+        return lambda: FilesystemBackend(options)
 
 
 class TestFilesystemBounded(StorageBackendTests):

@@ -103,6 +103,15 @@ class Correct(EngineConnector):
                     )
 
 
+class TakesNoneForAll(Correct):
+    """``layers or range(…)``."""
+
+    def rows(
+        self, span: BlockSpan, layers: range | None
+    ) -> Iterator[tuple[int, int, int, int, slice]]:
+        return super().rows(span, layers or None)
+
+
 class SwapsPlanes(Correct):
     def rows(
         self, span: BlockSpan, layers: range | None

@@ -64,12 +64,15 @@ SERDES: dict[str, set[str]] = {
     "KeepsBuffer": {"test_buffers_are_released"},
     "WritesBehind": {"test_decode_gives_back_what_was_encoded"},
     "WrongWireId": {"test_wire_id"},
+    "ReservedWireId": {"test_wire_id"},
+    "SharesACompressor": {"test_threads_share_one_instance_at_the_same_time"},
     "ClaimsInPlace": {"test_in_place_means_the_same_bytes"},
     "WorseThanPromised": {"test_decode_gives_back_what_was_encoded"},
 }
 
 CONNECTORS: dict[str, set[str]] = {
     "Correct": set(),
+    "TakesNoneForAll": {"test_no_layers_are_nothing"},
     "SwapsPlanes": {"test_gather_makes_the_canonical_chunk"},
     "SortsBlocks": {"test_order_of_blocks"},
     "IgnoresChunkOffset": {"test_spans_that_begin_and_end_anywhere"},

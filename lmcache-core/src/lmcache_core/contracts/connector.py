@@ -161,9 +161,11 @@ class EngineConnector(ABC):
     def _checksums(
         self, spans: Sequence[BlockSpan], chunks: Sequence[memoryview], layers: range | None
     ) -> list[bytes]:
-        counts = [len(group.layers) for group in self.groups]
+        every = [range(len(group.layers)) for group in self.groups]
         return [
-            layer_checksums(chunk, counts[span.group], layers or range(counts[span.group]))
+            layer_checksums(
+                chunk, len(every[span.group]), every[span.group] if layers is None else layers
+            )
             for span, chunk in zip(spans, chunks, strict=True)
         ]
 

@@ -177,6 +177,22 @@ class EngineConnectorTests:
             expected = [old[:kept] + new[kept:] for old, new in zip(tokens, fresh, strict=True)]
             assert read(engine, index) == expected
 
+    def test_no_layers_are_nothing(self, engine: EngineMemory) -> None:
+        """``range(0)``: neither is anything moved, nor is it an error."""
+        for index, group in enumerate(engine.connector.groups):
+            tokens = fill(engine, index)
+            span, size = whole(engine, index), capacity(engine)
+            into = empty(group, size)
+            engine.connector.gather([span], [memoryview(into)], range(0))
+            assert into == empty(group, size)
+            engine.connector.scatter([memoryview(into)], [span], range(0))
+            assert read(engine, index) == tokens
+            assert engine.connector.gather_checked([span], [memoryview(into)], range(0)) == [b""]
+            assert into == empty(group, size)
+            views = [memoryview(into)]
+            assert engine.connector.scatter_checked(views, [span], range(0), [b""]) == []
+            assert read(engine, index) == tokens
+
     # -- checksums -------------------------------------------------------------------------
 
     def test_gather_with_checksums(self, engine: EngineMemory) -> None:

@@ -18,6 +18,8 @@ from __future__ import annotations
 import math
 import random
 import struct
+import sys
+import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +27,15 @@ from typing import ClassVar
 
 import pytest
 
+from lmcache_core.aio.guard import attempted
 from lmcache_core.chunks.layout import AttentionKind, DType, LayerGroup
 from lmcache_core.contracts.serde import Serde
+from lmcache_core.plugins.manager import Plugins
 
 MakeSerde = Callable[[], Serde]
 
 TOKENS = 17
+LARGE_TOKENS = 1024
 _GUARD = b"\xee" * 64
 
 
@@ -169,10 +174,44 @@ class SerdeTests:
             for chunk, decoded in zip(chunks, threads.map(there_and_back, chunks), strict=True):
                 self.check(chunk, decoded, group)
 
+    def test_threads_share_one_instance_at_the_same_time(self, make_serde: MakeSerde) -> None:
+        """With chunks that are large enough for a library to let other threads run meanwhile."""
+        group = next(self.groups())
+        chunks = [any_bits(group, LARGE_TOKENS, seed) for seed in range(8)]
+        alone, shared = make_serde(), make_serde()
+        begin = threading.Barrier(len(chunks))
+
+        def there_and_back(chunk: bytearray) -> bytearray:
+            begin.wait()
+            return decode(shared, encode(shared, chunk, group, LARGE_TOKENS), group, LARGE_TOKENS)
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            with ThreadPoolExecutor(len(chunks)) as threads:
+                found = list(threads.map(there_and_back, chunks))
+        finally:
+            sys.setswitchinterval(interval)
+        for chunk, decoded in zip(chunks, found, strict=True):
+            once = encode(alone, chunk, group, LARGE_TOKENS)
+            assert decoded == decode(alone, once, group, LARGE_TOKENS)
+
     def test_wire_id(self, make_serde: MakeSerde) -> None:
+        """One for all instances, and 1 to 999 belong to LMCache itself."""
         ids = {make_serde().wire_id for _ in range(2)}
         assert len(ids) == 1
-        assert 1 <= ids.pop() <= 64_999
+        least = 1 if _is_ours(make_serde()) else 1000
+        assert least <= ids.pop() <= 64_999
+
+    def test_no_other_serde_has_its_wire_id(self, make_serde: MakeSerde) -> None:
+        """Of those that are installed here. Chunks of the other one would be taken for its own."""
+        serde = make_serde()
+        if _is_ours(serde):
+            return
+        for descriptor in Plugins().serdes():
+            made = attempted(lambda d=descriptor: d.create(d.config()))
+            if isinstance(made.value, Serde) and type(made.value) is not type(serde):
+                assert made.value.wire_id != serde.wire_id, f"{descriptor.name} has it, too"
 
     def test_in_place_means_the_same_bytes(self, serde: Serde) -> None:
         for group in self.groups():
@@ -190,6 +229,10 @@ class SerdeTests:
         allowed = self.max_error * max(map(abs, expected))
         worst = max(abs(a - b) for a, b in zip(expected, actual, strict=True))
         assert worst <= allowed, f"{group}: off by {worst}, promised {allowed}"
+
+
+def _is_ours(serde: Serde) -> bool:
+    return type(serde).__module__.partition(".")[0] in ("lmcache_core", "lmcache_kernels")
 
 
 def ordinary(group: LayerGroup, tokens: int, seed: int = 0) -> bytearray:
