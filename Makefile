@@ -16,7 +16,7 @@ ENGINE = $(PYTHON) tools/engine_env.py
 SYSTEM = $(PYTHON) tools/system_packages.py
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint types unit docs e2e matrix demo bench bench-compare format engine-env venv system clean
+.PHONY: help test lint types unit docs e2e matrix demo bench bench-compare format engine-env venv wheels system clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -69,6 +69,9 @@ bench: $(READY) ## measure: ratios to a calibration of the same run, into bench/
 
 bench-compare: $(READY) ## BASE=revision: this build against that one, in nine interleaved pairs; fifty minutes on two cores
 	@$(BIN)/python bench/compare.py --again --base $(or $(BASE),$(error BASE=revision, please))
+
+wheels: | system ## sdists and wheels of all packages into dist/, tried on every Python that is here; an hour
+	@$(PYTHON) tools/wheels.py
 
 engine-env: | system ## prepare the engine environment; prints its Python
 	@$(ENGINE)
