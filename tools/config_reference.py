@@ -54,8 +54,8 @@ together.
 SERDES = """\
 ## Serdes
 
-What `serde` and `remote_serde` name is listed by `lmcache plugins`. Options of a serde stand once,
-under its name, and hold wherever it is used:
+What `serde` and `remote_serde` name is listed by `lmcache plugins --load`. Options of a serde stand
+once, under its name, and hold wherever it is used:
 
 ```yaml
 remote_url: "lm://localhost:65432"
@@ -71,8 +71,8 @@ As a variable: `LMCACHE_SERDES__CACHEGEN__STEP=fine`. Packages document their ow
 POLICIES = """\
 ## Cache policies
 
-What `cache_policy` names is listed by `lmcache plugins`. The options of a policy that has any stand
-beside it:
+What `cache_policy` names is listed by `lmcache plugins --load`. The options of a policy that has any
+stand beside it:
 
 ```yaml
 cache_policy: S3-FIFO

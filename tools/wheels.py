@@ -6,7 +6,7 @@
 Archives go to dist/, which is emptied first: an sdist of each package and the wheel made from it;
 of the kernels one wheel for each Python below 3.12, and one for all from 3.12 on (the stable ABI).
 Then each Python gets a new environment, in which every package is installed by itself from dist/
-and nothing else of ours, `lmcache plugins` has to list it as working, and `lmcache doctor
+and nothing else of ours, `lmcache plugins --load` has to list it as working, and `lmcache doctor
 --connect` stores, loads and deletes a chunk in a folder. Prints a table, and exits with 1 if
 anything failed. A Python that isn't there is a line of the table, not a success.
 
@@ -126,7 +126,7 @@ def problem(python: Interpreter, package: str, dist: Path) -> str:
         own = environment(python, package)
         pip = [own, "-m", "pip", "install", "-q", "--find-links", dist]
         run_step("  installed", [*pip, "--only-binary", ":all:", package], LOG)
-        listed = _said(own, "plugins", "--json")
+        listed = _said(own, "plugins", "--load", "--json")
         broken = [
             f"{one['name']}: {one['detail']}"
             for one in json.loads(listed)["plugins"]
@@ -134,7 +134,7 @@ def problem(python: Interpreter, package: str, dist: Path) -> str:
         ]
         here = {one["distribution"] for one in json.loads(listed)["plugins"]}
         if package not in here:
-            return f"lmcache plugins doesn't list {package}"
+            return f"lmcache plugins --load doesn't list {package}"
         if not broken:
             disk = own.parents[1] / "chunks"
             options = (f"local_disk={disk}", "max_local_disk_size=1", "max_local_cpu_size=0.1")

@@ -104,7 +104,7 @@ def test_a_plugin_whose_subcommand_is_broken_breaks_no_other(
     distribution: MakeDistribution, lmcache: Run
 ) -> None:
     distribution("lmcache-bad", "@hookimpl\ndef lmcache_cli(subcommands): raise OSError('no')")
-    status, out, _ = lmcache("plugins")
+    status, out, _ = lmcache("plugins", "--load")
     assert status == 0
     assert "lmcache_cli raised OSError: no" in out
 
@@ -125,7 +125,7 @@ def test_plugins_lists_the_good_and_the_bad(distribution: MakeDistribution, lmca
     distribution("lmcache-backend-toy", TOY, version="2.5")
     distribution("other-toy", TOY)
     distribution("lmcache-backend-bad", "import a_module_that_nobody_has")
-    status, out, _ = lmcache("plugins")
+    status, out, _ = lmcache("plugins", "--load")
     assert status == 0
     (row,) = [line for line in out.splitlines() if "lmcache-backend-toy" in line and "2.5" in line]
     assert row.split()[:4] == ["toy", "lmcache-backend-toy", "2.5", "ok"]
@@ -134,9 +134,41 @@ def test_plugins_lists_the_good_and_the_bad(distribution: MakeDistribution, lmca
     assert "conflict: 2 plugins provide the storage backend 'toy'" in out
 
 
+def test_a_list_of_plugins_loads_none(
+    distribution: MakeDistribution, lmcache: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distribution("lmcache-backend-toy", "raise SystemExit('loaded')", version="2.5")
+    distribution("other-toy", TOY)
+    distribution("lmcache-backend-new", TOY, requires=("lmcache-core>=99",))
+    monkeypatch.setenv("LMCACHE_DISABLE_PLUGINS", "other-toy")
+    status, out, _ = lmcache("plugins", "--json")
+    assert status == 0
+    rows = {row["distribution"]: row for row in json.loads(out)["plugins"]}
+    assert rows["lmcache-core"]["status"] == "installed"
+    assert rows["lmcache-backend-toy"]["status"] == "installed"
+    assert rows["lmcache-backend-toy"]["version"] == "2.5"
+    assert rows["other-toy"]["status"] == "disabled"
+    assert rows["lmcache-backend-new"]["status"] == "incompatible"
+    assert "needs lmcache-core>=99" in rows["lmcache-backend-new"]["detail"]
+    status, out, _ = lmcache("plugins")
+    assert status == 0
+    assert "lmcache-backend-toy" in out
+    assert "lmcache plugins --load" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["plugins", "version"])
+def test_a_list_needs_neither_pydantic_nor_asyncio(command: str) -> None:
+    program = (
+        f"import sys; from lmcache_core.cli import main; main([{command!r}]); "
+        "sys.exit(' '.join({'pydantic', 'yaml', 'asyncio', 'pluggy'} & sys.modules.keys()))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_plugins_as_json(distribution: MakeDistribution, lmcache: Run) -> None:
     distribution("lmcache-backend-toy", TOY)
-    status, out, _ = lmcache("plugins", "--json")
+    status, out, _ = lmcache("plugins", "--load", "--json")
     assert status == 0
     data = json.loads(out)
     (toy,) = [p for p in data["plugins"] if p["name"] == "toy"]

@@ -20,9 +20,9 @@ from lmcache_core.contracts.report import ReportLine
 from lmcache_core.contracts.storage import HostRegion, StorageBackendDescriptor
 from lmcache_core.contracts.transfer import TransferChannelDescriptor, TransferContext
 from lmcache_core.errors import ConfigError, PluginError, PluginLoadError, UnknownPluginError
-from lmcache_core.plugins.discovery import IN_PROCESS, core_version
+from lmcache_core.plugins.discovery import BUILTIN_PLUGINS, IN_PROCESS, core_version
 from lmcache_core.plugins.known import PACKAGES
-from lmcache_core.plugins.manager import BUILTIN_PLUGINS, PluginRecord, Plugins
+from lmcache_core.plugins.manager import PluginRecord, Plugins
 from lmcache_core.tiers.peers import open_channel
 
 MakeDistribution = Callable[..., str]

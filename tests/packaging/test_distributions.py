@@ -33,7 +33,7 @@ KINDS = {
     "connector": "engine connector acme",
     "cli": "",
 }
-"""What `lmcache new-plugin` starts, and what `lmcache plugins` says that it provides."""
+"""What `lmcache new-plugin` starts, and what `lmcache plugins --load` says that it provides."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def test_everything_together(built: dict[str, Built], python: Path) -> None:
     command = python.parent / "lmcache"
     version = built["lmcache-core"].metadata()["Version"]
     assert version in run(command, "version")
-    plugins = run(command, "plugins")
+    plugins = run(command, "plugins", "--load")
     for name in built:
         assert name in plugins
     assert "failed" not in plugins
@@ -215,7 +215,7 @@ def test_redis_is_understood_once_its_package_is_installed(
     """Nothing but ``pip install lmcache-core lmcache-backend-redis``."""
     install(python, built["lmcache-core"].wheel, built["lmcache-backend-redis"].wheel)
     command = python.parent / "lmcache"
-    plugins = run(command, "plugins")
+    plugins = run(command, "plugins", "--load")
     assert re.search(r"redis +lmcache-backend-redis +\S+ +ok +storage backend redis", plugins)
     shown = run(command, "config", "--set", "remote_url=redis://:s3cret@localhost:6379")
     assert re.search(r"backends\.remote\.url\W+redis://localhost:6379", shown)
@@ -244,7 +244,7 @@ def test_nixl_is_asked_for_once_its_package_is_installed(
     """NIXL itself isn't a requirement: making the backend says how to install it."""
     (tmp_path / "seen" / "nixl").unlink()
     install(python, built["lmcache-core"].wheel, built["lmcache-backend-nixl"].wheel)
-    plugins = run(python.parent / "lmcache", "plugins")
+    plugins = run(python.parent / "lmcache", "plugins", "--load")
     assert re.search(r"nixl +lmcache-backend-nixl +\S+ +ok +storage backend nixl", plugins)
     code = """
 from lmcache_backend_nixl.plugin import lmcache_storage_backends
@@ -277,7 +277,7 @@ def test_a_new_package_passes_its_kit(
     acme = build(f"lmcache-{kind}-acme", package, wheels)
     core = build("lmcache-core", FOLDERS["lmcache-core"], wheels)
     install(python, acme.wheel, core.wheel)
-    plugins = run(python.parent / "lmcache", "plugins")
+    plugins = run(python.parent / "lmcache", "plugins", "--load")
     assert re.search(rf"acme +lmcache-{kind}-acme +\S+ +ok +{KINDS[kind]}", plugins)
     output = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", package / "tests")
     assert re.search(r"\b[1-9]\d* passed", output)

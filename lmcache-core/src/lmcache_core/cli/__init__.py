@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from lmcache_core.cli import config, doctor, new_plugin, version
+from lmcache_core.cli import new_plugin, version
 from lmcache_core.cli import plugins as plugins_command
 from lmcache_core.errors import LMCacheError
 from lmcache_core.logging import init_logger
-from lmcache_core.plugins.manager import Plugins
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, _SubParsersAction
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,13 +32,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="example: lmcache doctor",
     )
     subcommands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    plugins = Plugins()
-    for command in (plugins_command, config, doctor, new_plugin, version):
-        command.add(subcommands, plugins)
-    plugins.add_subcommands(subcommands)
+    for command in (plugins_command, version, new_plugin):
+        command.add(subcommands)
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] not in subcommands.choices:  # these need no plugin to be loaded
+        _add_others(subcommands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args) or 0)
     except LMCacheError as error:
         print(f"lmcache: {error}", file=sys.stderr)
         return 1
+
+
+def _add_others(subcommands: _SubParsersAction[ArgumentParser]) -> None:
+    from lmcache_core.cli import config, doctor
+    from lmcache_core.plugins.manager import Plugins
+
+    plugins = Plugins()
+    for command in (config, doctor):
+        command.add(subcommands, plugins)
+    plugins.add_subcommands(subcommands)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmcache_core.errors import LMCacheError
-from lmcache_core.plugins.manager import Plugins
 from lmcache_core.templates import KINDS, render
 
 if TYPE_CHECKING:
@@ -21,14 +20,14 @@ examples:
 NEXT = """\
 {package} is there: a plugin that works. Next:
   pip install -e '{package}[testing]'
-  lmcache plugins
+  lmcache plugins --load
   pytest {package}
 Then put the real thing into its place, and say so in README.md. Choose a licence: pyproject.toml
 says Apache-2.0.
 """
 
 
-def add(subcommands: _SubParsersAction[ArgumentParser], _plugins: Plugins) -> None:
+def add(subcommands: _SubParsersAction[ArgumentParser]) -> None:
     """Add the subcommand."""
     parser = subcommands.add_parser(
         "new-plugin",

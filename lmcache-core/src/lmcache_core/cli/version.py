@@ -6,13 +6,12 @@ import platform
 from typing import TYPE_CHECKING
 
 from lmcache_core.plugins.discovery import core_version
-from lmcache_core.plugins.manager import Plugins
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace, _SubParsersAction
 
 
-def add(subcommands: _SubParsersAction[ArgumentParser], _plugins: Plugins) -> None:
+def add(subcommands: _SubParsersAction[ArgumentParser]) -> None:
     """Add the subcommand."""
     parser = subcommands.add_parser(
         "version", help="print the installed version", epilog="example: lmcache version"

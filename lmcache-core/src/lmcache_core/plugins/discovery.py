@@ -7,16 +7,25 @@ and decides nothing: that is `plugins`' business.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, metadata
 from types import ModuleType
 
-from packaging.requirements import InvalidRequirement, Requirement
-
 ENTRY_POINT_GROUP = "lmcache.plugins"
 CORE = "lmcache-core"
+BUILTIN_PLUGINS = (
+    "lmcache_core.builtin.memory",
+    "lmcache_core.builtin.filesystem",
+    "lmcache_core.builtin.tcp",
+    "lmcache_core.builtin.raw",
+    "lmcache_core.builtin.policies",
+    "lmcache_core.builtin.host",
+    "lmcache_core.builtin.reference_kernels",
+    "lmcache_core.dialect",
+)
+DISABLE_VARIABLE = "LMCACHE_DISABLE_PLUGINS"
 IN_PROCESS = "registered in this process"
 """Stands where a distribution does, for a plugin that an application brings along."""
 
@@ -37,13 +46,28 @@ class Candidate:
         """Unique in a process, even where two distributions call a plugin the same."""
         return f"{self.distribution}:{self.name}"
 
+    def is_among(self, names: set[str]) -> bool:
+        """Whether ``names``, as `disabled_by` answers them, has it or its distribution."""
+        return bool(names & {normalised(self.name), normalised(self.distribution)})
+
 
 def in_words(name: str, distribution: str) -> str:
     """A plugin and where it comes from."""
     return f"{name}, {IN_PROCESS}" if distribution == IN_PROCESS else f"{name} of {distribution}"
 
 
-def builtin(module: str) -> Candidate:
+def disabled_by(environ: Mapping[str, str], others: Iterable[str] = ()) -> set[str]:
+    """Names of plugins and distributions that ``environ`` or the caller has turned off."""
+    named = (*others, *environ.get(DISABLE_VARIABLE, "").split(","))
+    return {normalised(name.strip()) for name in named if name.strip()}
+
+
+def candidates() -> list[Candidate]:
+    """Core's own plugins, and then whatever is installed."""
+    return [*map(_builtin, BUILTIN_PLUGINS), *installed()]
+
+
+def _builtin(module: str) -> Candidate:
     """A plugin that ships inside core."""
     return Candidate(
         name=module.rpartition(".")[2],
@@ -133,6 +157,9 @@ def unmet_core_requirement(requires: tuple[str, ...]) -> str:
 
     pip checks this when it installs, but ``--no-deps`` and later upgrades of core get around it.
     """
+    # Here, not above: whoever only names plugins of core needs none of it.
+    from packaging.requirements import InvalidRequirement, Requirement
+
     running = core_version()
     for text in requires:
         try:

@@ -28,12 +28,13 @@ from lmcache_core.contracts.transfer import TransferChannelDescriptor
 from lmcache_core.errors import LMCacheError, PluginError, PluginLoadError, UnknownPluginError
 from lmcache_core.plugins.discovery import (
     CORE,
+    DISABLE_VARIABLE,
     IN_PROCESS,
     Candidate,
-    builtin,
+    candidates,
     core_version,
+    disabled_by,
     in_words,
-    installed,
     normalised,
     registered,
     unmet_core_requirement,
@@ -48,17 +49,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BUILTIN_PLUGINS = (
-    "lmcache_core.builtin.memory",
-    "lmcache_core.builtin.filesystem",
-    "lmcache_core.builtin.tcp",
-    "lmcache_core.builtin.raw",
-    "lmcache_core.builtin.policies",
-    "lmcache_core.builtin.host",
-    "lmcache_core.builtin.reference_kernels",
-    "lmcache_core.dialect",
-)
-DISABLE_VARIABLE = "LMCACHE_DISABLE_PLUGINS"
 TRACE_VARIABLE = "LMCACHE_TRACE_PLUGINS"
 API_ATTRIBUTE = "LMCACHE_PLUGIN_API"
 """By this name a plugin states the version of the plugin API that it is written for."""
@@ -68,7 +58,7 @@ Status = Literal["ok", "disabled", "incompatible", "failed"]
 
 @dataclass(frozen=True)
 class PluginRecord:
-    """One row of ``lmcache plugins``: what was found and what came of it."""
+    """One row of ``lmcache plugins --load``: what was found and what came of it."""
 
     name: str
     distribution: str
@@ -102,11 +92,7 @@ class Plugins:
     ) -> None:
         environ = os.environ if environ is None else environ
         self._tracing = environ.get(TRACE_VARIABLE, "").lower() not in ("", "0", "false", "no")
-        self._disabled = {
-            normalised(name.strip())
-            for name in (*disabled, *environ.get(DISABLE_VARIABLE, "").split(","))
-            if name.strip()
-        }
+        self._disabled = disabled_by(environ, disabled)
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._records: dict[str, PluginRecord] = {}
@@ -137,7 +123,7 @@ class Plugins:
             self._policies,
         )
         # pluggy asks the last one first: built-ins, registered first, are the last resort.
-        for candidate in (*map(builtin, BUILTIN_PLUGINS), *installed()):
+        for candidate in candidates():
             self._load(candidate)
         for candidate in registered(register):
             plugin = candidate.load()
@@ -149,7 +135,7 @@ class Plugins:
 
     def _load(self, candidate: Candidate) -> None:
         self._trace("found %s %s: %s", candidate.identity, candidate.version, candidate.target)
-        if self._disabled & {normalised(candidate.name), normalised(candidate.distribution)}:
+        if candidate.is_among(self._disabled):
             self._record(candidate, "disabled", f"by {DISABLE_VARIABLE} or the caller")
             return
         if unmet := unmet_core_requirement(candidate.requires):
@@ -521,7 +507,7 @@ def _remedy(record: PluginRecord) -> str:
         return f". Remedy: mend it; {TRACE_VARIABLE}=1 shows the traceback"
     return (
         f". Remedy: pip install --upgrade --force-reinstall {record.distribution}; "
-        f"{TRACE_VARIABLE}=1 lmcache plugins shows the traceback"
+        f"{TRACE_VARIABLE}=1 lmcache plugins --load shows the traceback"
     )
 
 
