@@ -71,8 +71,8 @@ As a variable: `LMCACHE_SERDES__CACHEGEN__STEP=fine`. Packages document their ow
 POLICIES = """\
 ## Cache policies
 
-What `cache_policy` names is listed by `lmcache plugins --load`. The options of a policy that has any
-stand beside it:
+What `cache_policy` names is listed by `lmcache plugins --load`. The options of a policy that has
+any stand beside it:
 
 ```yaml
 cache_policy: S3-FIFO
