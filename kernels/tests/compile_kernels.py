@@ -36,7 +36,7 @@ from lmcache_kernels.codec.gpu import (
 )
 from lmcache_kernels.codec.gpu.decoder import GpuDecoder
 from lmcache_kernels.codec.gpu.encoder import GpuEncoder
-from lmcache_kernels.codec.gpu.work import Options
+from lmcache_kernels.codec.gpu.work import EncoderOptions
 
 CODEC = (decode_kernels, encode_kernels, survey_kernels, value_kernels, write_kernels)
 _POINTERS = {
@@ -117,7 +117,7 @@ def launch_everything() -> None:
     elements[7] = float("nan")
     content = elements.view(torch.uint8)
     for kind in (1, 2, 3, 4):
-        GpuEncoder(device).encode(shape, Options(kind, turns=turns), content)
+        GpuEncoder(device).encode(shape, EncoderOptions(kind, turns=turns), content)
         into = bytearray(_native.codec_max_encoded(shape, 1))
         plain = bytes(content.tolist())
         size = native.encode(kind, shape, plain, into, (0.3, 0.3), turns, False, 1, None)

@@ -17,7 +17,7 @@ from lmcache_core.errors import ConfigError, UnknownPluginError
 from lmcache_core.plugins.manager import Plugins
 from lmcache_kernels.codec.profile import Profile
 from lmcache_kernels.codec_eval import capture, needle, references, scoring, sensitivity, texts
-from lmcache_kernels.codec_eval.calibration import Options, basis_heads, calibrate
+from lmcache_kernels.codec_eval.calibration import CalibrationOptions, basis_heads, calibrate
 from lmcache_kernels.codec_eval.models import Model, load
 from lmcache_kernels.codec_eval.progress import bars, silent
 from lmcache_kernels.codec_eval.schemes import serde_scheme, takes_profile
@@ -208,21 +208,21 @@ def test_gradients_tell_what_rounding_each_layer_costs(models: dict[str, Model],
 @pytest.mark.parametrize("kind", ["t2", "t3", "t4"])
 def test_calibration_makes_a_profile_of_the_model(model: Model, tmp_path: Path, kind: str) -> None:
     pieces = [ids(model, 200, seed) for seed in range(2)]
-    made = calibrate(model, pieces, Options(kind=kind))  # type: ignore[arg-type]
+    made = calibrate(model, pieces, CalibrationOptions(kind=kind))  # type: ignore[arg-type]
     assert made.kind == kind.upper()
     assert (made.layers, made.heads, made.head_size) == (LAYERS, HEADS, SIZE)
     assert Profile.find(tmp_path, model.identity, model.group) is None
     path = made.save(tmp_path)
     assert Profile.find(tmp_path, model.identity, model.group) == Profile.load(path)
-    again = calibrate(model, pieces, Options(kind=kind))  # type: ignore[arg-type]
+    again = calibrate(model, pieces, CalibrationOptions(kind=kind))  # type: ignore[arg-type]
     assert again.digest == made.digest
 
 
 def test_a_model_whose_rotation_isnt_known_cant_be_calibrated(llama: Model) -> None:
     with pytest.raises(ConfigError, match="changes; calibration knows llama"):
-        calibrate(replace(llama, rope=None), [ids(llama, 20)], Options())
+        calibrate(replace(llama, rope=None), [ids(llama, 20)], CalibrationOptions())
     with pytest.raises(ConfigError, match="is a gpt2"):
-        calibrate(replace(llama, kind="gpt2"), [ids(llama, 20)], Options())
+        calibrate(replace(llama, kind="gpt2"), [ids(llama, 20)], CalibrationOptions())
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_a_model_whose_rotation_isnt_known_cant_be_calibrated(llama: Model) -> N
 def test_bases_stay_within_a_rank_and_a_size(
     heads: int, size: int, ranks: int, expected: int
 ) -> None:
-    assert basis_heads(heads, size, Options(ranks=ranks)) == expected
+    assert basis_heads(heads, size, CalibrationOptions(ranks=ranks)) == expected
 
 
 # -- texts -----------------------------------------------------------------------------------------
@@ -412,7 +412,7 @@ def test_a_profile_is_used_only_if_it_is_asked_for(
     llama: Model, plugins: Plugins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LMCACHE_PROFILES", str(tmp_path))
-    path = calibrate(llama, [ids(llama, 300, 5)], Options("t2")).save(tmp_path)
+    path = calibrate(llama, [ids(llama, 300, 5)], CalibrationOptions("t2")).save(tmp_path)
     cache = llama.prefill(ids(llama, 256))
     plain, given, found = (
         serde_scheme(words, llama, plugins, profile=profile).code(cache)

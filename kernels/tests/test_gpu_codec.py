@@ -30,7 +30,7 @@ from lmcache_kernels.codec.gpu import tables  # noqa: E402
 from lmcache_kernels.codec.gpu.decoder import GpuDecoder  # noqa: E402
 from lmcache_kernels.codec.gpu.device import DeviceProfile  # noqa: E402
 from lmcache_kernels.codec.gpu.encoder import GpuEncoder  # noqa: E402
-from lmcache_kernels.codec.gpu.work import Options  # noqa: E402
+from lmcache_kernels.codec.gpu.work import EncoderOptions  # noqa: E402
 
 CPU = torch.device("cpu")
 LAYOUTS = int(os.environ.get("LMCACHE_TEST_LAYOUTS", "24"))
@@ -59,7 +59,7 @@ def profile_of(case: Case) -> DeviceProfile | None:
 
 def encode(case: Case, streams: int = 1) -> bytes:
     angles = [f(0.7 / (1 + j)) for j in range(case.pairs) for f in (np.cos, np.sin)]
-    options = Options(
+    options = EncoderOptions(
         case.kind,
         (case.step, case.step * 1.2),
         struct.pack(f"<{len(angles)}d", *angles),
@@ -266,12 +266,12 @@ def test_arguments_that_contradict_each_other() -> None:
     for wrong in (
         lambda: decoder.decode(VALUES, shape, stream, short),
         lambda: decoder.decode(VALUES, shape, stream, chunk, profile),
-        lambda: encoder.encode(shape, Options(VALUES), short),
-        lambda: encoder.encode(shape, Options(9), chunk),
-        lambda: encoder.encode(shape, Options(VALUES, steps=(0.3, float("nan"))), chunk),
-        lambda: encoder.encode(shape, Options(VALUES, turns=bytes(15)), chunk),
-        lambda: encoder.encode(shape, Options(VALUES, turns=bytes(16 * 17)), chunk),
-        lambda: encoder.encode(shape, Options(VALUES, profile=profile), chunk),
+        lambda: encoder.encode(shape, EncoderOptions(VALUES), short),
+        lambda: encoder.encode(shape, EncoderOptions(9), chunk),
+        lambda: encoder.encode(shape, EncoderOptions(VALUES, steps=(0.3, float("nan"))), chunk),
+        lambda: encoder.encode(shape, EncoderOptions(VALUES, turns=bytes(15)), chunk),
+        lambda: encoder.encode(shape, EncoderOptions(VALUES, turns=bytes(16 * 17)), chunk),
+        lambda: encoder.encode(shape, EncoderOptions(VALUES, profile=profile), chunk),
         lambda: DeviceProfile.of(0, bytes(8), bytes(4), CPU),
         lambda: DeviceProfile.of(1, bytes(8), bytes(2), CPU),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,6 +108,17 @@ def test_core_imports_no_plugin() -> None:
         if name.startswith(("lmcache_backend", "lmcache_connector", "lmcache_kernels"))
     ]
     assert found == []
+
+
+@pytest.mark.parametrize("package", sorted(path.parent.name for path in ROOT.glob("*/src")))
+def test_a_package_has_no_two_public_classes_of_one_name(package: str) -> None:
+    names = Counter(
+        node.name
+        for path in (ROOT / package / "src").rglob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_modules_make_no_circle() -> None:

@@ -26,7 +26,6 @@ from lmcache_core.testing.faults import (
     TOO_LARGE,
     TOO_MANY,
     WRONG_TYPE,
-    Answer,
     Corrupt,
     Fault,
     Faults,
@@ -34,6 +33,7 @@ from lmcache_core.testing.faults import (
     Injected,
     Injection,
     Raise,
+    WrongAnswer,
 )
 
 DEADLINE_S = 0.5
@@ -156,9 +156,9 @@ class Values(Fault):
         return operation == "load"
 
 
-LIES: Final = Answer("the opposite", _opposite)
-LOST: Final = Answer("a miss", lambda answer, _: [MISS] * len(answer))
-ONLY_SAID: Final = Answer(
+LIES: Final = WrongAnswer("the opposite", _opposite)
+LOST: Final = WrongAnswer("a miss", lambda answer, _: [MISS] * len(answer))
+ONLY_SAID: Final = WrongAnswer(
     "stored, it says", lambda answer, _: [StoreOutcome.ALREADY_PRESENT for _ in answer]
 )
 
@@ -238,7 +238,7 @@ def label(operation: str, fault: Fault) -> str:
     if isinstance(fault, (Raise, Half)):
         half = "half done, " if isinstance(fault, Half) else ""
         return f"{operation}: {half}{getattr(fault.kind, '__name__', fault.kind)}"
-    if isinstance(fault, Answer):
+    if isinstance(fault, WrongAnswer):
         return f"{operation}: {fault.name}"
     if isinstance(fault, Late):
         return f"{operation}: {fault.seconds:g} s late"

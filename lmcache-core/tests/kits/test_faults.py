@@ -38,7 +38,6 @@ from lmcache_core.testing.faults import (
     TOO_LARGE,
     TOO_MANY,
     WRONG_TYPE,
-    Answer,
     Corrupt,
     Fault,
     Faults,
@@ -47,6 +46,7 @@ from lmcache_core.testing.faults import (
     Injected,
     Raise,
     Wait,
+    WrongAnswer,
 )
 from lmcache_core.testing.faulty import (
     FaultyBackend,
@@ -294,7 +294,7 @@ def test_one_bit_of_the_output_is_changed_and_nothing_else() -> None:
     ("answer", "expected"),
     [(TOO_LARGE, CHUNK_BYTES + 9), (NEGATIVE, -2), (WRONG_TYPE, "nonsense")],
 )
-def test_encode_answers_nonsense(answer: Answer, expected: object) -> None:
+def test_encode_answers_nonsense(answer: WrongAnswer, expected: object) -> None:
     faults = Faults()
     faults.arm("encode", answer)
     serde = FaultySerde(RawSerde(), faults)
@@ -307,7 +307,7 @@ def test_encode_answers_nonsense(answer: Answer, expected: object) -> None:
 
 def test_an_answer_that_is_no_nonsense_is_not_counted() -> None:
     faults = Faults()
-    faults.arm("victim", Answer("the same", lambda answer, _: answer))
+    faults.arm("victim", WrongAnswer("the same", lambda answer, _: answer))
     policy = FaultyPolicy(LRU(), faults)
     policy.added(3)
     assert list(policy.victims()) == [3]
@@ -346,7 +346,7 @@ def test_checksums_that_are_none() -> None:
         actual, one, two = gathered(faults)
         assert actual == expected
         assert one == two == chunk()
-        assert faults.count("gather_checked", Answer) == 1
+        assert faults.count("gather_checked", WrongAnswer) == 1
 
 
 def test_a_damaged_chunk_keeps_the_checksums_of_the_whole_one() -> None:
@@ -425,7 +425,7 @@ def test_victims_that_are_none() -> None:
     for answer, expected in (
         (NEGATIVE, [-2]),
         (TOO_LARGE, [1 << 62]),
-        (Answer("slot 5", lambda *_: iter([5, 5])), [5, 5]),
+        (WrongAnswer("slot 5", lambda *_: iter([5, 5])), [5, 5]),
     ):
         faults = Faults()
         policy = policy_of(1, 2, faults=faults)
@@ -518,7 +518,7 @@ def test_sizes_hits_and_outcomes_that_are_none(run: Callable[[Awaitable[None]], 
             assert await getattr(backend, operation)(KEYS, *more) == expected
         faults.arm("store", TOO_FEW)
         assert await backend.store(KEYS[:1], [memoryview(chunk())]) == []
-        assert faults.count(kind=Answer) == len(cases) + 1
+        assert faults.count(kind=WrongAnswer) == len(cases) + 1
 
     run(work())
 

@@ -27,7 +27,7 @@ SCORED = 128
 
 
 @dataclass(frozen=True)
-class Options:
+class CalibrationOptions:
     """What to make."""
 
     kind: Kind = "t4"
@@ -39,7 +39,7 @@ class Options:
 
 
 def calibrate(
-    model: Model, texts: Sequence[Tensor], options: Options, progress: Progress = silent
+    model: Model, texts: Sequence[Tensor], options: CalibrationOptions, progress: Progress = silent
 ) -> Profile:
     """The profile of ``model``, after it has read ``texts`` (ids of each).
 
@@ -77,7 +77,7 @@ def calibrate(
     return replace(rotated, gains=_raw(gains(steps, found, weighed)))
 
 
-def basis_heads(heads: int, head_size: int, options: Options) -> int:
+def basis_heads(heads: int, head_size: int, options: CalibrationOptions) -> int:
     """Heads that share a basis: as many as one rank has, or as fit into the largest matrix."""
     mine = max(heads // options.ranks, 1)
     fitting = [n for n in range(1, mine + 1) if mine % n == 0]

@@ -147,14 +147,14 @@ def calibrate(args: Namespace) -> int:
     """Write a profile and say where, and what it is for."""
     model, progress = _started(args)
     from lmcache_kernels.codec_eval import texts
-    from lmcache_kernels.codec_eval.calibration import Options
+    from lmcache_kernels.codec_eval.calibration import CalibrationOptions
     from lmcache_kernels.codec_eval.calibration import calibrate as calibrated
 
     length = min(1024, args.tokens)
     pieces = texts.windows(
         texts.read(args.text), "calibration", args.tokens // length, length, model.tokens
     )
-    options = Options(kind=args.kind, ranks=args.tensor_parallel)
+    options = CalibrationOptions(kind=args.kind, ranks=args.tensor_parallel)
     profile = calibrated(model, pieces, options, progress)
     folder = profile_folder(args.out, os.environ)
     try:

@@ -164,7 +164,7 @@ class Corrupt(Fault):
 
 
 @dataclass(frozen=True)
-class Answer(Fault):
+class WrongAnswer(Fault):
     """Does the work, and answers ``made(answer, limits)`` instead.
 
     ``limits`` are what numbers of the answer mustn't exceed, where there is such a thing. If that
@@ -197,15 +197,17 @@ def _too_large(answer: Any, limits: Sequence[int]) -> Any:
     return _everywhere(answer, limits[0] + 1 if limits else 1 << 62, 1)
 
 
-TOO_FEW: Final = Answer("too few", lambda answer, _: answer[:-1])
+TOO_FEW: Final = WrongAnswer("too few", lambda answer, _: answer[:-1])
 """A list without its last element: checksums, sizes, hits, outcomes."""
-TOO_MANY: Final = Answer("too many", lambda answer, _: [*answer, *(answer[-1:] or [0])])
-SHORT: Final = Answer("too short", lambda answer, _: [one[:-1] for one in answer])
+TOO_MANY: Final = WrongAnswer("too many", lambda answer, _: [*answer, *(answer[-1:] or [0])])
+SHORT: Final = WrongAnswer("too short", lambda answer, _: [one[:-1] for one in answer])
 """Checksums that lack their last byte."""
-WRONG_TYPE: Final = Answer("of another type", lambda *_: "nonsense")
-NEGATIVE: Final = Answer("negative", lambda answer, _: _everywhere(answer, -2, _length(answer)))
+WRONG_TYPE: Final = WrongAnswer("of another type", lambda *_: "nonsense")
+NEGATIVE: Final = WrongAnswer(
+    "negative", lambda answer, _: _everywhere(answer, -2, _length(answer))
+)
 """A negative size, position or slot, and not the one that means a miss."""
-TOO_LARGE: Final = Answer("too large", _too_large)
+TOO_LARGE: Final = WrongAnswer("too large", _too_large)
 """A size behind the buffer, a position behind the batch, a slot behind the arena."""
 
 

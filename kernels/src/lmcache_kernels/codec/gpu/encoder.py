@@ -17,7 +17,7 @@ from lmcache_kernels.codec.gpu import stream as streams
 from lmcache_kernels.codec.gpu.device import EXACT, Device
 from lmcache_kernels.codec.gpu.rounding import round_values
 from lmcache_kernels.codec.gpu.stream import Block, Entry, Header, Shape
-from lmcache_kernels.codec.gpu.work import TILE, WIDTH, Options, Work
+from lmcache_kernels.codec.gpu.work import TILE, WIDTH, EncoderOptions, Work
 
 _MOST_LOSSLESS_TOKENS = 65536
 _Write = Callable[[torch.Tensor, torch.Tensor], None]
@@ -33,7 +33,10 @@ class GpuEncoder:
         self._device, self._streams = Device(device), streams
 
     def encode(
-        self, shape: tuple[int, int, int, int, int, int], options: Options, chunk: torch.Tensor
+        self,
+        shape: tuple[int, int, int, int, int, int],
+        options: EncoderOptions,
+        chunk: torch.Tensor,
     ) -> bytes:
         """The stream of ``chunk`` (uint8). ``shape``: dtype, layers, planes, heads, size, tokens.
 
@@ -61,7 +64,7 @@ class GpuEncoder:
         return streams.write(whole, options.kind, work.header, sections, payload)
 
 
-def _header(shape: Shape, options: Options) -> Header:
+def _header(shape: Shape, options: EncoderOptions) -> Header:
     turns = memoryview(options.turns).cast("B")
     pairs = turns.nbytes // 16
     if turns.nbytes % 16 or pairs > shape.head_size // 2:

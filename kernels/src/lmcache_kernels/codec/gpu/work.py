@@ -20,7 +20,7 @@ TILE, WIDTH = 16, 128
 
 
 @dataclass(frozen=True)
-class Options:
+class EncoderOptions:
     """How a chunk is encoded: what `lmcache_kernels._native.Codec.encode` is told."""
 
     kind: int
@@ -41,7 +41,7 @@ class Work:
         self,
         device: Device,
         shape: Shape,
-        options: Options,
+        options: EncoderOptions,
         header: Header,
         chunk: torch.Tensor,
     ) -> None:
