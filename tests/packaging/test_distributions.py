@@ -31,6 +31,7 @@ KINDS = {
     "serde": "serde acme",
     "policy": "cache policy acme",
     "connector": "engine connector acme",
+    "channel": "transfer channel acme",
     "cli": "",
 }
 """What `lmcache new-plugin` starts, and what `lmcache plugins --load` says that it provides."""

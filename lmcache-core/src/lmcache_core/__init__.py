@@ -92,6 +92,8 @@ if TYPE_CHECKING:
         StoreOutcome,
     )
     from lmcache_core.contracts.transfer import (
+        MAX_NAME_BYTES,
+        MAX_NOTE_BYTES,
         Note,
         Peer,
         PeerDescriptor,
@@ -100,6 +102,7 @@ if TYPE_CHECKING:
         TransferChannel,
         TransferChannelDescriptor,
         TransferContext,
+        check_call,
     )
     from lmcache_core.errors import (
         BackendError,
@@ -204,6 +207,8 @@ _ROLES = {
     "Transfer channels": {
         "BlockingChannel": "contracts.blocking_channel",
         "Link": "tiers.peers",
+        "MAX_NAME_BYTES": "contracts.transfer",
+        "MAX_NOTE_BYTES": "contracts.transfer",
         "Note": "contracts.transfer",
         "Peer": "contracts.transfer",
         "PeerDescriptor": "contracts.transfer",
@@ -213,6 +218,7 @@ _ROLES = {
         "TransferChannel": "contracts.transfer",
         "TransferChannelDescriptor": "contracts.transfer",
         "TransferContext": "contracts.transfer",
+        "check_call": "contracts.transfer",
         "open_channel": "tiers.peers",
     },
     "What does I/O: threads, loops, streams": {
@@ -291,6 +297,8 @@ _MODULES = {name: module for names in _ROLES.values() for name, module in names.
 __all__ = [
     "GAUGES",
     "IOV_MAX",
+    "MAX_NAME_BYTES",
+    "MAX_NOTE_BYTES",
     "METRICS",
     "METRIC_PREFIX",
     "MISS",
@@ -392,6 +400,7 @@ __all__ = [
     "available_bytes",
     "binding_of",
     "chain_serdes",
+    "check_call",
     "client_context",
     "config_identity",
     "dial",

@@ -16,6 +16,7 @@ KINDS = {
     "serde": "Encodes LMCache's chunks:",
     "policy": "Decides which chunks leave LMCache's host memory:",
     "connector": "Connects LMCache to the engine",
+    "channel": "Moves LMCache's chunks between processes over",
     "cli": "Adds to the lmcache command:",
 }
 """Kind → how a package's description begins."""
