@@ -22,8 +22,8 @@ from lmcache_core.contracts.eviction import CachePolicy
 from lmcache_core.errors import LeaseError
 from lmcache_core.metrics import Counters
 from lmcache_core.plugins.manager import Plugins
-from lmcache_core.testing.faults import WrongAnswer as Nonsense
 from lmcache_core.testing.faults import Faults, Raise
+from lmcache_core.testing.faults import WrongAnswer as Nonsense
 from lmcache_core.testing.faulty import FaultyPolicy
 
 SPAN = BlockSpan([0], 0, 16, 16)
