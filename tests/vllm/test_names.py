@@ -189,7 +189,6 @@ def test_two_models_streamed_from_s3(
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
             "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0",
-            "VLLM_CACHE_ROOT": str(tmp_path / "vllm"),
         }
         client = boto3.client(
             "s3",
