@@ -24,6 +24,11 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(cores[int(worker[2:]) % len(cores)])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first. Groups of `xdist_group` begin before single tests anyway."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def _model(name: str) -> Path:
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "models.py"), name],

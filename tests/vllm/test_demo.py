@@ -12,6 +12,7 @@ pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_the_demo_shows_what_it_promises() -> None:
     demo = subprocess.run(
         ["make", "demo"], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False

@@ -231,6 +231,7 @@ def test_disk_survives_a_restart(
         assert second["cached"] == everything
 
 
+@pytest.mark.long
 def test_tensor_parallel(run: Run, tiny: Path, few: list[list[int]]) -> None:
     """Two ranks, one planner. Compared with two ranks, whose sums differ from those of one."""
     two = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "LMCACHE_CHUNK_SIZE": "16"}

@@ -320,6 +320,7 @@ def bad_client(tmp_path: Path) -> str:
     return str(site)
 
 
+@pytest.mark.long
 def test_a_thousand_requests_around_a_bad_client(
     start: Start, host: EngineHost, tmp_path: Path, tiny: Path, bad_client: str
 ) -> None:

@@ -12,6 +12,7 @@ RUNNER = Path(__file__).resolve().parents[3] / "tools" / "outside_vllm.py"
 
 
 @pytest.mark.vllm
+@pytest.mark.long
 @pytest.mark.parametrize("check", ["unit", "edge"])
 def test_vllms_own_tests_pass(check: str) -> None:
     done = subprocess.run(
