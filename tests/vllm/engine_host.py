@@ -82,14 +82,24 @@ class Engine:
         return self.ask_all([prompt], max_tokens=max_tokens, adapter=adapter)[0]
 
     def ask_all(
-        self, prompts: Sequence[Prompt], *, max_tokens: int = 16, adapter: Adapter | None = None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int = 16,
+        adapter: Adapter | None = None,
+        ignore_eos: bool = False,
     ) -> list[Answer]:
-        """Those of several prompts at the same time.
+        """Those of several prompts at the same time; ``ignore_eos``: as long as they may be.
 
         Raises:
             EngineError: the engine ended or raised.
         """
-        call = {"ask": list(prompts), "max_tokens": max_tokens, "adapter": adapter}
+        call = {
+            "ask": list(prompts),
+            "max_tokens": max_tokens,
+            "adapter": adapter,
+            "ignore_eos": ignore_eos,
+        }
         return [Answer(tokens, cached) for tokens, cached in self._call(call)["answers"]]
 
     def load(self, adapter: Adapter) -> None:
@@ -264,7 +274,12 @@ def serve(request: dict[str, Any], lines: TextIO) -> None:
             _say(lines)
             continue
         adapter = LoRARequest(**message["adapter"]) if message["adapter"] else None
-        sampling = SamplingParams(max_tokens=message["max_tokens"], temperature=0, detokenize=False)
+        sampling = SamplingParams(
+            max_tokens=message["max_tokens"],
+            temperature=0,
+            ignore_eos=message["ignore_eos"],
+            detokenize=False,
+        )
         prompts = [
             {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
             for prompt in message["ask"]
@@ -286,6 +301,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Threads that spin while they wait make two engines on two cores crawl.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with socket.socket(fileno=int(sys.argv[1])) as control:
         host(control)
 

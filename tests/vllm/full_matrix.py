@@ -9,14 +9,13 @@ prefixes allow. Ends with 0 only if nothing differs and no prompt has fewer hits
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from engine_host import EngineHost, arguments
 from prompts import expected_hits, overlapping
-from test_equality import MATRIX, MODES, VERBATIM, WAVE, case, differences, engine
+from test_equality import MATRIX, MODES, VERBATIM, WAVE, Case, Result, case, differences, results
 
 PROMPTS = 200
 
@@ -28,16 +27,19 @@ def main() -> int:
     for ranks in (1, 2):
         binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if ranks == 2 else {}
         more = {"tensor_parallel_size": ranks}
-        cases = [case(f"none-{b}", engine(model, b, **more), prompts, binding) for b in (32, 128)]
+        cases = [
+            case(f"none-{b}", arguments(model, block_size=b, **more), prompts, binding)
+            for b in (32, 128)
+        ]
         for block, chunk, mode in MATRIX:
             environ = {**binding, "LMCACHE_CHUNK_SIZE": str(chunk), **MODES[mode]}
-            arguments = engine(model, block, kv_transfer_config=VERBATIM, **more)
-            cases.append(case(f"{block}-{chunk}-{mode}", arguments, prompts, environ))
-        results = {result["name"]: result for result in run(cases)}
+            engine = arguments(model, block_size=block, kv_transfer_config=VERBATIM, **more)
+            cases.append(case(f"{block}-{chunk}-{mode}", engine, prompts, environ))
+        found = run(cases)
         for block, chunk, mode in MATRIX:
-            actual = results[f"{block}-{chunk}-{mode}"]
+            actual = found[f"{block}-{chunk}-{mode}"]
             floor = expected_hits(prompts, WAVE, chunk)
-            differ = len(differences(actual, results[f"none-{block}"]))
+            differ = len(differences(actual, found[f"none-{block}"]))
             below = sum(hit < least for hit, least in zip(actual["cached"], floor, strict=True))
             bad += differ + below
             print(
@@ -49,19 +51,14 @@ def main() -> int:
     return 1 if bad else 0
 
 
-def run(cases: list[dict]) -> list[dict]:  # type: ignore[type-arg]
-    """Run the cases in a process of their own; its output is shown."""
-    with tempfile.TemporaryDirectory() as folder:
-        given, results = Path(folder) / "cases.json", Path(folder) / "results.json"
-        given.write_text(json.dumps(cases))
-        program = Path(__file__).with_name("run_engine.py")
-        subprocess.run(
-            [sys.executable, str(program), str(given), str(results)],
-            stdout=sys.stderr,
-            check=True,
-        )
-        answers: list[dict] = json.loads(results.read_text())  # type: ignore[type-arg]
-        return answers
+def run(cases: list[Case]) -> dict[str, Result]:
+    """By name; says on standard error how it goes on."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder, EngineHost(Path(folder)) as host:
+        for result in results(host, cases):
+            found[result["name"]] = result
+            print(result["name"], file=sys.stderr, flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -6,19 +6,16 @@ batches of different composition agree with each other, and so must ours.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_host import EngineHost, arguments
 from prompts import expected_hits, overlapping
 
 pytestmark = pytest.mark.vllm
 
-HERE = Path(__file__).parent
 MANY, FEW = 60, 40
 WAVE, MAX_TOKENS = 8, 8
 VERBATIM = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
@@ -29,44 +26,39 @@ MODES = {
 }
 MATRIX = [(block, chunk, mode) for block in (32, 128) for chunk in (8, 16, 256) for mode in MODES]
 
-Run = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+Case = dict[str, Any]
+Result = dict[str, Any]
+Run = Callable[[list[Case]], list[Result]]
+
+
+def results(host: EngineHost, cases: list[Case]) -> Iterator[Result]:
+    """One case after another, with an engine for each life of it.
+
+    A result: ``name``, ``repeat`` (which life), and for each prompt its ``tokens`` and how many
+    tokens of it were ``cached``.
+    """
+    for one in cases:
+        prompts, wave = one["prompts"], one["wave"]
+        for repeat in range(1 + one["restarts"]):
+            answers = []
+            with host.engine(f"{one['name']}-{repeat}", one["engine"], one["environ"]) as engine:
+                for start in range(0, len(prompts), wave):
+                    answers += engine.ask_all(
+                        prompts[start : start + wave],
+                        max_tokens=one["max_tokens"],
+                        ignore_eos=True,
+                    )
+            yield {
+                "name": one["name"],
+                "repeat": repeat,
+                "tokens": [answer.tokens for answer in answers],
+                "cached": [answer.cached for answer in answers],
+            }
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    def run_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        folder = tmp_path_factory.mktemp("engine")
-        (folder / "cases.json").write_text(json.dumps(cases))
-        with (folder / "log").open("w") as log:
-            done = subprocess.run(
-                [
-                    sys.executable,
-                    str(HERE / "run_engine.py"),
-                    str(folder / "cases.json"),
-                    str(folder / "results.json"),
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=1200,
-                check=False,
-            )
-        text = (folder / "log").read_text()
-        assert done.returncode == 0, text[-6000:]
-        return json.loads((folder / "results.json").read_text())
-
-    return run_cases
-
-
-def engine(model: Path, block: int = 32, **more: Any) -> dict[str, Any]:
-    return {
-        "model": str(model),
-        "dtype": "float32",
-        "enforce_eager": True,
-        "max_model_len": 2048,
-        "block_size": block,
-        "enable_prefix_caching": False,
-        **more,
-    }
+def run(host: EngineHost) -> Run:
+    return lambda cases: list(results(host, cases))
 
 
 def case(
@@ -74,8 +66,9 @@ def case(
     arguments: dict[str, Any],
     prompts: list[list[int]],
     environ: dict[str, str] | None = None,
-    **more: Any,
-) -> dict[str, Any]:
+    *,
+    restarts: int = 0,
+) -> Case:
     quiet = {"LMCACHE_LOG_LEVEL": "WARNING", "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.5"}
     return {
         "name": name,
@@ -84,11 +77,11 @@ def case(
         "wave": WAVE,
         "max_tokens": MAX_TOKENS,
         "environ": {**quiet, **(environ or {})},
-        **more,
+        "restarts": restarts,
     }
 
 
-def differences(actual: dict[str, Any], expected: dict[str, Any]) -> list[int]:
+def differences(actual: Result, expected: Result) -> list[int]:
     return [
         index
         for index, (a, b) in enumerate(zip(actual["tokens"], expected["tokens"], strict=True))
@@ -96,7 +89,7 @@ def differences(actual: dict[str, Any], expected: dict[str, Any]) -> list[int]:
     ]
 
 
-def check(actual: dict[str, Any], expected: dict[str, Any], floor: list[int]) -> None:
+def check(actual: Result, expected: Result, floor: list[int]) -> None:
     assert differences(actual, expected) == []
     below = [
         (index, hit, least)
@@ -118,12 +111,12 @@ def few() -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def matrix(run: Run, tiny: Path, many: list[list[int]]) -> dict[str, dict[str, Any]]:
-    cases = [case(f"none-{block}", engine(tiny, block), many) for block in (32, 128)]
+def matrix(run: Run, tiny: Path, many: list[list[int]]) -> dict[str, Result]:
+    cases = [case(f"none-{block}", arguments(tiny, block_size=block), many) for block in (32, 128)]
     cases += [
         case(
             f"{block}-{chunk}-{mode}",
-            engine(tiny, block, kv_transfer_config=VERBATIM),
+            arguments(tiny, block_size=block, kv_transfer_config=VERBATIM),
             many,
             {"LMCACHE_CHUNK_SIZE": str(chunk), **MODES[mode]},
         )
@@ -135,7 +128,7 @@ def matrix(run: Run, tiny: Path, many: list[list[int]]) -> dict[str, dict[str, A
 @pytest.mark.xdist_group("matrix")
 @pytest.mark.parametrize(("block", "chunk", "mode"), MATRIX)
 def test_every_block_and_chunk_size_and_way_of_loading(
-    matrix: dict[str, dict[str, Any]], many: list[list[int]], block: int, chunk: int, mode: str
+    matrix: dict[str, Result], many: list[list[int]], block: int, chunk: int, mode: str
 ) -> None:
     actual = matrix[f"{block}-{chunk}-{mode}"]
     check(actual, matrix[f"none-{block}"], expected_hits(many, WAVE, chunk))
@@ -176,13 +169,13 @@ WITHOUT_FLOOR = {"tiny-arena", "preemption", "preemption-async"}
 
 
 @pytest.fixture(scope="session")
-def variants(run: Run, tiny: Path, few: list[list[int]]) -> dict[str, dict[str, Any]]:
-    cases = [case("none", engine(tiny), few)]
-    for name, (arguments, environ) in VARIANTS.items():
+def variants(run: Run, tiny: Path, few: list[list[int]]) -> dict[str, Result]:
+    cases = [case("none", arguments(tiny), few)]
+    for name, (more, environ) in VARIANTS.items():
         cases.append(
             case(
                 name,
-                engine(tiny, **{"kv_transfer_config": VERBATIM, **arguments}),
+                arguments(tiny, **{"kv_transfer_config": VERBATIM, **more}),
                 few,
                 {"LMCACHE_CHUNK_SIZE": "16", **environ},
             )
@@ -192,7 +185,7 @@ def variants(run: Run, tiny: Path, few: list[list[int]]) -> dict[str, dict[str, 
 
 @pytest.mark.xdist_group("variants")
 @pytest.mark.parametrize("name", VARIANTS)
-def test_variants(variants: dict[str, dict[str, Any]], few: list[list[int]], name: str) -> None:
+def test_variants(variants: dict[str, Result], few: list[list[int]], name: str) -> None:
     floor = expected_hits(few, WAVE, 16)
     if name in WITHOUT_FLOOR:
         assert differences(variants[name], variants["none"]) == []
@@ -205,7 +198,7 @@ def test_disk_survives_a_restart(
     run: Run, tiny: Path, few: list[list[int]], tmp_path: Path
 ) -> None:
     """The second life of the server hits from the first request on, from disk."""
-    cases = [case("none", engine(tiny), few)]
+    cases = [case("none", arguments(tiny), few)]
     for name, more in (("host-and-disk", {}), ("disk-only", {"LMCACHE_LOCAL_CPU": "false"})):
         environ = {
             "LMCACHE_CHUNK_SIZE": "16",
@@ -216,7 +209,7 @@ def test_disk_survives_a_restart(
         cases.append(
             case(
                 name,
-                engine(tiny, kv_transfer_config=VERBATIM),
+                arguments(tiny, kv_transfer_config=VERBATIM),
                 few,
                 environ,
                 restarts=1,
@@ -235,11 +228,11 @@ def test_disk_survives_a_restart(
 def test_tensor_parallel(run: Run, tiny: Path, few: list[list[int]]) -> None:
     """Two ranks, one planner. Compared with two ranks, whose sums differ from those of one."""
     two = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "LMCACHE_CHUNK_SIZE": "16"}
-    cases = [case("none", engine(tiny, tensor_parallel_size=2), few, two)]
+    cases = [case("none", arguments(tiny, tensor_parallel_size=2), few, two)]
     cases += [
         case(
             mode,
-            engine(tiny, tensor_parallel_size=2, kv_transfer_config=VERBATIM),
+            arguments(tiny, tensor_parallel_size=2, kv_transfer_config=VERBATIM),
             few,
             {**two, **environ},
         )
