@@ -1,8 +1,9 @@
-"""Two real servers with one configuration, and whether the second finds what the first computes;
-and our own store."""
+"""Two real servers or engines with one configuration, and whether the second finds what the first
+computes; and our own store."""
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -13,23 +14,23 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from engine_host import Answer, Engine, EngineHost, arguments
 from server import VllmServer
 
 ENGINE = Path(sys.executable)
 PROMPTS = 24
 """So many have known answers."""
 CHUNK = 256
+TRANSFER = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
 ARGUMENTS = [
     "--enforce-eager",
     *("--max-model-len", "2048", "--block-size", "32", "--dtype", "float32"),
     "--no-enable-prefix-caching",
-    *(
-        "--kv-transfer-config",
-        '{"kv_connector":"LMCacheConnectorV1", "kv_role":"kv_both"}',
-    ),
+    *("--kv-transfer-config", json.dumps(TRANSFER)),
 ]
 
-Pair = tuple[VllmServer, VllmServer]
+Servers = tuple[VllmServer, VllmServer]
+Engines = tuple[Engine, Engine]
 
 
 def prompt(seed: int) -> list[int]:
@@ -38,15 +39,9 @@ def prompt(seed: int) -> list[int]:
 
 
 @contextmanager
-def two_servers(model: Path, folder: Path, config: str, **environ: str) -> Iterator[Pair]:
+def two_servers(model: Path, folder: Path, config: str, **environ: str) -> Iterator[Servers]:
     """Started side by side, with one configuration file."""
-    file = folder / "lmcache.yaml"
-    file.write_text(config)
-    variables = {
-        "LMCACHE_CONFIG_FILE": str(file),
-        "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.2",
-        **environ,
-    }
+    variables = {**_configured(folder, config), **environ}
     pair = tuple(
         VllmServer(ENGINE, model, folder / f"vllm{i}.log", ARGUMENTS, variables) for i in range(2)
     )
@@ -55,6 +50,23 @@ def two_servers(model: Path, folder: Path, config: str, **environ: str) -> Itera
             stack.callback(server.stop)
         list(threads.map(VllmServer.start, pair))
         yield pair[0], pair[1]
+
+
+@contextmanager
+def two_engines(host: EngineHost, model: Path, folder: Path, config: str) -> Iterator[Engines]:
+    """Where the API server doesn't matter."""
+    variables, settings = _configured(folder, config), arguments(model, kv_transfer_config=TRANSFER)
+    with (
+        host.engine(f"{folder.name}-0", settings, variables) as first,
+        host.engine(f"{folder.name}-1", settings, variables) as second,
+    ):
+        yield first, second
+
+
+def _configured(folder: Path, config: str) -> dict[str, str]:
+    file = folder / "lmcache.yaml"
+    file.write_text(config)
+    return {"LMCACHE_CONFIG_FILE": str(file), "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.2"}
 
 
 @contextmanager
@@ -82,25 +94,33 @@ def settled(stored: Callable[[], int]) -> None:
         time.sleep(0.05)
 
 
+def asked(of: VllmServer | Engine, seed: int) -> Answer:
+    """What comes of a prompt."""
+    if isinstance(of, Engine):
+        return of.ask(prompt(seed))
+    completion = of.complete(prompt(seed))
+    return Answer(completion.token_ids, completion.cached_tokens)
+
+
 def shared(
-    pair: Pair,
+    pair: Servers | Engines,
     seed: int,
     uncached: dict[int, list[int]],
     stored: Callable[[], int],
     hit: int = 3 * CHUNK,
 ) -> bool:
-    """Whether the second server finds what the first computes. Its tokens are right in any case."""
-    first = pair[0].complete(prompt(seed))
-    assert first.token_ids == uncached[seed]
-    assert first.cached_tokens == 0
+    """Whether the second finds what the first computes. Its tokens are right in any case."""
+    first = asked(pair[0], seed)
+    assert first.tokens == uncached[seed]
+    assert first.cached == 0
     settled(stored)
-    second = pair[1].complete(prompt(seed))
-    assert second.token_ids == uncached[seed]
-    return second.cached_tokens == hit
+    second = asked(pair[1], seed)
+    assert second.tokens == uncached[seed]
+    return second.cached == hit
 
 
 def until_shared(
-    pair: Pair,
+    pair: Servers | Engines,
     seeds: range,
     uncached: dict[int, list[int]],
     stored: Callable[[], int],

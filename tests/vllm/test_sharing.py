@@ -1,4 +1,4 @@
-"""Two real vLLM servers and one store: what the first computes, the second finds.
+"""Two real vLLM engines and one store: what the first computes, the second finds.
 
 With the deployment guide's configuration files, unchanged: stores listen on the guide's ports.
 """
@@ -14,9 +14,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from pair import PROMPTS, lmcache_server, prompt, shared, two_servers, until_shared
+from engine_host import Engine, EngineHost
+from pair import (
+    PROMPTS,
+    asked,
+    lmcache_server,
+    prompt,
+    shared,
+    two_engines,
+    two_servers,
+    until_shared,
+)
 from redis_servers import Replicated, Server, cluster, running, until
-from server import VllmServer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
@@ -74,16 +83,20 @@ def keys_of(*servers: Server) -> int:
 
 
 @pytest.mark.xdist_group("guide's ports")
-def test_redis(tiny: Path, tmp_path: Path, uncached: dict[int, list[int]]) -> None:
+def test_redis(
+    host: EngineHost, tiny: Path, tmp_path: Path, uncached: dict[int, list[int]]
+) -> None:
     server = Server(tmp_path / "redis", port=6379)
-    with running(server), two_servers(tiny, tmp_path, REDIS) as pair:
+    with running(server), two_engines(host, tiny, tmp_path, REDIS) as pair:
         assert shared(pair, 0, uncached, lambda: keys_of(server))
 
 
-def test_redis_cluster(tiny: Path, tmp_path: Path, uncached: dict[int, list[int]]) -> None:
+def test_redis_cluster(
+    host: EngineHost, tiny: Path, tmp_path: Path, uncached: dict[int, list[int]]
+) -> None:
     with cluster(tmp_path / "cluster") as nodes:
         config = f'chunk_size: 256\nremote_url: "redis-cluster://127.0.0.1:{nodes[0].port}"\n'
-        with two_servers(tiny, tmp_path, config) as pair:
+        with two_engines(host, tiny, tmp_path, config) as pair:
             assert shared(pair, 0, uncached, lambda: keys_of(*nodes))
 
 
@@ -112,19 +125,21 @@ def guides_sentinels(folder: Path) -> Iterator[Replicated]:
 
 
 @pytest.mark.xdist_group("guide's ports")
-def test_redis_sentinel(tiny: Path, tmp_path: Path, uncached: dict[int, list[int]]) -> None:
+def test_redis_sentinel(
+    host: EngineHost, tiny: Path, tmp_path: Path, uncached: dict[int, list[int]]
+) -> None:
     """The primary is killed between requests and during them: misses for a moment, nothing else."""
     with (
         guides_sentinels(tmp_path) as topology,
-        two_servers(tiny, tmp_path, SENTINEL) as pair,
+        two_engines(host, tiny, tmp_path, SENTINEL) as pair,
         ThreadPoolExecutor(2) as threads,
     ):
         assert shared(pair, 0, uncached, lambda: keys_of(topology.primary))
 
-        def ask(server: VllmServer) -> list[list[int]]:
-            return [server.complete(prompt(seed)).token_ids for seed in range(1, FRESH)]
+        def ask(engine: Engine) -> list[list[int]]:
+            return [asked(engine, seed).tokens for seed in range(1, FRESH)]
 
-        answers = [threads.submit(ask, server) for server in pair]
+        answers = [threads.submit(ask, engine) for engine in pair]
         topology.primary.kill()
         for answer in answers:
             assert answer.result() == [uncached[seed] for seed in range(1, FRESH)]
