@@ -45,6 +45,7 @@ class Answer:
     tokens: list[int]
     cached: int
     """Prompt tokens that the engine did not compute."""
+    prompt_tokens: int
 
 
 def arguments(model: Path, **more: Any) -> dict[str, Any]:
@@ -100,7 +101,7 @@ class Engine:
             "adapter": adapter,
             "ignore_eos": ignore_eos,
         }
-        return [Answer(tokens, cached) for tokens, cached in self._call(call)["answers"]]
+        return [Answer(*answer) for answer in self._call(call)["answers"]]
 
     def load(self, adapter: Adapter) -> None:
         """Load an adapter, as an API server does; in place if it says so."""
@@ -285,7 +286,10 @@ def serve(request: dict[str, Any], lines: TextIO) -> None:
             for prompt in message["ask"]
         ]
         outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
-        answers = [(list(one.outputs[0].token_ids), one.num_cached_tokens or 0) for one in outputs]
+        answers = [
+            (list(one.outputs[0].token_ids), one.num_cached_tokens or 0, len(one.prompt_token_ids))
+            for one in outputs
+        ]
         _say(lines, answers=answers)
     llm.llm_engine.engine_core.shutdown()
     _say(lines)

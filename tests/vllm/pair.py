@@ -98,8 +98,8 @@ def asked(of: VllmServer | Engine, seed: int) -> Answer:
     """What comes of a prompt."""
     if isinstance(of, Engine):
         return of.ask(prompt(seed))
-    completion = of.complete(prompt(seed))
-    return Answer(completion.token_ids, completion.cached_tokens)
+    one = of.complete(prompt(seed))
+    return Answer(one.token_ids, one.cached_tokens, one.prompt_tokens)
 
 
 def shared(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from engine_host import EngineHost, arguments
+from pair import TRANSFER
 from server import ServerError, VllmServer
 
 pytestmark = pytest.mark.vllm
@@ -74,38 +75,36 @@ def test_the_guides_two_requests(
         assert re.search(line, log), line
 
 
-def test_a_server_killed_while_storing_loses_at_most_chunks(
-    tiny: Path, tmp_path: Path, uncached: dict[str, list[int]]
+def test_an_engine_killed_while_storing_loses_at_most_chunks(
+    host: EngineHost, tiny: Path, tmp_path: Path, uncached: dict[str, list[int]]
 ) -> None:
-    """SIGKILL in the middle; the next server serves right tokens, and hits what was published."""
+    """SIGKILL in the middle; the next engine serves right tokens, and hits what was published."""
     disk = tmp_path / "disk"
     config = tmp_path / "lmcache.yaml"
     config.write_text(
         f"chunk_size: 16\nmax_local_cpu_size: 0.2\nlocal_disk: {disk}\nmax_local_disk_size: 1\n"
     )
     environ = {"LMCACHE_CONFIG_FILE": str(config)}
+    settings = arguments(tiny, kv_transfer_config=TRANSFER)
     texts = [text for text in uncached if text not in (FIRST, SECOND)]
-    server = VllmServer(ENGINE, tiny, tmp_path / "vllm.log", [*COMMON, *FLAG], environ)
-    server.start()
+    engine = host.engine("killed", settings, environ)
     try:
         for text in texts[:-1]:
-            assert server.complete(text).token_ids == uncached[text]
-        server.complete(texts[-1], max_tokens=1)
+            assert engine.ask(text).tokens == uncached[text]
+        engine.ask(texts[-1], max_tokens=1)
     finally:
-        server.kill()
-    with server:
+        engine.kill()
+    with host.engine("next", settings, environ) as engine:
         hits = 0
         for text in texts:
-            answer = server.complete(text)
-            assert answer.token_ids == uncached[text]
-            hits += answer.cached_tokens
+            answer = engine.ask(text)
+            assert answer.tokens == uncached[text]
+            hits += answer.cached
         assert hits > 0
         for text in texts:
-            answer = server.complete(text)
-            assert answer.token_ids == uncached[text]
-            assert answer.cached_tokens == min(
-                answer.prompt_tokens // 16 * 16, answer.prompt_tokens - 1
-            )
+            answer = engine.ask(text)
+            assert answer.tokens == uncached[text]
+            assert answer.cached == min(answer.prompt_tokens // 16 * 16, answer.prompt_tokens - 1)
 
 
 def test_the_simplified_flags(tiny: Path, tmp_path: Path, uncached: dict[str, list[int]]) -> None:
@@ -156,13 +155,13 @@ def test_without_our_vllm_plugin_the_start_says_what_to_do(tiny: Path, tmp_path:
 
 
 def test_use_layerwise_under_torch_compile(
-    tiny: Path, tmp_path: Path, uncached: dict[str, list[int]]
+    host: EngineHost, tiny: Path, uncached: dict[str, list[int]]
 ) -> None:
     """The layer hooks run inside a compiled model too."""
-    arguments = [a for a in [*COMMON, *FLAG] if a != "--enforce-eager"]
+    settings = arguments(tiny, enforce_eager=False, kv_transfer_config=TRANSFER)
     environ = {"LMCACHE_CHUNK_SIZE": "8", "LMCACHE_USE_LAYERWISE": "true", **SMALL}
-    with VllmServer(ENGINE, tiny, tmp_path / "vllm.log", arguments, environ) as server:
-        first = server.complete(SECOND)
-        again = server.complete(SECOND)
-        assert again.cached_tokens > 0
-        assert first.token_ids == again.token_ids == uncached[SECOND]
+    with host.engine("compiled", settings, environ) as engine:
+        first = engine.ask(SECOND)
+        again = engine.ask(SECOND)
+        assert again.cached > 0
+        assert first.tokens == again.tokens == uncached[SECOND]
