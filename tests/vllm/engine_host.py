@@ -5,7 +5,8 @@
 
 Nearly all of an engine's start is importing vLLM; here it is imported once. Each engine is a
 process of its own all the same: two run side by side, one ends while another goes on, one that
-starts knows nothing of those before it. There is no API server: ``vllm serve`` is `server`'s.
+starts knows nothing of those before it. `EngineHost.launch` forks ``vllm serve`` likewise, for
+`server`.
 
 Run as a program it is that first process. It and the engines speak JSON lines over Unix sockets.
 Knows nothing about caches: a caller passes vLLM's arguments and the environment.
@@ -13,8 +14,11 @@ Knows nothing about caches: a caller passes vLLM's arguments and the environment
 
 from __future__ import annotations
 
+import ctypes
 import json
+import multiprocessing
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -26,6 +30,7 @@ from typing import Any, TextIO
 
 START_TIMEOUT_S = 300.0
 ANSWER_TIMEOUT_S = 300.0
+_PR_SET_PDEATHSIG = 1
 _NOT_INHERITED = ("LMCACHE_", "AWS_")
 """What these begin with isn't taken from the environment: a test means what it says."""
 
@@ -163,6 +168,37 @@ class Engine:
         return "\n".join(self.log_text().splitlines()[-40:])
 
 
+class Launched:
+    """A command that runs in a fork, as `subprocess.Popen` would show it."""
+
+    def __init__(self, wire: socket.socket) -> None:
+        self._wire = wire
+        self._code: int | None = None
+        wire.settimeout(START_TIMEOUT_S)
+        self.pid = int(wire.recv(32))
+
+    def send_signal(self, sig: int) -> None:
+        """To its first process.
+
+        Raises:
+            ProcessLookupError: it has ended.
+        """
+        os.kill(self.pid, sig)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code, once it has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: it hasn't.
+        """
+        if self._code is None:
+            if not select.select([self._wire], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("vllm", timeout or 0.0)
+            self._code = int(self._wire.recv(32) or -signal.SIGKILL)
+            self._wire.close()
+        return self._code
+
+
 class EngineHost:
     """The process that has imported vLLM; ends with ``with``, and its engines with it."""
 
@@ -211,16 +247,29 @@ class EngineHost:
             "path": list(path),
             "log": str(log),
         }
+        self._send(request, theirs)
+        return Engine(ours, log)
+
+    def launch(self, command: Sequence[str], environ: Mapping[str, str], log: Path) -> Launched:
+        """Run ``PYTHON -m vllm.entrypoints.cli.main …`` without importing vLLM again.
+
+        Its engine is a fork, too: by itself vLLM starts a new interpreter for it on a CPU.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        _, _, _, *words = command
+        self._send({"command": words, "environ": dict(environ), "log": str(log)}, theirs)
+        return Launched(ours)
+
+    def _send(self, request: dict[str, Any], theirs: socket.socket) -> None:
         with theirs:
             socket.send_fds(self._wire, [json.dumps(request).encode()], [theirs.fileno()])
-        return Engine(ours, log)
 
 
 # -- the program -----------------------------------------------------------------------------------
 
 
 def host(control: socket.socket) -> None:
-    """Fork an engine for each request, until nobody can ask any more."""
+    """Fork an engine or a command for each request, until nobody can ask any more."""
     import vllm.model_executor.models.llama
     import vllm.v1.engine.core
     import vllm.v1.worker.cpu_worker  # noqa: F401
@@ -230,15 +279,21 @@ def host(control: socket.socket) -> None:
         message, fds, _, _ = socket.recv_fds(control, 1 << 20, 1)
         if not message:
             return
+        request = json.loads(message)
+        if "command" in request:
+            import vllm.entrypoints.cli.serve  # noqa: F401  once for all of them
         if os.fork() == 0:
             control.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            request = json.loads(message)
             output = os.open(request["log"], os.O_WRONLY | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            with socket.socket(fileno=fds[0]) as wire, wire.makefile("rw") as lines:
-                serve(request, lines)
+            with socket.socket(fileno=fds[0]) as wire:
+                if "command" in request:
+                    run(request, wire)
+                else:
+                    with wire.makefile("rw") as lines:
+                        serve(request, lines)
             return
         os.close(fds[0])
 
@@ -293,6 +348,29 @@ def serve(request: dict[str, Any], lines: TextIO) -> None:
         _say(lines, answers=answers)
     llm.llm_engine.engine_core.shutdown()
     _say(lines)
+
+
+def run(request: dict[str, Any], wire: socket.socket) -> None:
+    """Run a command in another fork, and tell its number and then its exit code."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if pid := os.fork():
+        wire.send(str(pid).encode())
+        _, status = os.waitpid(pid, 0)
+        wire.send(str(os.waitstatus_to_exitcode(status)).encode())
+        os._exit(0)
+    wire.close()
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    os.setsid()
+    os.chdir(Path(request["log"]).parent)
+    os.environ.clear()
+    os.environ.update(request["environ"])
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: fork
+    sys.argv = ["vllm", *request["command"]]
+    from vllm.entrypoints.cli.main import main
+
+    main()
 
 
 def _say(lines: TextIO, **message: Any) -> None:

@@ -39,17 +39,20 @@ def prompt(seed: int) -> list[int]:
 
 
 @contextmanager
-def two_servers(model: Path, folder: Path, config: str, **environ: str) -> Iterator[Servers]:
+def two_servers(host: EngineHost, model: Path, folder: Path, config: str) -> Iterator[Servers]:
     """Started side by side, with one configuration file."""
-    variables = {**_configured(folder, config), **environ}
-    pair = tuple(
-        VllmServer(ENGINE, model, folder / f"vllm{i}.log", ARGUMENTS, variables) for i in range(2)
+    variables = _configured(folder, config)
+    first, second = (
+        VllmServer(
+            ENGINE, model, folder / f"vllm{i}.log", ARGUMENTS, variables, launch=host.launch
+        )
+        for i in range(2)
     )
     with ExitStack() as stack, ThreadPoolExecutor(2) as threads:
-        for server in pair:
+        for server in (first, second):
             stack.callback(server.stop)
-        list(threads.map(VllmServer.start, pair))
-        yield pair[0], pair[1]
+        list(threads.map(VllmServer.start, (first, second)))
+        yield first, second
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from lmcache_core.testing.ports import free_port
 
@@ -58,6 +58,21 @@ class Completion:
     total_s: float
 
 
+class Process(Protocol):
+    """A process that was started, as `subprocess.Popen` shows it."""
+
+    pid: int
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, sig: int) -> None: ...
+
+
+Launch = Callable[[Sequence[str], Mapping[str, str], Path], Process]
+"""Starts a command with that environment, in a process group of its own. What it writes goes into
+the file, in whose folder it runs."""
+
+
 @dataclass
 class VllmServer:
     """``with VllmServer(...) as server:`` runs a server for the length of the block.
@@ -77,8 +92,10 @@ class VllmServer:
     ready_timeout_s: float = READY_TIMEOUT_S
     progress: Callable[[str], None] | None = None
     """Told every 20 s that the server is still starting."""
+    launch: Launch | None = None
+    """How it is started, if not as a new process."""
     port: int = 0
-    _process: subprocess.Popen[bytes] | None = None
+    _process: Process | None = None
 
     def __enter__(self) -> VllmServer:
         self.start()
@@ -117,17 +134,9 @@ class VllmServer:
         """
         self.port = free_port()
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as output:
-            self._process = subprocess.Popen(
-                self.command(),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=self._environment(),
-                cwd=self.log.parent,
-                start_new_session=True,
-                preexec_fn=_end_with_parent(),
-            )
+        self.log.write_bytes(b"")
+        launch = self.launch or _launched
+        self._process = launch(self.command(), self._environment(), self.log)
         try:
             self._wait_ready()
         except BaseException:
@@ -292,7 +301,7 @@ class VllmServer:
     def _tail(self, lines: int = 30) -> str:
         return "\n".join(self.log_text().splitlines()[-lines:]) + f"\n(all of it: {self.log})"
 
-    def _kill_group(self, process: subprocess.Popen[bytes]) -> None:
+    def _kill_group(self, process: Process) -> None:
         # The engine is a child of the API server and can outlive it.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -302,6 +311,20 @@ class VllmServer:
         until = time.monotonic() + STOP_TIMEOUT_S
         while _members(process.pid) and time.monotonic() < until:
             time.sleep(0.05)
+
+
+def _launched(command: Sequence[str], environ: Mapping[str, str], log: Path) -> Process:
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environ,
+            cwd=log.parent,
+            start_new_session=True,
+            preexec_fn=_end_with_parent(),
+        )
 
 
 def _members(group: int) -> list[int]:

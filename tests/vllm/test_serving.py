@@ -107,9 +107,11 @@ def test_an_engine_killed_while_storing_loses_at_most_chunks(
             assert answer.cached == min(answer.prompt_tokens // 16 * 16, answer.prompt_tokens - 1)
 
 
-def test_the_simplified_flags(tiny: Path, tmp_path: Path, uncached: dict[str, list[int]]) -> None:
+def test_the_simplified_flags(
+    host: EngineHost, tiny: Path, tmp_path: Path, uncached: dict[str, list[int]]
+) -> None:
     """Section 3.1, second way. The size is what we take, whatever the environment says."""
-    arguments = [
+    flags = [
         *COMMON,
         "--kv-offloading-backend",
         "lmcache",
@@ -118,7 +120,9 @@ def test_the_simplified_flags(tiny: Path, tmp_path: Path, uncached: dict[str, li
         "--disable-hybrid-kv-cache-manager",
     ]
     environ = {"LMCACHE_CHUNK_SIZE": "8", "LMCACHE_MAX_LOCAL_CPU_SIZE": "1"}
-    with VllmServer(ENGINE, tiny, tmp_path / "vllm.log", arguments, environ) as server:
+    with VllmServer(
+        ENGINE, tiny, tmp_path / "vllm.log", flags, environ, launch=host.launch
+    ) as server:
         server.complete(FIRST)
         second = server.complete(SECOND)
         assert second.cached_tokens > 0
@@ -127,15 +131,16 @@ def test_the_simplified_flags(tiny: Path, tmp_path: Path, uncached: dict[str, li
 
 
 def test_a_wrong_configuration_stops_the_start_with_all_mistakes(
-    tiny: Path, tmp_path: Path
+    host: EngineHost, tiny: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "lmcache.yaml"
     config.write_text("chunk_sise: 256\nremote_url: nowhere://h:1\nmax_local_cpu_size: much\n")
     environ = {"LMCACHE_CONFIG_FILE": str(config), "LMCACHE_SAVE_DECODE_CACHE": "perhaps"}
-    server = VllmServer(ENGINE, tiny, tmp_path / "vllm.log", [*COMMON, *FLAG], environ)
+    log, command = tmp_path / "vllm.log", [*COMMON, *FLAG]
+    server = VllmServer(ENGINE, tiny, log, command, environ, launch=host.launch)
     with pytest.raises(ServerError):
         server.start()
-    log = server.log_text()
+    said = server.log_text()
     for expected in (
         "did you mean 'chunk_size'",
         "lmcache.yaml line 1",
@@ -143,12 +148,15 @@ def test_a_wrong_configuration_stops_the_start_with_all_mistakes(
         "max_local_cpu_size",
         "LMCACHE_SAVE_DECODE_CACHE",
     ):
-        assert expected in log
+        assert expected in said
 
 
-def test_without_our_vllm_plugin_the_start_says_what_to_do(tiny: Path, tmp_path: Path) -> None:
+def test_without_our_vllm_plugin_the_start_says_what_to_do(
+    host: EngineHost, tiny: Path, tmp_path: Path
+) -> None:
     environ = {"VLLM_PLUGINS": "something_else", **SMALL}
-    server = VllmServer(ENGINE, tiny, tmp_path / "vllm.log", [*COMMON, *FLAG], environ)
+    log, command = tmp_path / "vllm.log", [*COMMON, *FLAG]
+    server = VllmServer(ENGINE, tiny, log, command, environ, launch=host.launch)
     with pytest.raises(ServerError):
         server.start()
     assert "Add 'lmcache' to VLLM_PLUGINS" in server.log_text()

@@ -45,13 +45,15 @@ remote_serde: "naive"
 
 
 @pytest.mark.xdist_group("guide's ports")
-def test_lmcache_server(tiny: Path, tmp_path: Path, uncached: dict[int, list[int]]) -> None:
+def test_lmcache_server(
+    host: EngineHost, tiny: Path, tmp_path: Path, uncached: dict[int, list[int]]
+) -> None:
     """Shares; killed and restarted empty, serving goes on, and then sharing too."""
 
     def stored() -> int:
         return int(pair[0].metric("vllm:lmcache_tier_store_chunks_total"))
 
-    with two_servers(tiny, tmp_path, LM_SERVER) as pair:
+    with two_servers(host, tiny, tmp_path, LM_SERVER) as pair:
         with lmcache_server(tmp_path) as process:
             until_shared(
                 pair, range(FRESH, 10), uncached, stored

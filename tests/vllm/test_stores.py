@@ -126,11 +126,11 @@ extra_config:
 
 
 @pytest.mark.xdist_group("port 8080")
-def test_mooncake(tiny: Path, tmp_path: Path, uncached: Answers) -> None:
+def test_mooncake(host: EngineHost, tiny: Path, tmp_path: Path, uncached: Answers) -> None:
     """Two servers, one cluster; the master is killed during requests, and comes back empty."""
     with (
         Master(ports=(50051, 8080, 9003)) as master,
-        two_servers(tiny, tmp_path, MOONCAKE) as pair,
+        two_servers(host, tiny, tmp_path, MOONCAKE) as pair,
         ThreadPoolExecutor(2) as threads,
     ):
         assert shared(pair, 0, uncached, master.keys, ALL_BUT_ONE)
