@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,19 +16,44 @@ from faulting.findings import Findings
 from faulting.kinds import EXCEPTIONS, KINDS, LABELS
 
 PROGRAM = Path(__file__).parents[2] / "tools" / "fault_harness.py"
+Program = subprocess.Popen[str]
+BROKEN = {"wrong-byte": "WRONG", "leak": "LEFT", "deadline": "LATE"}
+"""Mistakes, and what they are called when they are found."""
 
 
-def run(*arguments: str) -> tuple[int, dict[str, object]]:
-    done = subprocess.run(
+@contextmanager
+def running(*arguments: str) -> Iterator[Program]:
+    program = subprocess.Popen(
         [sys.executable, PROGRAM, "--quiet", "--json", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
     )
-    start = done.stdout.find("{\n")
-    assert start >= 0, done.stdout
-    return done.returncode, json.loads(done.stdout[start:])
+    with program:
+        try:
+            yield program
+        finally:
+            program.terminate()
+
+
+def found_by(program: Program) -> dict[str, object]:
+    output, _ = program.communicate(timeout=300)
+    start = output.find("{\n")
+    assert start >= 0, output
+    report: dict[str, object] = json.loads(output[start:])
+    return report
+
+
+@pytest.fixture(scope="module")
+def broken() -> Iterator[dict[str, Program]]:
+    """A run with each mistake, at the same time: they are patient with what doesn't settle."""
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(
+                running("--tiers", "memory", "--faults", "40", "--break", name)
+            )
+            for name in BROKEN
+        }
 
 
 def problems(found: dict[str, object], kind: str) -> list[str]:
@@ -37,7 +64,8 @@ def problems(found: dict[str, object], kind: str) -> list[str]:
 
 def test_faults_over_files_and_a_child_of_its_own() -> None:
     """No wrong byte, no call that raises, nothing left. Who is late, a quiet machine shows."""
-    _, found = run("--tiers", "two,isolated", "--faults", "200")
+    with running("--tiers", "two,isolated", "--faults", "200") as program:
+        found = found_by(program)
     assert not problems(found, "WRONG")
     assert not problems(found, "RAISED")
     assert not problems(found, "LEFT")
@@ -50,12 +78,10 @@ def test_faults_over_files_and_a_child_of_its_own() -> None:
     assert any(kind.startswith("file ") for kind in kinds)
 
 
-@pytest.mark.parametrize(
-    ("broken", "kind"), [("wrong-byte", "WRONG"), ("leak", "LEFT"), ("deadline", "LATE")]
-)
-def test_a_mistake_is_found(broken: str, kind: str) -> None:
-    status, found = run("--tiers", "memory", "--faults", "40", "--break", broken)
-    assert status == 1
+@pytest.mark.parametrize(("name", "kind"), BROKEN.items())
+def test_a_mistake_is_found(broken: dict[str, Program], name: str, kind: str) -> None:
+    found = found_by(broken[name])
+    assert broken[name].returncode == 1
     assert problems(found, kind), found
 
 
