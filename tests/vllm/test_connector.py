@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_host import EngineHost, arguments
+from engine_host import KV_CACHE_BYTES, EngineHost, arguments
 from made_adapters import WITH_ADAPTERS, adapter, write_adapter
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
@@ -80,8 +79,18 @@ class Engine:
 Start = Callable[..., AbstractContextManager[Engine]]
 
 
+@pytest.fixture(scope="session")
+def vllm_imported() -> None:
+    """Or whoever collects the garbage of an engine goes through all of vLLM."""
+    import vllm.v1.engine.core
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
-def start(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+def start(vllm_imported: None, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     @contextmanager
     def started(environ: dict[str, str] | None = None, **arguments: Any) -> Iterator[Engine]:
         from vllm import LLM
@@ -101,6 +110,7 @@ def start(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
             "block_size": 32,
             "enable_prefix_caching": False,
             "disable_log_stats": False,
+            "kv_cache_memory_bytes": KV_CACHE_BYTES,
             **arguments,
         }
         with monkeypatch.context() as patch:
