@@ -34,6 +34,8 @@ from lmcache_core import (
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_FAILURES = (BackendError, RuntimeError, OSError)
+"""What the disk, or its loop that is ending, answers to a call."""
 
 WAITING_BYTES = 1 << 30
 """Values that wait to be written stay leased, so at most this, or a quarter of the memory, may."""
@@ -116,13 +118,16 @@ class Disk:
                 return folder.load([value.key for value in mine], targets)
 
             nothing = [MISS] * len(mine)
-            work = self._in(space, read, nothing)
-            reading = asyncio.ensure_future(self._run("load", work, nothing))
+            came = nothing
             try:
-                came = await asyncio.shield(reading)
-            finally:
-                # Whatever happens here, files are still read into memory that nobody else may have.
-                await _patiently(reading)
+                reading = asyncio.wrap_future(self._loop.submit(self._in(space, read, nothing)))
+                try:
+                    came = await asyncio.shield(reading)
+                finally:
+                    # Whatever happens here, files are read into memory that nobody else may have.
+                    await _patiently(reading)
+            except _FAILURES as error:
+                self._failed("load", error)
             for nbytes in came:
                 result = "miss" if nbytes == MISS else "hit"
                 self._counters.add("server_disk_loads", result=result)
@@ -295,7 +300,7 @@ class Disk:
     async def _run(self, operation: str, work: Coroutine[Any, Any, _T], otherwise: _T) -> _T:
         try:
             return await asyncio.wrap_future(self._loop.submit(work))
-        except (BackendError, RuntimeError, OSError) as error:
+        except _FAILURES as error:
             self._failed(operation, error)
             return otherwise
 
@@ -304,8 +309,8 @@ class Disk:
         self._seldom.warn(operation, "disk: %s failed: %s", operation, error)
 
 
-async def _patiently(task: asyncio.Future[Any]) -> None:
-    """Wait for ``task``, whatever happens meanwhile."""
-    while not task.done():
+async def _patiently(work: asyncio.Future[Any]) -> None:
+    """Wait for ``work``, whatever happens meanwhile."""
+    while not work.done():
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([task])
+            await asyncio.wait([work])
