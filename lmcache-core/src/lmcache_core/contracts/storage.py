@@ -228,9 +228,11 @@ class BlockingBackend(StorageBackend):
         self._pool = DaemonPool(self.capabilities.max_concurrency, f"lmcache-{context.name}")
         try:
             await self._run(self.open_blocking, context)
-        except BaseException:
-            self._pool.shutdown()
-            self._pool = None
+        except BaseException as error:
+            pool, self._pool = self._pool, None
+            pool.shutdown()
+            if isinstance(error, Exception):  # the thread has nothing else to do
+                pool.join(1.0)
             raise
 
     async def contains(self, keys: Sequence[ChunkKey]) -> list[bool]:
