@@ -296,7 +296,15 @@ SERVERS_ELSEWHERE = {
     "values.Held.discard": "the memory is full half way through a value",
     "values.Held.drop": "an offer is taken back",
     "values.Held.live": "for tests",
-    "values.Values.totals": "for operators",
+    **dict.fromkeys(
+        (
+            *(f"disk.Disk.{name}" for name in ("described", "spaces", "totals", "_totals")),
+            *(f"disk.Disk.{name}" for name in ("totals_blocking", "purge", "purge.forget")),
+            "session.Session._operate",
+            *(f"values.Values.{name}" for name in ("spaces", "totals")),
+        ),
+        "for operators",
+    ),
     "wire.Wire.handshake.step": "TLS",
     "wire.Wire._fill": "a client sends slowly, by chance",
     "wire.Wire._writable": "it reads slowly, by chance",

@@ -20,7 +20,9 @@ class TestPosix(StorageBackendTests):
 
     @pytest.fixture
     def make_backend(self, tmp_path: Path) -> Iterator[MakeBackend]:
-        config = NixlConfig.model_validate({"backend": "POSIX", "path": tmp_path, **self.options})
+        config = NixlConfig.model_validate(
+            {"backend": "POSIX", "path": tmp_path, "pool_size": 256, **self.options}
+        )
         yield lambda: NixlFileBackend(config)
         shutil.rmtree(tmp_path)  # pools take their room at once, and pytest keeps folders
 

@@ -276,7 +276,7 @@ def host(control: socket.socket) -> None:
     """Fork an engine or a command for each request, until nobody can ask any more."""
     import vllm.model_executor.models.llama
     import vllm.v1.engine.core
-    import vllm.v1.worker.cpu_worker  # noqa: F401
+    import vllm.v1.worker.cpu_worker
 
     # Each engine would go through all of that, again and again, and copy its pages.
     gc.collect()

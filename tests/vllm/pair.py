@@ -43,9 +43,7 @@ def two_servers(host: EngineHost, model: Path, folder: Path, config: str) -> Ite
     """Started side by side, with one configuration file."""
     variables = _configured(folder, config)
     first, second = (
-        VllmServer(
-            ENGINE, model, folder / f"vllm{i}.log", ARGUMENTS, variables, launch=host.launch
-        )
+        VllmServer(ENGINE, model, folder / f"vllm{i}.log", ARGUMENTS, variables, launch=host.launch)
         for i in range(2)
     )
     with ExitStack() as stack, ThreadPoolExecutor(2) as threads:

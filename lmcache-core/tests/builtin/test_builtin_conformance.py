@@ -30,7 +30,8 @@ class TestFilesystem(StorageBackendTests):
 
     @pytest.fixture
     def make_small(self, tmp_path: Path) -> MakeBackend:
-        options = FilesystemConfig(path=tmp_path, min_free_gib=0, max_size_gib=2**20 / 2**30)
+        bound = 100 * VALUE_BYTES
+        options = FilesystemConfig(path=tmp_path, min_free_gib=0, max_size_gib=bound / 2**30)
         return lambda: FilesystemBackend(options)
 
     @pytest.fixture
