@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from lmcache_core.testing import loop, transfer_processes
 
+with suppress(ImportError):
+    # What is compiled can be imported once in a process, and pytester forgets its runs' imports.
+    import lmcache_kernels.plugin  # noqa: F401
+
 pytest_plugins = ["pytester"]
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+"""What leaks is found by a kit, and what it leaked in some later test."""
 
 BACKENDS: dict[str, set[str]] = {
     "Correct": set(),
