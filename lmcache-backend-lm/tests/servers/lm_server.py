@@ -32,11 +32,11 @@ class RunningServer:
         )
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
-        if not self._ready.wait(READY_S) or self.process.poll() is not None:
+        self._ready.wait(READY_S)
+        found = re.search(r"serving (lm(?:\+tls)?)://.*?:(\d+)", self.text)
+        if found is None:
             self.stop()
             raise AssertionError("the server didn't start:\n" + self.text)
-        found = re.search(r"serving (lm(?:\+tls)?)://.*?:(\d+)", self.text)
-        assert found, self.text
         self.scheme, self.port = found[1], int(found[2])
         unix = re.search(r"lm\+unix://([^\s,]+)", self.text)
         self.unix = Path(unix[1]) if unix else None
